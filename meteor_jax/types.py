@@ -71,20 +71,26 @@ class Sequence:
         x: float[B, S, D].
         position: int32[B, S]; the rotary position.
         valid: bool[B, S].
-        text: int32[B, S]; index into the row of text tokens, −1 for a visual token.
+        slot: int32[B, S]; place in the row of text tokens, which for a visual token is that of
+            its `IMAGE_TOKEN`; it never decreases along the valid entries.
         visual: int32[B, S]; index into the row's M·N visual tokens, −1 for a text token.
     """
 
     x: Array
     position: Array
     valid: Array
-    text: Array
+    slot: Array
     visual: Array
 
     @property
     def is_visual(self) -> Array:
         """bool[B, S]."""
         return self.valid & (self.visual >= 0)
+
+    @property
+    def is_text(self) -> Array:
+        """bool[B, S]."""
+        return self.valid & (self.visual < 0)
 
 
 @flax.struct.dataclass
@@ -94,13 +100,27 @@ class SegmentCache:
     Shapes:
         k, v: float[L, B, S, num_kv_heads, head_dim], keys already rotated.
         valid: bool[B, S].
-        next_position: int32[B]; rotary position of the next token in this segment.
+        next_position: int32[B]; rotary position of the first new token in this segment.
+        num_room: entries at the end of S that are for new tokens (static).
     """
 
     k: Array
     v: Array
     valid: Array
     next_position: Array
+    num_room: int = flax.struct.field(pytree_node=False)
+
+    def append(self, k: Array, v: Array, *, num_new: Array) -> SegmentCache:
+        """Writes keys and values float[L, B, T, num_kv_heads, head_dim] of T more tokens, after
+        the `num_new` that came since the prefill. All rows write at one place, so nothing is
+        scattered; `num_room` is what `prefill` was asked for."""
+        start = self.valid.shape[1] - self.num_room + num_new
+        added = jnp.ones((self.valid.shape[0], k.shape[2]), bool)
+        return self.replace(
+            k=jax.lax.dynamic_update_slice_in_dim(self.k, k.astype(self.k.dtype), start, axis=2),
+            v=jax.lax.dynamic_update_slice_in_dim(self.v, v.astype(self.v.dtype), start, axis=2),
+            valid=jax.lax.dynamic_update_slice_in_dim(self.valid, added, start, axis=1),
+        )
 
 
 @flax.struct.dataclass

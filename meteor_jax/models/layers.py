@@ -118,7 +118,8 @@ class Stack(nn.Module):
 
     A call runs the static slice `[start:stop]` with `lax.scan`, so the parameter tree is the same
     however pruning splits the depth. `block(block_config, dtype)` must be a module whose call
-    takes `(x, *aux)` and returns `(x, extra)`.
+    takes `(x, *aux)` and returns `(x, extra)`; where `per_layer` arrays `[stop - start, ...]` are
+    given, each block gets its own slice of them as one more argument.
 
     Attributes:
         remat: "none", or a name in `jax.checkpoint_policies`, such as "nothing_saveable".
@@ -135,7 +136,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, *aux: Any, start: int = 0, stop: int | None = None
+        self, x: Array, *aux: Any, start: int = 0, stop: int | None = None, per_layer: Any = ()
     ) -> StackOutput:
         template = self._template()
 
@@ -148,9 +149,10 @@ class Stack(nn.Module):
         if start == stop:
             return StackOutput(x=x, last_input=x, extras=None)
 
-        def body(carry: tuple[Array, Array], params: Any) -> tuple[tuple[Array, Array], Any]:
+        def body(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], Any]:
             x, _ = carry
-            out, extra = template.apply({"params": params}, x, *aux)
+            params, *own = layer
+            out, extra = template.apply({"params": params}, x, *aux, *own)
             return (out, x), extra
 
         if self.remat != "none":
@@ -158,7 +160,7 @@ class Stack(nn.Module):
                 body, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False
             )
         layers = jax.tree.map(lambda leaf: leaf[start:stop], stack)
-        (x, last_input), extras = jax.lax.scan(body, (x, x), layers)
+        (x, last_input), extras = jax.lax.scan(body, (x, x), (layers, *per_layer))
         return StackOutput(x=x, last_input=last_input, extras=extras)
 
     def layer(self, index: int, *args: Any, method: str) -> Any:

@@ -1,0 +1,182 @@
+"""Checkpoints with Orbax: written atomically and in the background, restored to any sharding.
+
+A checkpoint holds, as separate items, so that evaluation reads no more than it needs:
+`params`, `ema` (where there is one), `progress` (optimizer, step, random key), `data` (the
+iterator's state, one file a process) and `config` (the whole config as JSON).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import serialization
+
+from meteor_jax.config import ConfigError
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ConfigError):
+    """There is no checkpoint, or it does not fit. The message is one line."""
+
+
+def open_checkpoints(
+    workdir: Path, *, keep: int | None = None, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """The checkpoints of a workdir; `keep` limits how many are kept. Close it, or use `with`.
+
+    Raises:
+        CheckpointError: if `read_only` and the workdir has none.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    if read_only and not Path(workdir).is_dir():
+        raise CheckpointError(f"no workdir {workdir}: train first, or correct --workdir.")
+    if read_only and not folder.is_dir():
+        raise CheckpointError(f"no checkpoint in {workdir}: train first, or correct --workdir.")
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, read_only=read_only
+        ),
+        item_handlers={
+            "params": ocp.StandardCheckpointHandler(),
+            "ema": ocp.StandardCheckpointHandler(),
+            "progress": ocp.StandardCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        },
+    )
+
+
+def save(
+    checkpoints: ocp.CheckpointManager,
+    state: Any,
+    *,
+    step: int,
+    data: Any,
+    config: Mapping[str, Any],
+) -> None:
+    """Begins to write a `TrainState` and a grain iterator's position; returns once copied.
+
+    A checkpoint that already exists for `step` is left as it is.
+    """
+    if step in checkpoints.all_steps():
+        return
+    items = {
+        "params": ocp.args.StandardSave(state.params),
+        "progress": ocp.args.StandardSave(_progress(state)),
+        "data": grain.checkpoint.CheckpointSave(data),
+        "config": ocp.args.JsonSave(dict(config)),
+    }
+    if state.ema is not None:
+        items["ema"] = ocp.args.StandardSave(state.ema)
+    checkpoints.save(step, args=ocp.args.Composite(**items))
+
+
+def restore(checkpoints: ocp.CheckpointManager, like: Any, *, data: Any) -> Any:
+    """The newest `TrainState`, laid out as `like`; `data` moves to where it was.
+
+    Args:
+        like: a TrainState of ShapeDtypeStructs with shardings.
+        data: a grain iterator made by the same config.
+
+    Raises:
+        CheckpointError: naming the first parameters that differ, both shapes and what to do.
+    """
+    step = _newest(checkpoints)
+    wanted = {"params": like.params, "progress": _progress(like)}
+    if like.ema is not None:
+        wanted["ema"] = like.ema
+    _check_fit(checkpoints, step, wanted)
+    args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
+    try:
+        restored = checkpoints.restore(
+            step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data), **args)
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {_path(checkpoints, step)} does not fit this config's data "
+            f"({' '.join(str(error).split())[:200]}); use the config and the number of processes "
+            "it was written with, or another --workdir."
+        ) from error
+    progress = restored["progress"]
+    return like.replace(
+        step=progress["step"],
+        params=restored["params"],
+        opt_state=serialization.from_state_dict(like.opt_state, progress["opt_state"]),
+        rng=progress["rng"],
+        ema=restored["ema"] if like.ema is not None else None,
+    )
+
+
+def restore_params(workdir: Path, like: Any) -> Any:
+    """The newest parameters in a workdir, laid out as `like`: their moving average if it was kept.
+
+    Args:
+        like: nested dict of ShapeDtypeStructs or arrays, `jax.eval_shape` of the model's init.
+
+    Raises:
+        CheckpointError: no workdir, no checkpoint, or one of another model.
+    """
+    with open_checkpoints(workdir, read_only=True) as checkpoints:
+        step = _newest(checkpoints)
+        name = "ema" if (_path(checkpoints, step) / "ema").exists() else "params"
+        _check_fit(checkpoints, step, {name: like})
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
+        return checkpoints.restore(step, args=args)[name]
+
+
+def _progress(state: Any) -> dict[str, Any]:
+    opt_state = serialization.to_state_dict(state.opt_state)
+    return {"step": state.step, "rng": state.rng, "opt_state": opt_state}
+
+
+def _newest(checkpoints: ocp.CheckpointManager) -> int:
+    step = checkpoints.latest_step()
+    if step is None:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.directory.parent}: train first, or correct --workdir."
+        )
+    return step
+
+
+def _path(checkpoints: ocp.CheckpointManager, step: int) -> Path:
+    return Path(checkpoints.directory) / str(step)
+
+
+def _check_fit(checkpoints: ocp.CheckpointManager, step: int, wanted: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the checkpoint has `wanted`'s paths and shapes."""
+    saved = checkpoints.item_metadata(step)
+    differences = []
+    for item, tree in wanted.items():
+        if saved[item] is None:
+            differences.append(f"{item} is not in it")
+            continue
+        have, want = _shapes(saved[item].tree), _shapes(tree)
+        differences += [
+            f"{item}/{path}: checkpoint {have.get(path, 'has none')}, config "
+            f"{want.get(path, 'has none')}"
+            for path in sorted(have.keys() | want.keys())
+            if have.get(path) != want.get(path)
+        ]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {_path(checkpoints, step)} is of another config: "
+            f"{'; '.join(differences[:3])}{more}. Use the config it was written with "
+            "(config.json in its workdir), or another --workdir."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

@@ -1,0 +1,91 @@
+"""What an evaluation is asked to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from meteor_jax.config import ConfigError, build
+from meteor_jax.evaluation.answering import BatchSizes
+from meteor_jax.evaluation.results import BLIND, MAJORITY
+from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.plan import Calibration, PrunePlan, override
+from meteor_jax.training.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The config's `eval`.
+
+    Attributes:
+        tasks: names as `resolve_tasks` takes them.
+        plans: names or texts as `parse_plan` takes them. "blind" (the question without its
+            image) and "majority" (each task's most frequent answer) are always added.
+        num_questions: of each task; None asks all.
+        num_images: of each test split; None takes all, or the source's default.
+        template: of the prompts; "" takes that of the finetune stage.
+        max_new_tokens: an answer is cut off there.
+        images_per_batch, questions_per_batch: static sizes of encoding and answering.
+        group_images: images whose visual tokens lie on the device at once.
+        draw_images: examples in kept_tokens.png; 0 draws none.
+        seed: of the choice of questions.
+    """
+
+    tasks: tuple[str, ...] = ("all",)
+    plans: tuple[str, ...] = ("full",)
+    num_questions: int | None = None
+    num_images: int | None = None
+    template: str = ""
+    max_new_tokens: int = 16
+    images_per_batch: int = 16
+    questions_per_batch: int = 32
+    group_images: int = 64
+    draw_images: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "images_per_batch", "questions_per_batch", "group_images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"eval.{name} is at least 1, got {getattr(self, name)}.")
+        if self.num_questions is not None and self.num_questions < 1:
+            raise ConfigError(f"num_questions is at least 1, got {self.num_questions}.")
+
+    @property
+    def sizes(self) -> BatchSizes:
+        return BatchSizes(
+            images=self.images_per_batch,
+            questions=self.questions_per_batch,
+            group=self.group_images,
+        )
+
+
+def eval_config(experiment: Experiment) -> EvalConfig:
+    """The experiment's `eval` fields, checked.
+
+    Raises:
+        ConfigError: naming an unknown or ill-typed field.
+    """
+    return build(EvalConfig, experiment.eval, where="config.eval")
+
+
+def resolve_plans(
+    texts: Sequence[str], *, library: Mapping[str, str], calibration: Calibration
+) -> tuple[PrunePlan, ...]:
+    """The plans that `texts` name, calibrated; "blind" and "majority" are left out.
+
+    Two plans of one name, such as `fastv(keep=8),fastv(keep=16)`, are told apart by their texts.
+
+    Raises:
+        ConfigError: for an unknown plan or field, or one that is named twice.
+    """
+    plans: dict[str, PrunePlan] = {}
+    for text in texts:
+        if text in (BLIND, MAJORITY):
+            continue
+        plan = parse_plan(text, library=library).calibrated(calibration)
+        if plan.name in plans:
+            plan = override(plan, name=text.replace(" ", ""))
+        if plan.name in plans:
+            raise ConfigError(f"plan '{text}' is named twice; name each plan once.")
+        plans[plan.name] = plan
+    return tuple(plans.values())

@@ -1,0 +1,207 @@
+"""How an answer is scored, and how sure we are of a mean score.
+
+Every metric is a function `(prediction, golds) -> float in [0, 1]`; with several gold answers the
+best one counts. The rules are those of the benchmarks' own scorers, as EAGLE's evaluation bundles
+them, without that bundle's mistakes; each docstring names the difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+ANLS_THRESHOLD = 0.5
+RELAXED_TOLERANCE = 0.05
+CONFIDENCE_Z = 1.959963984540054  # two-sided 95 % of a normal distribution
+NUM_RESAMPLES = 2000
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", flags=re.IGNORECASE)
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> float:
+    """1 if the answers are equal without case, punctuation and outer or repeated spaces.
+
+    Source: `exact_match` of Hugging Face evaluate with both ignore flags, as GQA and AI2D use
+    it. There, a leading space already makes an answer wrong; here it does not.
+    """
+
+    def normalise(text: str) -> str:
+        return _squeeze(text.translate(_PUNCTUATION))
+
+    return float(normalise(prediction) in {normalise(gold) for gold in golds})
+
+
+def yes_no(prediction: str, golds: Sequence[str]) -> float:
+    """1 if the answer is the right one of yes and no; what is neither is wrong.
+
+    Source: POPE's scorer (`lower().strip()`, then equality). There, "Yes." is wrong; here
+    punctuation around the word is ignored.
+    """
+    answer = parse_yes_no(prediction)
+    return float(answer is not None and answer in {parse_yes_no(gold) for gold in golds})
+
+
+def parse_yes_no(text: str) -> str | None:
+    """"yes", "no", or None where `text` is neither."""
+    word = text.strip().strip(string.punctuation).strip().lower()
+    return word if word in ("yes", "no") else None
+
+
+def anls(prediction: str, golds: Sequence[str]) -> float:
+    """Normalised Levenshtein similarity, 0 where it is below one half.
+
+    1 − distance / length of the longer, after lower-casing and squeezing spaces. Source: DocVQA
+    (Biten et al., ICCV 2019). The bundled copy turns every nonzero similarity into 1 and takes
+    the lengths before normalising; here the best gold's similarity is the score.
+    """
+    best = 0.0
+    for gold in map(_squeeze, golds):
+        answer = _squeeze(prediction)
+        longest = max(len(answer), len(gold))
+        similarity = 1.0 - Levenshtein.distance(answer, gold) / longest if longest else 1.0
+        best = max(best, similarity)
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def relaxed_accuracy(prediction: str, golds: Sequence[str]) -> float:
+    """1 if a number is within 5 % of the gold number, or a text equals the gold text.
+
+    "12%" reads as 0.12. A gold of 0 wants a 0; where either side is no number, the texts must be
+    equal without case. Source: ChartQA (Masry et al., 2022). There, "0.0" does not answer "0",
+    and outer spaces make a text wrong; here neither does.
+    """
+
+    def score(gold: str) -> float:
+        answer, target = parse_number(prediction), parse_number(gold)
+        if answer is None or target is None:
+            return float(_squeeze(prediction) == _squeeze(gold))
+        # The slack is for rounding: 1.05 − 1 is a little more than 0.05 in binary.
+        return float(abs(answer - target) <= RELAXED_TOLERANCE * abs(target) * (1 + 1e-9))
+
+    return max(map(score, golds), default=0.0)
+
+
+def parse_number(text: str) -> float | None:
+    """The number that `text` is, "%" read as a hundredth, or None."""
+    text = text.strip()
+    percent = text.endswith("%")
+    text = text.removesuffix("%").strip()
+    if not _NUMBER.fullmatch(text):
+        return None
+    number = float(text) / (100 if percent else 1)
+    return number if math.isfinite(number) else None
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    function.__name__: function for function in (exact_match, yes_no, anls, relaxed_accuracy)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregate:
+    """A task's result: mean score, its 95 % interval, the number of questions, and F1 of "yes"
+    for a yes/no task (None elsewhere)."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+    f1: float | None = None
+
+
+def aggregate(metric: str, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Aggregate:
+    """Scores every question by `metric` (a name in `METRICS`) and takes the plain mean.
+
+    Raises:
+        ValueError: if there is no question, or not one list of golds a prediction.
+    """
+    if not predictions or len(predictions) != len(golds):
+        raise ValueError(
+            f"expected as many predictions as gold answers and at least one, got "
+            f"{len(predictions)} and {len(golds)}."
+        )
+    scores = [METRICS[metric](*pair) for pair in zip(predictions, golds, strict=True)]
+    low, high = interval(scores)
+    f1 = yes_f1(predictions, golds) if metric == "yes_no" else None
+    return Aggregate(score=float(np.mean(scores)), low=low, high=high, n=len(scores), f1=f1)
+
+
+def yes_f1(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> float:
+    """F1 with "yes" as the positive class; an answer that is neither counts as not "yes".
+
+    0 where nothing is, or is called, "yes".
+    """
+    counts = Counter(
+        (parse_yes_no(answer) == "yes", any(parse_yes_no(gold) == "yes" for gold in of_answer))
+        for answer, of_answer in zip(predictions, golds, strict=True)
+    )
+    hits, errors = counts[True, True], counts[True, False] + counts[False, True]
+    return 2 * hits / (2 * hits + errors) if hits else 0.0
+
+
+def interval(scores: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's for scores of 0 and 1, a seeded bootstrap for others.
+
+    Takes the questions as independent; several about one image are not quite.
+    """
+    scores = np.asarray(scores, np.float64)
+    if np.isin(scores, (0.0, 1.0)).all():
+        return wilson(int(scores.sum()), len(scores))
+    return _bootstrap(scores, seed=seed)
+
+
+def wilson(num_right: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval (1927), 95 %, of a share `num_right / n`."""
+    share, z2 = num_right / n, CONFIDENCE_Z**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = CONFIDENCE_Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Mean of a − b over the same questions, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Difference:
+    """How much better plan `a` is than plan `b` on the very same questions.
+
+    Pairing takes out what makes a question hard for both, so the interval is much narrower than
+    the two plans' own.
+
+    Raises:
+        ValueError: if the two do not score the same, non-empty number of questions.
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"expected scores of the same questions, got {len(a)} and {len(b)}.")
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    low, high = _bootstrap(difference, seed=seed)
+    return Difference(mean=float(difference.mean()), low=low, high=high)
+
+
+def _bootstrap(scores: np.ndarray, *, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap of the mean.
+
+    Drawing how often each distinct value occurs is the same as drawing questions, and cheaper.
+    """
+    values, counts = np.unique(scores, return_counts=True)
+    n = len(scores)
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=NUM_RESAMPLES)
+    low, high = np.quantile(draws @ values / n, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.lower().split())

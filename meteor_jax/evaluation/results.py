@@ -1,0 +1,210 @@
+"""From answered questions to the rows of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from meteor_jax.evaluation.metrics import METRICS, interval, paired_difference, yes_f1
+from meteor_jax.evaluation.tasks import Question, combined_name
+
+BLIND = "blind"  # the same model, the question alone
+MAJORITY = "majority"  # no model: each task's most frequent answer
+COMBINED = "combined"  # group of the rows that join a source's tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a plan said to one question.
+
+    Attributes:
+        kept: visual tokens left after each cut in the LLM; () where there was none.
+        prompt_tokens: text tokens of the prompt.
+        corrupt: the image could not be decoded, so nothing was asked and the score is 0.
+    """
+
+    prediction: str
+    score: float
+    kept: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    corrupt: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanResult:
+    """One plan's answers, in the order of the questions.
+
+    Attributes:
+        visual_tokens_fused: tokens of an image that enter the LLM.
+        layers: the first layer after each cut; depth: layers of the LLM.
+        seconds: wall time a question, everything compiled before.
+    """
+
+    plan: str
+    answers: tuple[Answer, ...]
+    visual_tokens_fused: int = 0
+    layers: tuple[int, ...] = ()
+    depth: int = 1
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table and of eval.json.
+
+    Attributes:
+        metric: how its questions were scored; "mean" where tasks of several metrics are joined.
+        score: mean over `n` questions; low, high: its 95 % interval.
+        group: the task's group, or "combined" for a source's tasks together.
+        corrupt: questions scored 0 because their image could not be decoded.
+        visual_tokens_mean: visual tokens of a question, mean over the LLM's layers; measured.
+        visual_tokens_fused: those that enter the LLM.
+        tflops: of one question with its image encoded for it alone, up to the first answer token.
+        seconds: wall time of one question as it was run, images shared.
+        f1: of "yes", for yes/no tasks.
+        delta, delta_low, delta_high: score minus the reference plan's, question by question, and
+            its 95 % interval; None for the reference itself.
+    """
+
+    task: str
+    plan: str
+    metric: str
+    score: float
+    low: float
+    high: float
+    n: int
+    group: str
+    corrupt: int = 0
+    visual_tokens_mean: float = 0.0
+    visual_tokens_fused: int = 0
+    tflops: float = 0.0
+    seconds: float = 0.0
+    f1: float | None = None
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
+
+
+def score_answer(question: Question, prediction: str) -> float:
+    """The question's score under its task's metric, in [0, 1]."""
+    return METRICS[question.task.metric](prediction, [question.answer])
+
+
+def majority(questions: Sequence[Question]) -> PlanResult:
+    """Every question answered with its task's most frequent gold answer: chance."""
+    golds: dict[str, Counter] = {}
+    for question in questions:
+        golds.setdefault(question.task.name, Counter())[question.answer] += 1
+    best = {task: counts.most_common(1)[0][0] for task, counts in golds.items()}
+    predictions = [best[question.task.name] for question in questions]
+    return PlanResult(
+        plan=MAJORITY,
+        answers=tuple(
+            Answer(prediction=prediction, score=score_answer(question, prediction))
+            for question, prediction in zip(questions, predictions, strict=True)
+        ),
+    )
+
+
+def layer_average(kept: Sequence[float], *, result: PlanResult) -> float:
+    """Visual tokens of a question, averaged over the layers of the LLM."""
+    bounds = (0, *result.layers, result.depth)
+    sizes = (result.visual_tokens_fused, *kept)
+    return sum(size * (bounds[i + 1] - bounds[i]) for i, size in enumerate(sizes)) / result.depth
+
+
+def make_rows(
+    questions: Sequence[Question],
+    results: Sequence[PlanResult],
+    *,
+    tflops: Mapping[str, Callable[[float, tuple[float, ...]], float]],
+) -> list[Row]:
+    """The rows of all plans: every task, and every source of several tasks as a whole.
+
+    Args:
+        results: the reference of the differences is the plan "full", or else the first.
+        tflops: by plan, the cost of a question of so many prompt tokens that keeps so many
+            visual tokens after each cut.
+    """
+    subsets: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        subsets.setdefault(question.task.name, []).append(i)
+    tasks = {question.task.name: question.task for question in questions}
+    sources = Counter(task.source for task in tasks.values())
+    for source in (source for source, count in sources.items() if count > 1):
+        subsets[combined_name(source)] = [
+            i for i, question in enumerate(questions) if question.task.source == source
+        ]
+    reference = next((result for result in results if result.plan == "full"), results[0])
+    rows = []
+    for name, members in subsets.items():
+        asked = [questions[i] for i in members]
+        base = np.array([reference.answers[i].score for i in members])
+        for result in results:
+            row = _make_row(
+                name, asked, [result.answers[i] for i in members], result=result,
+                tflops=tflops.get(result.plan),
+            )
+            if result is not reference:
+                scores = [result.answers[i].score for i in members]
+                difference = paired_difference(scores, base)
+                row = dataclasses.replace(
+                    row, delta=difference.mean, delta_low=difference.low,
+                    delta_high=difference.high,
+                )
+            rows.append(row)
+    return rows
+
+
+def averages(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """By plan, the mean score over the tasks of every group, and over "all" tasks.
+
+    Every task counts the same, however many questions it has.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.group != COMBINED:
+            for group in (row.group, "all"):
+                scores.setdefault(row.plan, {}).setdefault(group, []).append(row.score)
+    return {
+        plan: {group: float(np.mean(values)) for group, values in groups.items()}
+        for plan, groups in scores.items()
+    }
+
+
+def _make_row(
+    name: str,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    *,
+    result: PlanResult,
+    tflops: Callable[[float, tuple[float, ...]], float] | None,
+) -> Row:
+    scores = [answer.score for answer in answers]
+    low, high = interval(scores)
+    asked = [answer for answer in answers if not answer.corrupt]
+    kept = tuple(np.mean([a.kept for a in asked], axis=0).tolist()) if asked else ()
+    prompt_tokens = float(np.mean([a.prompt_tokens for a in asked])) if asked else 0.0
+    metrics = {question.task.metric for question in questions}
+    f1 = None
+    if metrics == {"yes_no"}:
+        f1 = yes_f1([a.prediction for a in answers], [[q.answer] for q in questions])
+    return Row(
+        task=name,
+        plan=result.plan,
+        metric=metrics.pop() if len(metrics) == 1 else "mean",
+        score=float(np.mean(scores)),
+        low=low,
+        high=high,
+        n=len(scores),
+        group=questions[0].task.group if name == questions[0].task.name else COMBINED,
+        corrupt=sum(answer.corrupt for answer in answers),
+        visual_tokens_mean=layer_average(kept, result=result) if asked else 0.0,
+        visual_tokens_fused=result.visual_tokens_fused,
+        tflops=tflops(prompt_tokens, kept) if tflops and asked else 0.0,
+        seconds=result.seconds,
+        f1=f1,
+    )

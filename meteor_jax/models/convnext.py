@@ -1,0 +1,254 @@
+"""ConvNeXt (Liu et al. 2022, arXiv 2201.03545) as EAGLE runs it: no norm after the last stage.
+
+Its grid stays dense, so tokens can be cut at its output only.
+
+I images, H W the grid of a stage, C channels of a stage, E width of the last stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from meteor_jax.models.layers import Stack, constrain
+from meteor_jax.models.resize import patchify, resize
+from meteor_jax.pruning.encode import EncoderCut, EncoderOutput, check_cuts, cut_tokens
+from meteor_jax.types import Array
+
+EPSILON = 1e-5
+STEM = 4  # side of the stem's patches
+KERNEL = 7  # side of the depthwise kernel
+
+
+@dataclass(frozen=True)
+class ConvNextConfig:
+    """Sizes; the defaults are ConvNeXt-XXLarge at 1,024 pixels. Any number of stages will do.
+
+    Attributes:
+        image_size: pixels that the encoder sees; the image is resized to it.
+        depths, widths: blocks and channels of each stage.
+        layer_scale_init: what each block's output is first multiplied by. A net that starts from
+            nothing and trains for minutes wants 0.1 to 1.
+        remat: see `Stack`.
+    """
+
+    image_size: int = 1024
+    depths: tuple[int, ...] = (3, 4, 30, 3)
+    widths: tuple[int, ...] = (384, 768, 1536, 3072)
+    layer_scale_init: float = 1e-6
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if not self.depths or len(self.depths) != len(self.widths):
+            raise ValueError(
+                "depths and widths: expected one number a stage each, "
+                f"got {self.depths} and {self.widths}."
+            )
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size: expected a multiple of {self.stride}, the stride of "
+                f"{len(self.depths)} stages, got {self.image_size}."
+            )
+
+    @property
+    def stride(self) -> int:
+        """Pixels to one side of an output token."""
+        return STEM * 2 ** (len(self.depths) - 1)
+
+    @property
+    def width(self) -> int:
+        return self.widths[-1]
+
+    @property
+    def grid(self) -> int:
+        """Side of the output grid."""
+        return self.image_size // self.stride
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def cuttable(self) -> tuple[bool, bool, bool]:
+        """At which boundaries tokens can be dropped."""
+        return (False, False, True)
+
+    @property
+    def num_windows(self) -> int:
+        return 1
+
+    @property
+    def has_attention(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What the blocks of one stage need to know."""
+
+    width: int
+    layer_scale_init: float
+
+
+class DepthwiseConv(nn.Module):
+    """A 7×7 convolution of each channel with its own kernel, zeros outside, grid kept."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        init = nn.initializers.lecun_normal(in_axis=(0, 1))
+        kernel = self.param("kernel", init, (KERNEL, KERNEL, 1, channels))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        return depthwise(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class Block(nn.Module):
+    """Depthwise convolution, norm, MLP with exact GELU, layer scale, residual."""
+
+    config: StageConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, None]:
+        width = self.config.width
+        y = DepthwiseConv(self.dtype, name="depthwise")(x)
+        y = layer_norm(self.dtype, name="norm")(y)
+        y = nn.Dense(4 * width, dtype=self.dtype, name="fc1")(y)
+        y = nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(y, approximate=False))
+        init = nn.initializers.constant(self.config.layer_scale_init)
+        scale = self.param("layer_scale", init, (width,))
+        return constrain(x + y * scale.astype(self.dtype), "bhwd"), None
+
+
+class ConvNext(nn.Module):
+    """Images to tokens."""
+
+    config: ConvNextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None
+    ) -> EncoderOutput:
+        """Encodes images of any size, normalised with CLIP's mean and standard deviation.
+
+        Shapes:
+            images: float[I, H, W, 3], H = W.
+            returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps; the
+                first two must keep all.
+
+        Raises:
+            ValueError: if there are not three cuts, one of the first two drops tokens, or the
+                last keeps more than there are or wants attention.
+        """
+        config = self.config
+        x = resize(images, size=config.image_size).astype(self.dtype)
+        x = patchify(x, patch=STEM)
+        x = nn.Dense(config.widths[0], dtype=self.dtype, name="stem")(x)
+        x = constrain(layer_norm(self.dtype, name="stem_norm")(x), "bhwd")
+        for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
+            if stage:
+                x = layer_norm(self.dtype, name=f"downsample{stage}_norm")(x)
+                x = patchify(x, patch=2)
+                x = nn.Dense(width, dtype=self.dtype, name=f"downsample{stage}")(x)
+            stage_config = StageConfig(width, config.layer_scale_init)
+            x = Stack(
+                Block, stage_config, depth, self.dtype, config.remat, name=f"stage{stage}"
+            )(x).x
+
+        x = x.reshape(x.shape[0], -1, config.width)
+        num_tokens = x.shape[1]
+        raster = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), x.shape[:2])
+        if cuts is None:
+            return EncoderOutput(x=x, raster=raster)
+        check_cuts(cuts)
+        early = [cut.keep for cut in cuts[:-1]]
+        if any(keep != num_tokens for keep in early):
+            raise ValueError(
+                f"cuts: ConvNeXt can drop tokens at its output only; expected the first two to "
+                f"keep all {num_tokens}, got {early}."
+            )
+        x, last = cut_tokens(x, raster, cut=cuts[-1])
+        return EncoderOutput(x=x, raster=last, kept=(raster, raster, last))
+
+
+def depthwise(x: Array, kernel: Array) -> Array:
+    """Depthwise convolution in the form that is fast on the backend in use.
+
+    Shapes:
+        x: float[I, H, W, C]; kernel: float[7, 7, 1, C].
+    """
+    if jax.default_backend() == "cpu":
+        return depthwise_shifted(x, kernel)
+    return depthwise_conv(x, kernel)
+
+
+def depthwise_conv(x: Array, kernel: Array) -> Array:
+    """The depthwise convolution as XLA's grouped convolution."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+@jax.custom_vjp
+def depthwise_shifted(x: Array, kernel: Array) -> Array:
+    """The depthwise convolution as a sum of shifted products, which CPUs run far faster.
+
+    Its gradient is written out, because differentiating the sum is ten times slower than this.
+    """
+    height, width = x.shape[1:3]
+    padded = _pad(x)
+    total = jnp.zeros_like(x)
+    for row in range(KERNEL):
+        for column in range(KERNEL):
+            window = padded[:, row : row + height, column : column + width]
+            total += window * kernel[row, column, 0]
+    return total
+
+
+def _depthwise_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return depthwise_shifted(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    num_images, height, width, channels = x.shape
+    padded = _pad(x)
+
+    def add_row(totals: tuple[Array, ...], place: Array) -> tuple[tuple[Array, ...], None]:
+        image, row = place // height, place % height
+        sizes = (1, KERNEL, padded.shape[2], channels)
+        band = jax.lax.dynamic_slice(padded, (image, row, 0, 0), sizes)[0].astype(jnp.float32)
+        line = grad[image, row].astype(jnp.float32)
+        added = (total + band[:, i : i + width] * line for i, total in enumerate(totals))
+        return tuple(added), None
+
+    # One total a kernel column, [kernel row, W, C]: sums over W last, so that each step is a
+    # plain elementwise product.
+    totals = (jnp.zeros((KERNEL, width, channels)),) * KERNEL
+    totals, _ = jax.lax.scan(add_row, totals, jnp.arange(num_images * height))
+    kernel_grad = jnp.stack(totals, axis=1).sum(2)[:, :, None]
+    return depthwise_shifted(grad, kernel[::-1, ::-1]), kernel_grad.astype(kernel.dtype)
+
+
+depthwise_shifted.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _pad(x: Array) -> Array:
+    margin = KERNEL // 2
+    return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+
+
+def layer_norm(dtype: Any, *, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name)

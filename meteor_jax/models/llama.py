@@ -1,0 +1,210 @@
+"""The decoder: LLaMA with stacked layers, run segment by segment.
+
+B rows, S entries of the packed sequence, T new tokens, H heads, K kv heads, D width, d head width,
+L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from meteor_jax.models.layers import MASKED, Stack, attend, attention_received, constrain
+from meteor_jax.types import Array, SegmentCache
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a LLaMA; the defaults are Vicuna-7B v1.5's.
+
+    Attributes:
+        init_std: of the normal distribution that every matrix starts from.
+        remat: "none", or a name in `jax.checkpoint_policies`.
+    """
+
+    depth: int = 32
+    width: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    mlp_dim: int = 11008
+    vocab_size: int = 32000
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"llama: num_heads={self.num_heads} must divide width={self.width} and be a "
+                f"multiple of num_kv_heads={self.num_kv_heads}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+def rotary_tables(position: Array, *, config: LlamaConfig) -> tuple[Array, Array]:
+    """Cosines and sines, float32[B, S, 1, d/2], of int32[B, S] positions."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
+    """LLaMA's half-split rotation of float[B, S, heads, d], computed in float32."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class LlamaBlock(nn.Module):
+    """One layer: pre-norm attention and SwiGLU. Returns (x, (k, v)) with the keys rotated."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(
+                features, use_bias=False, dtype=self.dtype,
+                kernel_init=nn.initializers.normal(config.init_std),
+            )
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype)
+
+        self.attention_norm = norm()
+        self.query = dense(config.width)
+        self.key = dense(config.num_kv_heads * config.head_dim)
+        self.value = dense(config.num_kv_heads * config.head_dim)
+        self.out = dense(config.width)
+        self.mlp_norm = norm()
+        self.gate = dense(config.mlp_dim)
+        self.up = dense(config.mlp_dim)
+        self.down = dense(config.width)
+
+    def __call__(
+        self, x: Array, tables: tuple[Array, Array], cache: tuple[Array, Array, Array] | None = None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Without `cache` (k, v, valid), x is a whole packed sequence and attends to itself; with
+        it, x are new entries that also see what is cached."""
+        q, k, v = self._project(x, tables)
+        attended = attend(q, k, v, causal=True) if cache is None else _extend(q, k, v, cache)
+        x = x + self.out(attended.reshape(*x.shape[:2], -1))
+        hidden = self.mlp_norm(x)
+        hidden = constrain(nn.silu(self.gate(hidden)) * self.up(hidden), "btf")
+        return constrain(x + self.down(hidden), "btd"), (k, v)
+
+    def _project(
+        self, x: Array, tables: tuple[Array, Array] | None
+    ) -> tuple[Array, Array, Array]:
+        hidden = self.attention_norm(x)
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q, k = self.query(hidden).reshape(heads), self.key(hidden).reshape(heads)
+        v = self.value(hidden).reshape(heads)
+        if tables is not None:
+            q, k = rotate(q, tables), rotate(k, tables)
+        return constrain(q, "bthd"), constrain(k, "bthd"), constrain(v, "bthd")
+
+    def text_attention(
+        self, x: Array, tables: tuple[Array, Array] | None, row_weight: Array, rows: Array
+    ) -> Array:
+        """float32[B, H, S]: attention of some entries to all, as this layer computes it.
+
+        Shapes:
+            x: float[B, S, D], the layer's input; tables: None leaves the rotation out.
+            rows: int32[B, R], the entries whose queries count; row_weight: float[B, R].
+        """
+        q, k, _ = self._project(x, tables)
+        q = jnp.take_along_axis(q, rows[..., None, None], axis=1)
+        sees = rows[..., None] >= jnp.arange(x.shape[1])
+        return attention_received(q, k, row_weight=row_weight, mask=sees)
+
+
+def _extend(q: Array, k: Array, v: Array, cache: tuple[Array, Array, Array]) -> Array:
+    """Attention of new entries to the cache and, causally, to themselves.
+
+    The two parts share one softmax but are never concatenated: a decoded token reads the cache
+    once and copies nothing.
+
+    Shapes:
+        q: float[B, T, H, d]; k, v: float[B, T, K, d]; cache: k, v float[B, S, K, d], valid
+        bool[B, S].
+    """
+    cached_k, cached_v, valid = cache
+    batch, num_new, num_heads, head_dim = q.shape
+    q = q.reshape(batch, num_new, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
+
+    def scores(keys: Array) -> Array:
+        return jnp.einsum("btkgd,bskd->bkgts", q, keys, preferred_element_type=jnp.float32)
+
+    old = jnp.where(valid[:, None, None, None], scores(cached_k), MASKED)
+    new = jnp.where(jnp.tril(jnp.ones((num_new, num_new), bool)), scores(k), MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(v.dtype)
+    old, new = jnp.split(weights, [cached_k.shape[1]], axis=-1)
+    out = jnp.einsum("bkgts,bskd->btkgd", old, cached_v)
+    out += jnp.einsum("bkgts,bskd->btkgd", new, v)
+    return out.reshape(batch, num_new, num_heads, head_dim)
+
+
+class Llama(nn.Module):
+    """Embedding, stacked layers, final norm and head; the caller decides where segments end."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        init = nn.initializers.normal(config.init_std)
+        self.embedding = nn.Embed(
+            config.vocab_size, config.width, dtype=self.dtype, embedding_init=init
+        )
+        self.blocks = Stack(LlamaBlock, config, config.depth, self.dtype, config.remat)
+        self.norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype)
+        if not config.tie_embeddings:
+            self.head = nn.Dense(
+                config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init
+            )
+
+    def embed(self, tokens: Array) -> Array:
+        """float[B, T, D] of int32[B, T] token ids."""
+        return self.embedding(tokens)
+
+    def logits(self, x: Array) -> Array:
+        """float32[..., V] of the residual stream."""
+        x = self.norm(x)
+        logits = self.embedding.attend(x) if self.config.tie_embeddings else self.head(x)
+        return logits.astype(jnp.float32)
+
+    def run(self, x: Array, position: Array, *, start: int, stop: int) -> Any:
+        """Layers `[start, stop)` over a packed sequence: `StackOutput`, its extras the layers'
+        (k, v), each [L, B, S, K, d]."""
+        tables = rotary_tables(position, config=self.config)
+        return self.blocks(x, tables, start=start, stop=stop)
+
+    def run_cached(
+        self, x: Array, position: Array, cache: SegmentCache, *, start: int, stop: int
+    ) -> Any:
+        """Layers `[start, stop)` over new entries float[B, T, D] that also see `cache`."""
+        tables = rotary_tables(position, config=self.config)
+        valid = jnp.broadcast_to(cache.valid, (stop - start, *cache.valid.shape))
+        per_layer = ((cache.k, cache.v, valid),)
+        return self.blocks(x, tables, start=start, stop=stop, per_layer=per_layer)
+
+    def text_attention(
+        self, x: Array, position: Array, *, layer: int, row_weight: Array, rows: Array, rotary: str
+    ) -> Array:
+        """`LlamaBlock.text_attention` of one layer; `rotary` is a plan's "with" or "without"."""
+        tables = rotary_tables(position, config=self.config) if rotary == "with" else None
+        return self.blocks.layer(layer, x, tables, row_weight, rows, method="text_attention")

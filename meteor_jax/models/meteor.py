@@ -1,0 +1,295 @@
+"""The whole model: encoders, projectors, fusion and decoder, each cut as a `PrunePlan` says.
+
+B examples, M images an example, I images, N visual tokens, T text tokens, S entries of the joined
+row, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from meteor_jax.models.clip import Clip, ClipConfig
+from meteor_jax.models.convnext import ConvNext, ConvNextConfig
+from meteor_jax.models.fusion import (
+    concatenate_channels,
+    concatenate_sequence,
+    entry_of_slot,
+    number_through,
+    splice,
+)
+from meteor_jax.models.layers import constrain
+from meteor_jax.models.llama import Llama, LlamaConfig
+from meteor_jax.models.pix2struct import Pix2Struct, Pix2StructConfig
+from meteor_jax.models.prefill import SegmentRun, new_position, run_segments
+from meteor_jax.models.projector import Projector
+from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD
+from meteor_jax.pruning.fuse import Span, fuse
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.types import (
+    Array,
+    Batch,
+    CutTrace,
+    DecodeCache,
+    EncodeTrace,
+    PruneTrace,
+    VisualTokens,
+)
+
+ENCODERS = {"clip": Clip, "convnext": ConvNext, "pix2struct": Pix2Struct}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeteorConfig:
+    """Which encoders, which decoder, and how they are joined.
+
+    Attributes:
+        encoders: names out of `ENCODERS`, in the order of their tokens or channels.
+        fusion: "post": a projector an encoder, tokens joined along the sequence (METEOR);
+            "pre": channels joined on a common grid, one projector (EAGLE).
+        grid: side of the common grid of "pre".
+        image_size: side of the images that all encoders start from.
+        dtype: of the computation; parameters are float32.
+    """
+
+    encoders: tuple[str, ...] = ("clip", "convnext", "pix2struct")
+    clip: ClipConfig = ClipConfig()
+    convnext: ConvNextConfig = ConvNextConfig()
+    pix2struct: Pix2StructConfig = Pix2StructConfig()
+    llama: LlamaConfig = LlamaConfig()
+    fusion: Literal["post", "pre"] = "post"
+    grid: int = 32
+    image_size: int = 1024
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.encoders if name not in ENCODERS]
+        if unknown or not self.encoders:
+            raise ValueError(
+                f"encoders: expected names out of {', '.join(ENCODERS)}, got {self.encoders}."
+            )
+
+    def encoder(self, name: str) -> Any:
+        """The config of one encoder."""
+        return getattr(self, name)
+
+    def active_encoders(self, plan: PrunePlan) -> tuple[str, ...]:
+        """The encoders that `plan` runs, in the model's order.
+
+        Raises:
+            ValueError: if the plan names an encoder that the model lacks.
+        """
+        unknown = [name for name in plan.encoders if name not in self.encoders]
+        if unknown:
+            raise ValueError(
+                f"plan '{plan.name}' runs {', '.join(unknown)}, but the model has "
+                f"{', '.join(self.encoders)}."
+            )
+        return tuple(name for name in self.encoders if not plan.encoders or name in plan.encoders)
+
+
+@flax.struct.dataclass
+class Encoded:
+    """Images as the LLM takes them: `tokens` of [I, N, D], and what was pruned on the way."""
+
+    tokens: VisualTokens
+    trace: PruneTrace
+
+
+@flax.struct.dataclass
+class Forward:
+    """`logits` float32[B, T, V]; those at place t predict the text token at t + 1."""
+
+    logits: Array
+    trace: PruneTrace
+
+
+@flax.struct.dataclass
+class Prefilled:
+    """`logits` float32[B, V] of each row's last prompt token, the cache, and the cuts made."""
+
+    logits: Array
+    cache: DecodeCache
+    cuts: tuple[CutTrace, ...]
+
+
+@flax.struct.dataclass
+class Extended:
+    """`logits` float32[B, T, V] of the new tokens, and the longer cache."""
+
+    logits: Array
+    cache: DecodeCache
+
+
+class Meteor(nn.Module):
+    """A multi-encoder vision-language model. Its parameters do not depend on any plan."""
+
+    config: MeteorConfig
+
+    def setup(self) -> None:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        width = config.llama.width
+        for name in config.encoders:
+            setattr(self, name, ENCODERS[name](config.encoder(name), dtype))
+            if config.fusion == "post":
+                setattr(self, f"projector_{name}", Projector(width, dtype))
+        if config.fusion == "pre":
+            self.projector = Projector(width, dtype)
+        self.llama = Llama(config.llama, dtype)
+
+    def __call__(self, batch: Batch, *, plan: PrunePlan) -> Forward:
+        """One forward pass over whole conversations, for training and for scoring text."""
+        rows, images = batch.image_valid.shape
+        encoded = self.encode_images(
+            batch.images.reshape(rows * images, *batch.images.shape[2:]), plan=plan
+        )
+        visual = jax.tree.map(
+            lambda array: array.reshape(rows, images, *array.shape[1:]), encoded.tokens
+        )
+        run = self._run_segments(
+            visual, image_valid=batch.image_valid, tokens=batch.tokens,
+            text_valid=batch.text_valid, plan=plan, num_new=0,
+        )
+        entries = entry_of_slot(run.sequence, num_slots=batch.tokens.shape[1])
+        x = jnp.take_along_axis(run.sequence.x, entries[..., None], axis=1)
+        logits = constrain(self.llama.logits(x), "btv")
+        return Forward(logits=logits, trace=encoded.trace.replace(cuts=run.cuts))
+
+    def encode_images(self, images: Array, *, plan: PrunePlan) -> Encoded:
+        """Stages 1 and 2: raw RGB uint8[I, H, W, 3] to the visual tokens that enter the LLM."""
+        config = self.config
+        names = config.active_encoders(plan)
+        if self.is_initializing():
+            names = config.encoders
+        if images.shape[1:] != (config.image_size, config.image_size, 3):
+            raise ValueError(
+                f"expected images of {config.image_size}×{config.image_size}×3, got "
+                f"{'×'.join(map(str, images.shape[1:]))}; set model.image_size or resize the data."
+            )
+        pixels = (images / jnp.float32(255) - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
+        pixels = pixels.astype(config.dtype)
+        shapes = {name: config.encoder(name) for name in names}
+        cuts = plan.encode.encoder_cuts(shapes) if plan.encode else {}
+        outputs = {name: getattr(self, name)(pixels, cuts=cuts.get(name)) for name in names}
+        grids = [shapes[name].grid for name in names]
+
+        if config.fusion == "post":
+            tokens, spans = concatenate_sequence(
+                [getattr(self, f"projector_{name}")(outputs[name].x) for name in names],
+                [outputs[name].raster for name in names],
+                names=names, grids=grids, positions=plan.positions,
+            )
+        else:
+            if plan.encode is not None or len(names) < len(config.encoders):
+                raise ValueError(
+                    f"plan '{plan.name}' cuts inside the encoders, but fusion='pre' needs all "
+                    "their grids whole; use fusion='post'."
+                )
+            joined = concatenate_channels(
+                [outputs[name].x for name in names], grids=grids, grid=config.grid
+            )
+            tokens = _on_common_grid(self.projector(joined))
+            spans = (Span(encoder="all", start=0, size=config.grid**2, grid=config.grid),)
+        if plan.fuse is not None:
+            seed = _hash_images(images)
+            tokens = fuse(tokens, plan=plan.fuse, spans=spans, image_seed=seed)
+            if plan.positions == "compact":
+                tokens = number_through(tokens)
+        return Encoded(
+            tokens=tokens.replace(x=constrain(tokens.x, "btd")),
+            trace=PruneTrace(
+                encode={name: EncodeTrace(kept=outputs[name].kept) for name in names},
+                fused_encoder=tokens.encoder,
+                fused_raster=tokens.raster,
+            ),
+        )
+
+    def prefill(
+        self,
+        visual: VisualTokens,
+        *,
+        image_valid: Array,
+        tokens: Array,
+        text_valid: Array,
+        plan: PrunePlan,
+        max_new_tokens: int,
+    ) -> Prefilled:
+        """Stage 3: reads the prompts, dropping visual tokens on the way up.
+
+        Shapes:
+            visual: VisualTokens of [B, M, N, D]; image_valid: bool[B, M].
+            tokens: int32[B, T], padded on the right; text_valid: bool[B, T].
+            max_new_tokens: room in the cache.
+        """
+        run = self._run_segments(
+            visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid, plan=plan,
+            num_new=max_new_tokens,
+        )
+        last = jnp.maximum(run.sequence.valid.sum(1) - 1, 0)
+        x = jnp.take_along_axis(run.sequence.x, last[:, None, None], axis=1)[:, 0]
+        return Prefilled(
+            logits=self.llama.logits(x),
+            cache=DecodeCache(segments=run.segments, num_new=jnp.zeros((), jnp.int32)),
+            cuts=run.cuts,
+        )
+
+    def extend(self, cache: DecodeCache, tokens: Array) -> Extended:
+        """Appends int32[B, T] text tokens to every row of the cache.
+
+        The room that `prefill` left must hold them; a longer cache is not made here.
+        """
+        x = self.llama.embed(tokens)
+        segments, start = [], 0
+        for segment in cache.segments:
+            stop = start + segment.k.shape[0]
+            position = new_position(segment, cache.num_new, count=tokens.shape[1])
+            out = self.llama.run_cached(x, position, segment, start=start, stop=stop)
+            segments.append(segment.append(*out.extras, num_new=cache.num_new))
+            x, start = out.x, stop
+        grown = DecodeCache(segments=tuple(segments), num_new=cache.num_new + tokens.shape[1])
+        return Extended(logits=self.llama.logits(x), cache=grown)
+
+    def _run_segments(
+        self, visual: VisualTokens, *, image_valid: Array, tokens: Array, text_valid: Array,
+        plan: PrunePlan, num_new: int,
+    ) -> SegmentRun:
+        text = self.llama.embed(jnp.maximum(tokens, 0))
+        sequence = splice(
+            text, tokens=tokens, text_valid=text_valid, visual=visual, image_valid=image_valid
+        )
+        sequence = sequence.replace(x=constrain(sequence.x, "btd"))
+        if self.is_initializing():
+            out = self.llama.run(sequence.x, sequence.position, start=0, stop=1)
+            return SegmentRun(sequence.replace(x=out.x), segments=(), cuts=())
+        return run_segments(
+            Llama(self.config.llama, jnp.dtype(self.config.dtype), parent=None),
+            self.llama.variables,
+            sequence,
+            plan=plan.decode,
+            num_text=tokens.shape[1],
+            num_images=image_valid.sum(1),
+            max_images=image_valid.shape[1],
+            visual_per_image=visual.num_tokens,
+            num_new=num_new,
+        )
+
+
+def _on_common_grid(x: Array) -> VisualTokens:
+    """VisualTokens of [I, N, D] whose tokens lie on one grid that all encoders share."""
+    place = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return VisualTokens(
+        x=x, encoder=jnp.zeros_like(place), raster=place, position=place, span=x.shape[1]
+    )
+
+
+def _hash_images(images: Array) -> Array:
+    """uint32[I]: a hash of the pixels, exact, so the same on every device and in every batch."""
+    flat = images.reshape(images.shape[0], -1).astype(jnp.uint32)
+    weight = jnp.arange(flat.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    return (flat * weight).sum(1, dtype=jnp.uint32)

@@ -1,0 +1,118 @@
+"""Where arrays lie: the mesh, path rules for parameters, and batches.
+
+Three axes: `data` (batches are split, parameters copied), `fsdp` (batches and parameters are
+split) and `tensor` (parameters are split within a layer). Models pin activations with
+`models.layers.constrain`, which is in force under `jax.set_mesh(mesh)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from meteor_jax.config import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# (path pattern, how the last dimensions are split); the first match wins. Dimensions in front of
+# those named, such as the stacked layers, stay whole. Kernels are [in, out].
+PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(bias|scale)$", ()),
+    (r"(query|key|value|gate|up|fc1|head)/kernel$", ("fsdp", "tensor")),
+    (r"(out|down|fc2)/kernel$", ("tensor", "fsdp")),
+    (r"llama/embedding/embedding$", ("tensor", "fsdp")),
+    (r"(stem|downsample\d+|patch_embedding|depthwise)/kernel$", ("fsdp",)),
+    (r"_embedding$", ("fsdp",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be −1 and takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all).
+
+    Raises:
+        ConfigError: if the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ConfigError(f"mesh {asked}: sizes are at least 1, and at most one of them is -1.")
+    rest = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % rest == 0:
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"mesh {asked} does not fit {len(devices)} devices: choose sizes whose product is "
+            f"{len(devices)}, or set one axis to -1."
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, *, where: str) -> None:
+    """Raises ConfigError unless `batch_size` rows divide evenly among the mesh's batch axes."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % shards:
+        raise ConfigError(
+            f"{where}: {batch_size} rows do not divide into data × fsdp = {shards} parts; use a "
+            f"multiple of {shards}."
+        )
+
+
+def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How the parameter at `path` ("llama/blocks/…") is split.
+
+    A dimension that its axis does not divide stays whole, so that small models run on any mesh.
+
+    Raises:
+        ValueError: if no rule matches a parameter of two or more dimensions.
+    """
+    if len(shape) < 2:
+        return PartitionSpec()
+    for pattern, axes in PARAMETER_RULES:
+        if re.search(pattern, path):
+            padded = (None,) * (len(shape) - len(axes)) + axes[-len(shape) :]
+            return PartitionSpec(
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(padded, shape, strict=True)
+                )
+            )
+    raise ValueError(
+        f"no sharding rule matches parameter {path} {tuple(shape)}: add one to "
+        "meteor_jax.parallel.PARAMETER_RULES."
+    )
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs).
+
+    Works for anything that holds parameters under their own paths: a whole train state too.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays, this process's rows of the batch, as one global array split by rows."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,153 @@
+"""Named plans: METEOR, its controls and its competitors, and how a command line names them.
+
+A baseline is a plan and nothing else; the code that runs it is METEOR's.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from meteor_jax.config import ConfigError, suggest
+from meteor_jax.pruning.plan import DecodePlan, EncodePlan, FusePlan, PrunePlan, override
+
+
+def full() -> PrunePlan:
+    """Nothing is pruned."""
+    return PrunePlan(name="full")
+
+
+def meteor(
+    *,
+    encode: tuple[int, int, int],
+    fuse: int,
+    layers: tuple[int, ...] = (),
+    keep: tuple[int, ...] = (),
+) -> PrunePlan:
+    """METEOR's three stages; without `layers`, the first two."""
+    return PrunePlan(
+        name="meteor",
+        encode=EncodePlan(keep=encode),
+        fuse=FusePlan(keep=fuse),
+        decode=DecodePlan(layers=layers, keep=keep) if layers else None,
+    )
+
+
+def random(*, keep: int, seed: int = 0) -> PrunePlan:
+    """`keep` tokens drawn by chance at fusion."""
+    return PrunePlan(name="random", fuse=FusePlan(keep=keep, criterion="random", seed=seed))
+
+
+def uniform(*, keep: int) -> PrunePlan:
+    """Every n-th token at fusion."""
+    return PrunePlan(name="uniform", fuse=FusePlan(keep=keep, criterion="uniform"))
+
+
+def pool(*, keep: int) -> PrunePlan:
+    """Each encoder's grid averaged down to at most `keep` cells over all."""
+    return PrunePlan(name="pool", fuse=FusePlan(keep=keep, criterion="pool"))
+
+
+def independent(*, keep: int) -> PrunePlan:
+    """Each encoder drops its own redundant tokens, without looking at the others."""
+    return PrunePlan(name="independent", fuse=FusePlan(keep=keep, criterion="independent"))
+
+
+def fastv(*, layer: int = 2, keep: int) -> PrunePlan:
+    """FastV (ECCV 2024): before `layer`, by the last prompt token's attention one layer earlier,
+    mean over heads; positions stay."""
+    return PrunePlan(
+        name="fastv",
+        decode=DecodePlan(
+            layers=(layer,), keep=(keep,), budget="fixed", queries="last", heads=0
+        ),
+    )
+
+
+def pyramiddrop(*, layers: tuple[int, ...], keep: tuple[int, ...]) -> PrunePlan:
+    """PyramidDrop (CVPR 2025): several cuts, ranked with the next layer's queries and keys of
+    the last prompt token, mean over heads; positions are numbered anew."""
+    return PrunePlan(
+        name="pyramiddrop",
+        decode=DecodePlan(
+            layers=layers, keep=keep, budget="fixed", queries="last", heads=0,
+            score_layer="next", positions="renumber",
+        ),
+    )
+
+
+def only(*, encoders: tuple[str, ...] | str) -> PrunePlan:
+    """Some encoders alone, nothing pruned: the rival that drops an encoder."""
+    encoders = (encoders,) if isinstance(encoders, str) else tuple(encoders)
+    return PrunePlan(name="only_" + "_".join(encoders), encoders=encoders)
+
+
+PRESETS: dict[str, Callable[..., PrunePlan]] = {
+    function.__name__: function
+    for function in (full, meteor, random, uniform, pool, independent, fastv, pyramiddrop, only)
+}
+
+
+def parse_plan(text: str, *, library: Mapping[str, str] | None = None) -> PrunePlan:
+    """The plan that `text` names.
+
+    `text` is a JSON file's path, or a name with optional arguments: `full`,
+    `fastv(layer=2, keep=256)`, `meteor(decode.heads=0)`. A name is looked up in `library` (a
+    config's `plans`: name → text) first and then among the presets. Arguments of a library plan
+    replace its fields, by dotted name; those of a preset are its parameters, or dotted fields.
+
+    Raises:
+        ConfigError: one line that says what is wrong and what would be right.
+    """
+    library = dict(library or {})
+    text = text.strip()
+    if text.endswith(".json"):
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"plan file {text} does not exist.")
+        return PrunePlan.from_json(path.read_text(), where=text)
+    match = re.fullmatch(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", text, flags=re.DOTALL)
+    if not match:
+        raise ConfigError(f"plan '{text}': expected a name, name(field=value, …) or a .json file.")
+    name, arguments = match[1], _arguments(match[2] or "", text)
+    if name in library:
+        rest = {key: value for key, value in library.items() if key != name}
+        plan = override(parse_plan(library[name], library=rest), name=name)
+        return override(plan, **{"name": text.replace(" ", "")} | arguments) if arguments else plan
+    if name not in PRESETS:
+        raise ConfigError(f"no plan '{name}'.{suggest(name, [*library, *PRESETS])}")
+    dotted = {key: value for key, value in arguments.items() if "." in key or key == "positions"}
+    direct = {key: value for key, value in arguments.items() if key not in dotted}
+    parameters = inspect.signature(PRESETS[name]).parameters
+    for key in direct:
+        if key not in parameters:
+            raise ConfigError(f"plan '{text}': no argument '{key}'.{suggest(key, parameters)}")
+    required = [key for key, value in parameters.items() if value.default is value.empty]
+    missing = [key for key in required if key not in direct]
+    if missing:
+        raise ConfigError(f"plan '{text}': missing {', '.join(missing)}; write {name}"
+                          f"({', '.join(f'{key}=…' for key in required)}).")
+    try:
+        return override(PRESETS[name](**direct), **dotted)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"plan '{text}': {error}") from error
+
+
+def _arguments(text: str, plan: str) -> dict[str, Any]:
+    """`layer=2, decode.heads=0, keep=(1, 2)` as a dict; values are Python literals or words."""
+    arguments = {}
+    for part in filter(None, (p.strip() for p in re.split(r",(?![^(\[]*[)\]])", text))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
+            raise ConfigError(f"plan '{plan}': expected field=value, got '{part}'.")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return arguments

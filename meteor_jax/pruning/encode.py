@@ -1,0 +1,289 @@
+"""Stage 1: dropping tokens inside the encoders, and how many each encoder may keep.
+
+The depth of an encoder is divided into three segments, and tokens are dropped at the end of each.
+Every score is a float32 per token, the largest stay, and no gradient flows through it. How METEOR
+(arXiv 2507.20842) is read where it is silent stands with each function.
+
+I images, N tokens, K kept tokens, E encoder width, H heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meteor_jax.pruning.select import keep_topk
+from meteor_jax.types import Array
+
+NUM_SEGMENTS = 3
+
+Criterion = Literal["mean_token", "attention", "cls", "random", "uniform"]
+Assignment = Literal["rank", "uniform", "inverse_rank"]
+
+
+@dataclass(frozen=True)
+class EncoderCut:
+    """What one boundary does to one encoder.
+
+    Attributes:
+        keep: tokens of an image that stay.
+        criterion: "mean_token" drops the tokens most like their mean; "attention" drops those that
+            get the least attention from all queries of the segment's last block; "cls" likewise,
+            from the CLS token alone; "random" keeps one draw of places, the same for every image,
+            so that an image's tokens do not depend on its batch mates; "uniform" keeps an even
+            stride.
+        seed: of "random".
+    """
+
+    keep: int
+    criterion: Criterion = "mean_token"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep: expected at least 1 token, got {self.keep}.")
+        if self.criterion not in get_args(Criterion):
+            valid = ", ".join(get_args(Criterion))
+            raise ValueError(f"criterion: expected one of {valid}, got {self.criterion!r}.")
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """The tokens of one encoder.
+
+    Shapes:
+        x: float[I, N, E].
+        raster: int32[I, N]; row-major place of each token in the encoder's own output grid.
+        kept: int32[I, K] a boundary: the tokens alive after it, in the same numbering; empty where
+            the encoder ran without cuts.
+    """
+
+    x: Array
+    raster: Array
+    kept: tuple[Array, ...] = ()
+
+
+def encode_segments(
+    x: Array,
+    *,
+    cuts: tuple[EncoderCut, ...] | None,
+    bounds: tuple[int, ...],
+    run: Callable[[Array, int, int], tuple[Array, Array]],
+    attention: Callable[[int, Array, str], Array],
+    num_prefix: int = 0,
+) -> EncoderOutput:
+    """Runs blocks segment by segment and cuts at the end of each.
+
+    Args:
+        x: float[I, P + N, E], in raster order; the first `num_prefix` = P tokens (a CLS) are never
+            cut and do not come out.
+        cuts: one a segment, or None to run all blocks at once.
+        bounds: the block at which each segment ends.
+        run: (x, start, stop) → x after those blocks, and the input of the last of them.
+        attention: (block, its input, criterion) → float32[I, N], the attention that the tokens
+            receive there. A segment without blocks, in an encoder of fewer blocks than segments,
+            asks the next block.
+
+    Raises:
+        ValueError: if there is not one cut a segment, or a cut keeps more than there is.
+    """
+    num_tokens = x.shape[1] - num_prefix
+    raster = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (x.shape[0], num_tokens))
+    if cuts is None:
+        x, _ = run(x, 0, bounds[-1])
+        return EncoderOutput(x=x[:, num_prefix:], raster=raster)
+    check_cuts(cuts)
+    start, kept = 0, []
+    for cut, stop in zip(cuts, bounds, strict=True):
+        x, last_input = run(x, start, stop)
+        block = min(max(start, stop - 1), bounds[-1] - 1)
+        received = functools.partial(attention, block, last_input, cut.criterion)
+        tokens, raster = cut_tokens(x[:, num_prefix:], raster, cut=cut, attention=received)
+        x = jnp.concatenate([x[:, :num_prefix], tokens], axis=1) if num_prefix else tokens
+        kept.append(raster)
+        start = stop
+    return EncoderOutput(x=x[:, num_prefix:], raster=raster, kept=tuple(kept))
+
+
+def check_cuts(cuts: tuple[EncoderCut, ...]) -> None:
+    """Raises ValueError unless there is one cut a segment."""
+    if len(cuts) != NUM_SEGMENTS:
+        raise ValueError(f"cuts: expected {NUM_SEGMENTS}, one a segment, got {len(cuts)}.")
+
+
+def cut_tokens(
+    x: Array, raster: Array, *, cut: EncoderCut, attention: Callable[[], Array] | None = None
+) -> tuple[Array, Array]:
+    """Keeps the `cut.keep` tokens with the largest scores, in the order in which they came.
+
+    Shapes:
+        x: float[I, N, E]; raster: int32[I, N].
+        attention: called only where the criterion needs it, returns float[I, N].
+        returns: float[I, K, E] and int32[I, K]; the inputs themselves where K = N.
+
+    Raises:
+        ValueError: if K > N, or the criterion needs attention and there is none.
+    """
+    num_tokens = x.shape[1]
+    if cut.keep == num_tokens:
+        return x, raster
+    scores = jax.lax.stop_gradient(_score(x, cut, attention))
+    idx = keep_topk(scores, keep=cut.keep).idx
+    return (
+        jnp.take_along_axis(x, idx[..., None], axis=1),
+        jnp.take_along_axis(raster, idx, axis=1),
+    )
+
+
+def _score(x: Array, cut: EncoderCut, attention: Callable[[], Array] | None) -> Array:
+    num_images, num_tokens, _ = x.shape
+    if cut.criterion == "mean_token":
+        return -mean_token_similarity(x)
+    if cut.criterion in ("attention", "cls"):
+        if attention is None:
+            raise ValueError(
+                f"criterion {cut.criterion!r} needs attention, which this encoder lacks; "
+                "use 'mean_token', 'random' or 'uniform'."
+            )
+        return attention()
+    if cut.criterion == "random":
+        scores = jax.random.uniform(jax.random.key(cut.seed), (num_tokens,))
+    else:
+        # The middles of `keep` equal stretches.
+        places = (2 * np.arange(cut.keep) + 1) * num_tokens // (2 * cut.keep)
+        scores = jnp.zeros(num_tokens).at[places].set(1.0)
+    return jnp.broadcast_to(scores, (num_images, num_tokens))
+
+
+def mean_token_similarity(x: Array) -> Array:
+    """Redundancy of each token: its cosine with the mean of the image's tokens.
+
+    The mean token carries what the tokens share, mostly background.
+
+    Shapes:
+        x: float[I, N, E].
+        returns: float32[I, N] in [−1, 1]; 0 for a token, or a mean, that is all zeros.
+    """
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=-2, keepdims=True)
+    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(mean, axis=-1)
+    return (x * mean).sum(-1) / jnp.maximum(norms, 1e-12)
+
+
+def allocate(
+    keep_total: int,
+    *,
+    ranks: Mapping[str, float],
+    available: Mapping[str, int],
+    assignment: Assignment = "rank",
+    quantum: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Shares the tokens of one boundary among the encoders: k^l = k · r^l / Σ r.
+
+    An encoder never gets more than it has; what is over goes to the others by the same rule.
+    Fractions are settled by largest remainder, so the counts sum to `keep_total` exactly.
+
+    Args:
+        keep_total: tokens over all encoders that stay.
+        ranks: by encoder, the numerical rank of its features.
+        available: by encoder, the tokens that it has at this boundary.
+        assignment: weights by rank, equal weights, or weights by 1 / rank.
+        quantum: by encoder, what its count must be a multiple of (the number of its attention
+            windows); 1 where absent.
+
+    Raises:
+        ValueError: if the encoders do not have `keep_total` tokens, or multiples cannot meet it.
+    """
+    if assignment not in get_args(Assignment):
+        valid = ", ".join(get_args(Assignment))
+        raise ValueError(f"assignment: expected one of {valid}, got {assignment!r}.")
+    missing = sorted(set(available) - set(ranks))
+    if missing and assignment != "uniform":
+        raise ValueError(f"ranks: none for {', '.join(missing)}; calibrate, or assign uniformly.")
+    low = [name for name in available if assignment != "uniform" and not ranks[name] > 0]
+    if low:
+        raise ValueError(f"ranks: expected more than 0 for {', '.join(low)}.")
+    weights = {
+        name: {"rank": ranks.get(name, 1.0), "uniform": 1.0}.get(
+            assignment, 1.0 / ranks.get(name, 1.0)
+        )
+        for name in available
+    }
+    if not 0 <= keep_total <= sum(available.values()):
+        raise ValueError(
+            f"expected to keep between 0 and {sum(available.values())} tokens, which the encoders "
+            f"have at this boundary, got {keep_total}; lower the budget."
+        )
+    step = {name: (quantum or {}).get(name, 1) for name in available}
+    counts: dict[str, int] = {}
+    open_caps = dict(available)
+    # Coarse steps are settled first; those that can take any number absorb the rounding.
+    for name in sorted((n for n in available if step[n] > 1), key=lambda n: -step[n]):
+        left = keep_total - sum(counts.values())
+        wanted = _fill(left, weights, open_caps)[name]
+        others = sum(cap for other, cap in open_caps.items() if other != name)
+        least = math.ceil(max(left - others, 0) / step[name])
+        most = min(open_caps.pop(name), left) // step[name]
+        counts[name] = step[name] * min(max(round(wanted / step[name]), least), most)
+    left = keep_total - sum(counts.values())
+    if left > sum(open_caps.values()):
+        raise ValueError(
+            f"{keep_total} tokens cannot be met in multiples of "
+            f"{', '.join(f'{step[n]} ({n})' for n in counts)}; change the budget by {left}."
+        )
+    shares = _fill(left, weights, open_caps)
+    counts |= {name: math.floor(share) for name, share in shares.items()}
+    by_remainder = sorted(
+        (name for name in shares if counts[name] < open_caps[name]),
+        key=lambda name: counts[name] - shares[name],
+    )
+    for name in by_remainder[: keep_total - sum(counts.values())]:
+        counts[name] += 1
+    return {name: counts[name] for name in available}
+
+
+def _fill(
+    total: int, weights: Mapping[str, float], caps: Mapping[str, int]
+) -> dict[str, float]:
+    """Real-valued shares of `total` in proportion to `weights`, none above its cap."""
+    shares: dict[str, float] = {}
+    active = dict(caps)
+    while active:
+        left = total - sum(shares.values())
+        weight = sum(weights[name] for name in active)
+        wanted = {name: left * weights[name] / weight for name in active}
+        full = [name for name in active if wanted[name] >= active[name]]
+        if not full:
+            return shares | wanted
+        shares |= {name: active.pop(name) for name in full}
+    return shares
+
+
+def numerical_rank(
+    features: Array, *, mode: Literal["tolerance", "energy"] = "tolerance", energy: float = 0.99
+) -> Array:
+    """How many singular values of a feature map count.
+
+    "tolerance" counts those above max(N, D) · eps · σ₁, in float32; "energy" counts the fewest
+    largest whose squares make up the share `energy` of all.
+
+    Shapes:
+        features: float[N, D].
+        returns: int32[].
+    """
+    singular = jnp.linalg.svd(features.astype(jnp.float32), compute_uv=False)
+    if mode == "tolerance":
+        tolerance = max(features.shape) * jnp.finfo(jnp.float32).eps * singular[0]
+        return (singular > tolerance).sum()
+    if mode == "energy":
+        share = jnp.cumsum(singular**2) / jnp.maximum((singular**2).sum(), 1e-30)
+        return jnp.minimum((share < energy).sum() + 1, singular.size)
+    raise ValueError(f"mode: expected 'tolerance' or 'energy', got {mode!r}.")

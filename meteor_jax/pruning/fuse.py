@@ -1,0 +1,178 @@
+"""Stage 2: what the encoders share is dropped where they are joined.
+
+I images, N tokens of all encoders in (encoder, raster) order, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meteor_jax.pruning.encode import allocate, mean_token_similarity
+from meteor_jax.pruning.plan import FusePlan
+from meteor_jax.pruning.select import keep_topk
+from meteor_jax.types import Array, VisualTokens, take_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """One encoder's tokens within the joined row: `[start, start + size)`. Static.
+
+    Attributes:
+        grid: side of the encoder's full output grid, which pooling needs.
+    """
+
+    encoder: str
+    start: int
+    size: int
+    grid: int
+
+    def of(self, x: Array) -> Array:
+        """The encoder's part of `x`, [I, N, ...]."""
+        return x[:, self.start : self.start + self.size]
+
+
+def fuse(
+    tokens: VisualTokens, *, plan: FusePlan, spans: tuple[Span, ...], image_seed: Array
+) -> VisualTokens:
+    """The `plan.keep` tokens that enter the LLM, in (encoder, raster) order.
+
+    Shapes:
+        tokens: VisualTokens of [I, N, D]; `spans` say which encoder holds which.
+        image_seed: uint32[I]; a hash of each image, so that "random" does not depend on the batch.
+
+    Raises:
+        ValueError: if the budget is larger than N, or pooling meets tokens cut before.
+    """
+    if plan.criterion == "pool":
+        return _pool(tokens, keep=plan.keep, spans=spans)
+    if plan.keep > tokens.num_tokens:
+        raise ValueError(
+            f"fuse.keep={plan.keep} but only {tokens.num_tokens} tokens reach fusion; lower "
+            "fuse.keep or keep more inside the encoders."
+        )
+    if plan.criterion == "independent":
+        idx = _keep_in_each(tokens.x, keep=plan.keep, spans=spans)
+    else:
+        scores = fuse_scores(tokens.x, plan=plan, spans=spans, image_seed=image_seed)
+        scores = _raise_floor(scores, keep=plan.keep, floor=plan.floor, spans=spans)
+        idx = keep_topk(scores, keep=plan.keep).idx
+    return take_tokens(tokens, idx)
+
+
+def fuse_scores(
+    x: Array, *, plan: FusePlan, spans: tuple[Span, ...], image_seed: Array
+) -> Array:
+    """float32[I, N]: what ranks the tokens of all encoders jointly; the highest stay."""
+    num_tokens = x.shape[1]
+    if plan.criterion == "cooperative":
+        return -mutual_redundancy(x, spans=spans, similarity=plan.similarity)
+    if plan.criterion == "random":
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(plan.seed), seed))
+        return jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys(image_seed))
+    # "uniform": the tokens in the middle of `keep` equal strides over the joined row.
+    kept = (np.arange(plan.keep) + 0.5) * num_tokens / plan.keep
+    scores = np.zeros(num_tokens, np.float32)
+    scores[kept.astype(int)] = 1.0
+    return jnp.broadcast_to(scores, x.shape[:2])
+
+
+def mutual_redundancy(
+    x: Array, *, spans: tuple[Span, ...], similarity: str = "cosine"
+) -> Array:
+    """METEOR's R_i^j = Σ_{l≠j} Σ_m S(z_i^j, z_m^l): how much other encoders say the same.
+
+    With a signed cosine the sum is linear, R_i^j = u_i · Σ of all other encoders' unit tokens,
+    so no N × N matrix is built; "abs_cosine" needs one.
+
+    Shapes:
+        x: float[I, N, D]; returns float32[I, N].
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    parts = [span.of(x) for span in spans]
+    if similarity == "centered_cosine":
+        parts = [part - part.mean(1, keepdims=True) for part in parts]
+    # The epsilon keeps an all-zero token at similarity 0 instead of NaN.
+    units = [part / (jnp.linalg.norm(part, axis=-1, keepdims=True) + 1e-6) for part in parts]
+    if similarity == "abs_cosine":
+        everything = jnp.concatenate(units, axis=1)
+        mass = [jnp.abs(jnp.einsum("ind,imd->inm", unit, everything)) for unit in units]
+        return jnp.concatenate(
+            [m.sum(-1) - span.of(m.swapaxes(1, 2)).sum(1) for m, span in zip(mass, spans)], axis=1
+        )
+    sums = [unit.sum(1) for unit in units]
+    total = sum(sums)
+    return jnp.concatenate(
+        [jnp.einsum("ind,id->in", unit, total - own) for unit, own in zip(units, sums)], axis=1
+    )
+
+
+def _raise_floor(
+    scores: Array, *, keep: int, floor: float, spans: tuple[Span, ...]
+) -> Array:
+    """Lifts each encoder's best `floor · keep` tokens above all others."""
+    if floor <= 0:
+        return scores
+    sure = [min(int(floor * keep), span.size) for span in spans]
+    if sum(sure) > keep:
+        raise ValueError(f"fuse.floor={floor} for {len(spans)} encoders is more than fuse.keep.")
+    ranks = [jnp.argsort(jnp.argsort(-span.of(scores), axis=1), axis=1) for span in spans]
+    lifted = jnp.concatenate([rank < count for rank, count in zip(ranks, sure)], axis=1)
+    return jnp.where(lifted, jnp.inf, scores)
+
+
+def _keep_in_each(x: Array, *, keep: int, spans: tuple[Span, ...]) -> Array:
+    """int32[I, keep]: every encoder keeps its share of tokens least like its own mean token."""
+    sizes = {span.encoder: span.size for span in spans}
+    shares = allocate(keep, ranks=sizes, available=sizes, assignment="rank")
+    return jnp.concatenate(
+        [
+            span.start + keep_topk(-mean_token_similarity(span.of(x)), keep=shares[span.encoder]).idx
+            for span in spans
+        ],
+        axis=1,
+    )
+
+
+def pooled_grids(keep: int, *, spans: tuple[Span, ...]) -> tuple[int, ...]:
+    """Sides of the pooled grids: in proportion to the tokens, at most `keep` cells over all."""
+    total = sum(span.size for span in spans)
+    sides = [max(1, int((keep * span.size / total) ** 0.5)) for span in spans]
+    for i, span in enumerate(spans):
+        larger = sides[i] + 1
+        if larger <= span.grid and sum(s * s for s in sides) - sides[i] ** 2 + larger**2 <= keep:
+            sides[i] = larger
+    return tuple(sides)
+
+
+def _pool(tokens: VisualTokens, *, keep: int, spans: tuple[Span, ...]) -> VisualTokens:
+    """Averages cells of each encoder's grid; a cell takes the place of its middle token."""
+    for span in spans:
+        if span.size != span.grid**2:
+            raise ValueError(
+                f"pool needs {span.encoder}'s whole {span.grid}×{span.grid} grid, but "
+                f"{span.size} tokens arrive; use it without stage 1."
+            )
+    pooled, middles = [], []
+    for span, side in zip(spans, pooled_grids(keep, spans=spans)):
+        weights = _cell_weights(span.grid, side)
+        x = span.of(tokens.x).reshape(-1, span.grid, span.grid, tokens.x.shape[-1])
+        x = jnp.einsum("pg,qh,ighd->ipqd", weights, weights, x)
+        pooled.append(x.reshape(x.shape[0], side * side, -1))
+        middle = ((np.arange(side) + 0.5) * span.grid / side).astype(int)
+        middles.append(span.start + (middle[:, None] * span.grid + middle).ravel())
+    idx = jnp.asarray(np.concatenate(middles), jnp.int32)
+    places = take_tokens(tokens, jnp.broadcast_to(idx, (tokens.x.shape[0], idx.size)))
+    return places.replace(x=jnp.concatenate(pooled, axis=1).astype(tokens.x.dtype))
+
+
+def _cell_weights(grid: int, side: int) -> np.ndarray:
+    """float32[side, grid]: each row averages the grid lines that its cell covers, by overlap."""
+    edges = np.arange(side + 1) * grid / side
+    lines = np.arange(grid)
+    overlap = np.minimum(edges[1:, None], lines + 1) - np.maximum(edges[:-1, None], lines)
+    overlap = np.maximum(overlap, 0)
+    return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)

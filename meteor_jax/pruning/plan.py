@@ -1,0 +1,265 @@
+"""`PrunePlan`: one static description of what is pruned where.
+
+The same object serves training, evaluation, generation, cost counting and ahead-of-time
+compilation. It is hashable, so a jitted function takes it as a static argument. Each field marked
+"our reading" settles something the METEOR paper (arXiv 2507.20842) leaves open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from meteor_jax.config import ConfigError, build
+from meteor_jax.pruning.encode import Criterion, EncoderCut, allocate
+
+NUM_BOUNDARIES = 3  # METEOR divides an encoder into three segments of blocks
+
+
+class EncoderShape(Protocol):
+    """What a plan must know of an encoder; every encoder config has it."""
+
+    num_tokens: int
+    cuttable: tuple[bool, bool, bool]
+    num_windows: int
+    has_attention: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodePlan:
+    """Stage 1: tokens dropped inside the encoders, at the end of each of three segments.
+
+    Attributes:
+        keep: tokens left after each boundary, over all encoders that can drop some there
+            (ConvNeXt only at its output: our reading).
+        assignment: how a boundary's tokens are shared among the encoders. "rank" is METEOR's
+            k_b · r / Σ r; the others are its ablations.
+        ranks: (encoder, rank of its features at each boundary), measured offline.
+        criteria: how tokens are chosen at each boundary: "mean_token" (least similar to the mean
+            token stay) or "attention" (those that receive the most attention stay; ConvNeXt, which
+            has none, always uses "mean_token"). That the middle segment is "deep", and attention received stands for CLS attention, is our
+            reading; "cls" is there for encoders that keep their CLS token.
+    """
+
+    keep: tuple[int, int, int]
+    assignment: Literal["rank", "uniform", "inverse_rank"] = "rank"
+    ranks: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    criteria: tuple[Criterion, Criterion, Criterion] = ("mean_token", "attention", "attention")
+
+    def encoder_cuts(
+        self, encoders: Mapping[str, EncoderShape]
+    ) -> dict[str, tuple[EncoderCut, ...]]:
+        """What every encoder keeps at every boundary, by encoder name.
+
+        Raises:
+            ValueError: if a budget is larger than the tokens there are, or ranks are missing.
+        """
+        ranks = dict(self.ranks)
+        if self.assignment != "uniform":
+            missing = [name for name in encoders if name not in ranks]
+            if missing:
+                raise ValueError(
+                    f"no feature ranks for {', '.join(missing)}: run `python -m "
+                    "meteor_jax.tools.calibrate`, or set encode.assignment='uniform'."
+                )
+        alive = {name: shape.num_tokens for name, shape in encoders.items()}
+        cuts: dict[str, list[EncoderCut]] = {name: [] for name in encoders}
+        for boundary in range(NUM_BOUNDARIES):
+            able = [name for name, shape in encoders.items() if shape.cuttable[boundary]]
+            alive |= allocate(
+                self.keep[boundary],
+                ranks={name: ranks[name][boundary] if ranks else 1.0 for name in able},
+                available={name: alive[name] for name in able},
+                assignment=self.assignment,
+                quantum={name: encoders[name].num_windows for name in able},
+            )
+            for name, shape in encoders.items():
+                criterion = self.criteria[boundary] if shape.has_attention else "mean_token"
+                cuts[name].append(EncoderCut(alive[name], criterion=criterion))
+        return {name: tuple(cut) for name, cut in cuts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class FusePlan:
+    """Stage 2: tokens dropped where the encoders are joined.
+
+    Attributes:
+        keep: visual tokens of one image that enter the LLM.
+        criterion: "cooperative" (METEOR: least similar to the other encoders' tokens stay),
+            "independent" (each encoder drops what is most like its own mean token), "random",
+            "uniform" (equal strides), "pool" (cells of each encoder's grid are averaged).
+        similarity: S of METEOR's mutual redundancy. "centered_cosine" takes each encoder's mean
+            token away first, "abs_cosine" ignores the sign; projectors that nothing aligns make
+            that sign arbitrary (both are our additions).
+        floor: share of `keep` that every encoder is sure of (our addition; 0 is METEOR).
+        seed: of "random", which also depends on the image, never on its batch.
+    """
+
+    keep: int
+    criterion: Literal["cooperative", "independent", "random", "uniform", "pool"] = "cooperative"
+    similarity: Literal["cosine", "centered_cosine", "abs_cosine"] = "cosine"
+    floor: float = 0.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """Stage 3: visual tokens dropped between layers of the LLM, at inference only.
+
+    Attributes:
+        layers: a cut is made before each of these layers.
+        keep: visual tokens of one image kept at each cut: exactly (budget "fixed"), or on average
+            over the calibration set ("adaptive").
+        budget: "adaptive" is METEOR's K = λ · Σ of the visual attention values of the chosen
+            heads, one K an example, clipped to [limits[0]·keep, limits[1]·keep].
+        scale: λ of each cut, measured offline.
+        limits: see `budget`; our reading.
+        num_buckets: static sizes between K_min and K_max that a batch is packed into.
+        criterion: "text_attention", or the controls "random" and "uniform".
+        queries: whose attention counts: text "after_image" (METEOR; our reading of which), or
+            the "last" prompt token (FastV, PyramidDrop).
+        heads: how many heads count, those with the highest visual attention value; 0 means all.
+        score_layer: the attention of the layer before the cut ("previous"), or of the one after
+            ("next", PyramidDrop).
+        rotary: scores from rotated queries and keys ("with"), or from unrotated ones
+            ("without"), which do not favour the encoder that comes last.
+        positions: kept tokens keep their positions ("original"), or are numbered anew
+            ("renumber", PyramidDrop).
+        seed: of "random".
+    """
+
+    layers: tuple[int, ...]
+    keep: tuple[int, ...]
+    budget: Literal["adaptive", "fixed"] = "adaptive"
+    scale: tuple[float, ...] = ()
+    limits: tuple[float, float] = (0.5, 1.5)
+    num_buckets: int = 3
+    criterion: Literal["text_attention", "random", "uniform"] = "text_attention"
+    queries: Literal["after_image", "last"] = "after_image"
+    heads: int = 8
+    score_layer: Literal["previous", "next"] = "previous"
+    rotary: Literal["with", "without"] = "with"
+    positions: Literal["original", "renumber"] = "original"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.keep):
+            raise ValueError(
+                f"decode: {len(self.layers)} layers but {len(self.keep)} budgets; give one "
+                "`keep` a cut."
+            )
+        if any(later <= earlier for earlier, later in zip(self.layers, self.layers[1:])):
+            raise ValueError(f"decode.layers must increase, got {self.layers}.")
+
+    def bounds(self, cut: int) -> tuple[int, int]:
+        """(K_min, K_max): the fewest and the most visual tokens of an image after a cut."""
+        if self.budget == "fixed":
+            return self.keep[cut], self.keep[cut]
+        low, high = (round(limit * self.keep[cut]) for limit in self.limits)
+        return max(low, 1), high
+
+    def buckets(self, cut: int, *, available: int) -> tuple[int, ...]:
+        """Static sizes, increasing, that hold any K of the cut; `available` tokens at most."""
+        low, high = (min(bound, available) for bound in self.bounds(cut))
+        if low == high:
+            return (high,)
+        steps = self.num_buckets - 1
+        return tuple(low + round((high - low) * step / steps) for step in range(steps + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunePlan:
+    """What is pruned: any of METEOR's three stages, or of a baseline's.
+
+    Attributes:
+        name: for tables and files.
+        encode, fuse, decode: the stages; None leaves a stage out.
+        encoders: the only encoders to run; () means all (the ablation "one encoder dropped").
+        positions: rotary positions of an image's tokens when stages 1 or 2 dropped some: their
+            places among all tokens there would have been ("original"), or 0, 1, 2, … ("compact").
+    """
+
+    name: str = "full"
+    encode: EncodePlan | None = None
+    fuse: FusePlan | None = None
+    decode: DecodePlan | None = None
+    encoders: tuple[str, ...] = ()
+    positions: Literal["original", "compact"] = "original"
+
+    def for_training(self) -> PrunePlan:
+        """Stages 1 and 2 alone: stage 3 is for inference."""
+        return dataclasses.replace(self, decode=None)
+
+    def calibrated(self, calibration: Calibration) -> PrunePlan:
+        """This plan with the ranks and λ that were measured."""
+        plan = self
+        if plan.encode is not None and calibration.ranks:
+            ranks = tuple((name, tuple(rank)) for name, rank in calibration.ranks.items())
+            plan = dataclasses.replace(plan, encode=dataclasses.replace(plan.encode, ranks=ranks))
+        if plan.decode is not None and plan.name in calibration.scales:
+            scale = tuple(calibration.scales[plan.name])
+            plan = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
+        return plan
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str, *, where: str = "plan") -> PrunePlan:
+        """Reads `to_json`'s text.
+
+        Raises:
+            ConfigError: for an unknown field, a value of the wrong type, or broken JSON.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{where}: not valid JSON ({error}).") from error
+        return build(PrunePlan, values, where=where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Numbers measured offline that plans need; kept as `calibration.json` in the workdir.
+
+    Attributes:
+        ranks: by encoder, the numerical rank of its features at each boundary.
+        scales: by plan, λ of each cut.
+    """
+
+    ranks: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    scales: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Writes JSON, atomically."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Calibration:
+        """Reads what `save` wrote; an absent file is an empty calibration."""
+        if not path.exists():
+            return Calibration()
+        return build(Calibration, json.loads(path.read_text()), where=str(path))
+
+
+def override(plan: PrunePlan, **fields: Any) -> PrunePlan:
+    """`plan` with fields replaced, nested ones by dotted names such as `decode.heads`.
+
+    Raises:
+        ConfigError: for an unknown field, a wrong type, or a field of a stage the plan lacks.
+    """
+    values = dataclasses.asdict(plan)
+    for path, value in fields.items():
+        *stages, leaf = path.split(".")
+        target = values
+        for stage in stages:
+            target = target.get(stage)
+            if not isinstance(target, dict):
+                raise ConfigError(f"plan '{plan.name}' has no stage '{stage}' to set {path} in.")
+        target[leaf] = value
+    return build(PrunePlan, values, where=f"plan '{plan.name}'")

@@ -1,0 +1,188 @@
+"""A config file as one typed `Experiment`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from meteor_jax.config import ConfigError, build
+from meteor_jax.data.pipeline import DataConfig
+from meteor_jax.models.meteor import MeteorConfig
+from meteor_jax.parallel import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of training: what is shown, what learns, and how.
+
+    Attributes:
+        kind: "caption" (an image and its caption) or "questions" (a conversation of many turns).
+        template: how a conversation becomes text; see `data.templates`.
+        plans: names of plans, taken in turn step by step by the same parameters.
+        steps: optimizer steps; 0 leaves the stage out.
+        batch_size: rows of one step, over all devices.
+        accumulate: parts that a batch is worked through in, one after the other, to save memory.
+        learning_rate: the peak.
+        warmup: share of the steps over which the learning rate rises.
+        learning_rates_by_path: (pattern, multiplier); the first pattern found in a parameter's
+            path scales its learning rate.
+        trainable: patterns; parameters whose path holds none of them are frozen.
+        grad_clip: largest global norm of the gradient; 0 does not clip.
+        before: what is done before the stage's first step: "calibrate_ranks" measures the ranks
+            that rank-guided plans need, with the parameters as they are then.
+    """
+
+    kind: Literal["caption", "questions"] = "questions"
+    template: str = "plain"
+    plans: tuple[str, ...] = ("full",)
+    steps: int = 0
+    batch_size: int = 32
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup: float = 0.03
+    learning_rates_by_path: tuple[tuple[str, float], ...] = ()
+    trainable: tuple[str, ...] = (".*",)
+    weight_decay: float = 0.0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    grad_clip: float = 1.0
+    before: Literal["nothing", "calibrate_ranks"] = "nothing"
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size {self.batch_size} does not divide into accumulate="
+                f"{self.accumulate} parts."
+            )
+        if not self.plans:
+            raise ConfigError("plans is empty: name at least one plan, such as 'full'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Training as a whole.
+
+    Attributes:
+        pretrain, finetune: the stages, in this order.
+        ema: decay of the moving average of the parameters, which is then what is evaluated;
+            0 keeps none.
+        initial_checkpoint: workdir of a run whose parameters this one starts from; "" starts
+            from nothing.
+        log_every: steps between fetches of the metrics from the device.
+        eval_every: steps between evaluations; 0 evaluates at the end only.
+        checkpoint_every: steps between checkpoints; 0 saves at the end only.
+        keep_checkpoints: how many of the newest to keep.
+    """
+
+    pretrain: StageConfig = StageConfig(kind="caption")
+    finetune: StageConfig = StageConfig()
+    ema: float = 0.0
+    initial_checkpoint: str = ""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ConfigError(f"log_every is at least 1, got {self.log_every}.")
+        if not self.stages():
+            raise ConfigError("nothing to train: set pretrain.steps or finetune.steps.")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that have steps."""
+        stages, start = [], 0
+        for name in ("pretrain", "finetune"):
+            config = getattr(self, name)
+            if config.steps:
+                stages.append(Stage(name, config, start=start, stop=start + config.steps))
+            start += config.steps
+        return tuple(stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage and the global steps that it spans: start, …, stop − 1."""
+
+    name: str
+    config: StageConfig
+    start: int
+    stop: int
+
+    def plan_name(self, step: int) -> str:
+        """The plan whose turn it is at a global step."""
+        return self.config.plans[(step - self.start) % len(self.config.plans)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole config file.
+
+    Attributes:
+        plans: plan texts by name; see `pruning.baselines.parse_plan`.
+        eval: fields of the evaluation, which builds its own dataclass from them.
+        seed: of the parameters' start.
+    """
+
+    model: MeteorConfig
+    data: DataConfig
+    train: TrainConfig
+    plans: dict[str, str] = dataclasses.field(default_factory=dict)
+    eval: Any = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+
+def load_experiment(config: Any) -> Experiment:
+    """The experiment in an ml_collections ConfigDict or a nested dict.
+
+    Raises:
+        ConfigError: one line naming the field, what was expected, and the nearest valid name.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    return build(Experiment, values)
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """`config` with every field that it leaves out at its default, for the end of `get_config`.
+
+    A field must be in the ConfigDict to be set on the command line.
+    """
+    values = {}
+    experiment = load_experiment(config)
+    for field in dataclasses.fields(experiment):
+        value = getattr(experiment, field.name)
+        values[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return ConfigDict(values)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's flag parser with --config read, for `app.run(main, flags_parser=parse_flags)`.
+
+    A flag, config file or config field that does not exist, or a value of the wrong type, ends
+    the program with one line and exit code 2 instead of a traceback.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.to_dict()  # a missing file is only reported on access
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    return rest
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).replace("\\n", " ").split())
+    unknown = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
+    if unknown:
+        return f"config: no such field '{unknown[2]}'. Did you mean '{unknown[1]}'?"
+    if isinstance(error, (AttributeError, KeyError)):
+        field = message.strip("'\" ")
+        return f"config: no such field '{field}'; the config file has them all."
+    return message.removesuffix(".") + "."

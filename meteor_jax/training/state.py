@@ -1,0 +1,72 @@
+"""What training carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from meteor_jax.parallel import parameter_shardings
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.training.optimizer import split_trainable
+from meteor_jax.types import Array, Batch
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a checkpoint must hold besides the data iterator.
+
+    Attributes:
+        step: int32[]; optimizer steps made so far, over all stages.
+        params: float32, nested dicts.
+        opt_state: of the current stage, over its trainable parameters alone.
+        rng: uint32[2]; folded with `step` for anything random in a step.
+        ema: a moving average of `params`, or None.
+    """
+
+    step: Array
+    params: dict[str, Any]
+    opt_state: Any
+    rng: Array
+    ema: dict[str, Any] | None
+
+
+def make_state(
+    params: dict[str, Any],
+    *,
+    optimizer: optax.GradientTransformation,
+    trainable: tuple[str, ...],
+    rng: Array,
+    use_ema: bool,
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(split_trainable(params, trainable)[0]),
+        rng=rng,
+        ema=jax.tree.map(jnp.copy, params) if use_ema else None,
+    )
+
+
+def init_params(model: nn.Module, batch: Batch, *, seed: int) -> dict[str, Any]:
+    """Fresh parameters for batches shaped like `batch`; the tree is the same for every plan."""
+    return model.init(jax.random.PRNGKey(seed), batch, plan=PrunePlan())["params"]
+
+
+def enter_stage(
+    state: TrainState,
+    *,
+    optimizer: optax.GradientTransformation,
+    trainable: tuple[str, ...],
+    mesh: Mesh,
+) -> TrainState:
+    """`state` with the fresh optimizer state of a new stage."""
+    params, _ = split_trainable(state.params, trainable)
+    shardings = parameter_shardings(jax.eval_shape(optimizer.init, params), mesh)
+    return state.replace(opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params))

@@ -1,0 +1,370 @@
+import dataclasses
+import io
+import logging
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from meteor_jax.config import ConfigError, build
+from meteor_jax.data.pipeline import (
+    SKIPPED_ID,
+    DataConfig,
+    Example,
+    NothingFits,
+    collate,
+    collate_prompts,
+    make_train_iterator,
+    pack_questions,
+    training_texts,
+)
+from meteor_jax.data.templates import Conversation, get_template, render, with_images
+from meteor_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN
+
+TOKENIZER = ByteTokenizer()
+CONFIG = DataConfig(
+    sources=("fake",), image_size=8, text_length=60, questions_per_image=3, seed=3, prefetch=2
+)
+
+
+def png(color, side=8):
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class FakeSource:
+    """Records in memory, in the shape that every data source has."""
+
+    def __init__(self, size, *, first_id=0, corrupt=(), questions=5):
+        self.records = [
+            {
+                "image": png((i, 0, 0))[: 40 if i in corrupt else None],
+                "caption": f"picture {i}",
+                "image_id": first_id + i,
+                "qa": [
+                    {"task": "t", "question": f"q{n}?", "answer": f"a{i}{n}", "question_id": n}
+                    for n in range(questions)
+                ],
+            }
+            for i in range(size)
+        ]
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+
+def make(config=CONFIG, *, source=None, kind="questions", batch_size=4, **options):
+    return make_train_iterator(
+        config,
+        tokenizer=options.pop("tokenizer", TOKENIZER),
+        kind=kind,
+        batch_size=batch_size,
+        records=options.pop("records", None) or [source or FakeSource(12)],
+        **options,
+    )
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(batch, other):
+    for field in dataclasses.fields(batch):
+        np.testing.assert_array_equal(getattr(batch, field.name), getattr(other, field.name))
+
+
+def supervised(row):
+    return TOKENIZER.decode([label for label in row if label != IGNORE_LABEL])
+
+
+def test_shapes_and_types_are_static():
+    config = dataclasses.replace(CONFIG, max_images=2)
+    for batch in take(make(config, source=FakeSource(5, corrupt=(1,))), 4):
+        assert batch.images.shape == (4, 2, 8, 8, 3) and batch.images.dtype == np.uint8
+        assert batch.image_valid.shape == (4, 2) and batch.image_valid.dtype == bool
+        for name, dtype in (("tokens", np.int32), ("labels", np.int32), ("text_valid", bool)):
+            array = getattr(batch, name)
+            assert isinstance(array, np.ndarray)
+            assert array.shape == (4, 60) and array.dtype == dtype
+        assert batch.example_id.dtype == np.int32
+        assert ((batch.tokens == IMAGE_TOKEN).sum(1) == batch.image_valid.sum(1)).all()
+        assert (batch.tokens[~batch.text_valid] == TOKENIZER.pad_id).all()
+        assert (batch.labels[~batch.text_valid] == IGNORE_LABEL).all()
+        assert (np.diff(batch.text_valid.astype(int), axis=1) <= 0).all()  # padded on the right
+
+
+def test_rows_hold_their_own_image_and_answers():
+    for batch in take(make(), 3):
+        for image, labels, example_id in zip(
+            batch.images, batch.labels, batch.example_id, strict=True
+        ):
+            assert image[0, 0, 0, 0] == example_id
+            answers = supervised(labels).split()
+            assert len(set(answers)) == 3  # questions_per_image different questions
+            assert all(answer[:-1] == f"a{example_id}" for answer in answers)
+
+
+def test_captions_are_supervised_whole():
+    batch = next(make(kind="caption", template="plain"))
+    for labels, example_id in zip(batch.labels, batch.example_id, strict=True):
+        assert supervised(labels) == f"picture {example_id}\n"
+    batch = next(make(kind="caption"))  # a template that keeps the question asks for it
+    row = batch.tokens[0][(batch.labels[0] == IGNORE_LABEL) & batch.text_valid[0]]
+    assert TOKENIZER.decode(row) == "Describe the image.:"
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_does_not():
+    first, second = take(make(), 7), take(make(), 7)
+    for batch, other in zip(first, second, strict=True):
+        assert_equal(batch, other)
+    other = next(make(dataclasses.replace(CONFIG, seed=4)))
+    assert (other.tokens != first[0].tokens).any()
+
+
+def test_every_epoch_has_all_examples_in_another_order_with_other_questions():
+    epochs = [take(make_iterator, 3) for make_iterator in [make()] for _ in range(2)]
+    orders = [np.concatenate([batch.example_id for batch in epoch]) for epoch in epochs]
+    assert [sorted(order) for order in orders] == [list(range(12))] * 2
+    assert (orders[0] != orders[1]).any()
+    chosen = [
+        {
+            int(example_id): supervised(labels)
+            for batch in epoch
+            for example_id, labels in zip(batch.example_id, batch.labels, strict=True)
+        }
+        for epoch in epochs
+    ]
+    assert sum(chosen[0][i] != chosen[1][i] for i in range(12)) >= 6
+
+
+@pytest.mark.parametrize("position", [1, 4])  # in the middle of the first and of a later epoch
+def test_resumes_exactly(position):
+    iterator = make()
+    take(iterator, position)
+    state = iterator.get_state()
+    expected = take(iterator, 5)
+    resumed = make()
+    resumed.set_state(state)
+    for batch, other in zip(expected, take(resumed, 5), strict=True):
+        assert_equal(batch, other)
+
+
+def test_state_lives_in_an_orbax_checkpoint(tmp_path):
+    import grain
+    import orbax.checkpoint as ocp
+
+    iterator = make()
+    take(iterator, 2)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        save = grain.checkpoint.CheckpointSave(iterator)
+        manager.save(2, args=ocp.args.Composite(data=save))
+        manager.wait_until_finished()
+        expected = next(iterator)
+        resumed = make()
+        restore = grain.checkpoint.CheckpointRestore(resumed)
+        manager.restore(2, args=ocp.args.Composite(data=restore))
+    assert_equal(next(resumed), expected)
+
+
+def test_processes_share_every_epoch_without_overlap():
+    shards = [take(make(batch_size=2, process_index=i, process_count=3), 2) for i in range(3)]
+    seen = [set(np.concatenate([batch.example_id for batch in shard])) for shard in shards]
+    assert sorted(example for shard in seen for example in shard) == list(range(12))
+
+
+def test_the_number_of_processes_does_not_change_what_a_step_sees():
+    alone = make(batch_size=6)
+    pair = [make(batch_size=3, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(3):
+        whole, halves = next(alone), [next(iterator) for iterator in pair]
+        for index, half in enumerate(halves):
+            np.testing.assert_array_equal(half.tokens, whole.tokens[index::2])
+            np.testing.assert_array_equal(half.images, whole.images[index::2])
+
+
+def test_sources_are_mixed_by_weight():
+    config = dataclasses.replace(CONFIG, sources=("one", "two"), weights=(3.0, 1.0))
+    records = [FakeSource(10), FakeSource(10, first_id=100)]
+    ids = np.concatenate([batch.example_id for batch in take(make(config, records=records), 10)])
+    assert (ids >= 100).sum() == 10 and len(ids) == 40
+
+
+def test_a_corrupt_image_is_counted_and_the_rest_is_not_touched(caplog):
+    source = FakeSource(12, corrupt=(5,))
+    with caplog.at_level(logging.ERROR):
+        batches = take(make(source=source), 3)
+    skipped = np.concatenate([batch.example_id < 0 for batch in batches])
+    assert skipped.sum() == 1
+    assert "example 5 skipped" in caplog.text
+    for batch, whole in zip(batches, take(make(), 3), strict=True):
+        keep = batch.example_id != SKIPPED_ID
+        np.testing.assert_array_equal(batch.tokens[keep], whole.tokens[keep])
+        assert not batch.images[~keep].any() and not batch.image_valid[~keep].any()
+        assert (batch.labels[~keep] == IGNORE_LABEL).all()
+        assert (batch.text_valid[~keep].sum(1) == 1).all()
+
+
+def test_an_answer_longer_than_the_sequence_is_one_line_and_counted(caplog):
+    config = dataclasses.replace(CONFIG, text_length=14)
+    source = FakeSource(4)
+    for item in source.records[2]["qa"]:
+        item["answer"] = "far too long"
+    with caplog.at_level(logging.ERROR):
+        batch = next(make(config, source=source))
+    assert sorted(batch.example_id) == [SKIPPED_ID, 0, 1, 3]
+    messages = {record.getMessage() for record in caplog.records if "skipped" in record.message}
+    assert messages == {
+        "example 2 skipped: the shortest of 5 questions with its answer takes 20 tokens, "
+        "text_length is 14; raise text_length or shorten the answers."
+    }
+
+
+def _pack(pairs, text_length, max_turns=9, num_images=1):
+    return pack_questions(
+        pairs,
+        num_images=num_images,
+        max_turns=max_turns,
+        template=get_template("vicuna_v1"),
+        tokenizer=TOKENIZER,
+        text_length=text_length,
+    )
+
+
+def _whole(pairs, num_images=1):
+    template = get_template("vicuna_v1")
+    (question, answer), *rest = pairs
+    first = (with_images(question, num_images, template=template), answer)
+    return render(Conversation((first, *rest)), template=template, tokenizer=TOKENIZER)
+
+
+def test_packing_keeps_whole_turns_only():
+    long, short, other = ("long?", "x" * 50), ("q?", "a"), ("r?", "bc")
+    full = len(_whole([short, long, other]).tokens)
+    assert _pack([short, long, other], full) == _whole([short, long, other])
+    assert _pack([short, long, other], full - 1) == _whole([short, long])
+    assert _pack([short, long, other], len(_whole([short, long]).tokens) - 1) == _whole(
+        [short, other]
+    )
+    # Where the first does not fit, the next one brings the opening and the image.
+    assert _pack([long, short], len(_whole([short]).tokens)) == _whole([short])
+    assert _pack([short, long, other], full, max_turns=2) == _whole([short, long])
+    with pytest.raises(NothingFits, match=r"takes \d+ tokens, text_length is 50"):
+        _pack([long, short], 50)
+    with pytest.raises(NothingFits, match="no questions"):
+        _pack([], 50)
+
+
+def test_collate_takes_no_one_or_two_images():
+    picture = np.full((8, 8, 3), 7, np.uint8)
+    examples = []
+    for number in range(3):
+        text = _whole([("q?", "a")], num_images=number)
+        examples.append(Example((picture,) * number, text.tokens, text.labels, number))
+    options = {"image_size": 8, "text_length": 250, "pad_id": TOKENIZER.pad_id}
+    batch = collate(examples, max_images=2, **options)
+    assert batch.image_valid.tolist() == [[False, False], [True, False], [True, True]]
+    assert (batch.images.any((2, 3, 4)) == batch.image_valid).all()
+    assert ((batch.tokens == IMAGE_TOKEN).sum(1) == [0, 1, 2]).all()
+    with pytest.raises(ValueError, match=r"example 2: 2 image tokens and 2 images; .* at most 1"):
+        collate(examples, max_images=1, **options)
+    with pytest.raises(ValueError, match="example 1: 1 image tokens and 0 images"):
+        collate([dataclasses.replace(examples[1], images=())], max_images=1, **options)
+    with pytest.raises(ValueError, match=r"example 0 takes .* text_length is 10"):
+        collate(examples, max_images=2, **(options | {"text_length": 10}))
+
+
+def test_prompts_are_what_training_has():
+    prompts = collate_prompts(
+        ["q0?", "longer question?"],
+        tokenizer=TOKENIZER,
+        template="qa",
+        text_length=30,
+        batch_size=4,
+    )
+    assert prompts.tokens.shape == prompts.text_valid.shape == (4, 30)
+    np.testing.assert_array_equal(prompts.tokens[2:], prompts.tokens[[1, 1]])
+    trained = _first_turn("q0?", "yes")
+    length = prompts.text_valid[0].sum()
+    assert prompts.tokens[0, :length].tolist() == trained.tokens[:length]
+    assert trained.labels[length - 1] == IGNORE_LABEL and trained.labels[length] != IGNORE_LABEL
+
+
+def _first_turn(question, answer):
+    template = get_template("qa")
+    turns = ((with_images(question, 1, template=template), answer),)
+    return render(Conversation(turns), template=template, tokenizer=TOKENIZER)
+
+
+def test_a_prompt_too_long_is_one_line():
+    with pytest.raises(ValueError, match=r"prompt 'q{40}' takes 103 tokens, text_length is 60"):
+        collate_prompts(
+            ["q" * 100], tokenizer=TOKENIZER, template="qa", text_length=60, batch_size=1
+        )
+    with pytest.raises(ValueError, match="expected 1 to 2 questions, got 3"):
+        collate_prompts(["q"] * 3, tokenizer=TOKENIZER, template="qa", text_length=60, batch_size=2)
+
+
+def test_a_bpe_trained_on_the_training_texts_feeds_the_pipeline(tmp_path):
+    records = [FakeSource(12)]
+    tokenizer = load_tokenizer(
+        "bpe:270", folder=tmp_path / "tokenizer", texts=lambda: training_texts(records)
+    )
+    batch = next(make(records=records, tokenizer=tokenizer))
+    labels = batch.labels[0]
+    answers = tokenizer.decode(labels[labels != IGNORE_LABEL]).split()
+    assert len(answers) == 3 and all(a.startswith(f"a{batch.example_id[0]}") for a in answers)
+    assert list(training_texts(records, limit=1)) == [
+        *(f"q{n}?: a0{n}" for n in range(5)),
+        "picture 0",
+    ]
+
+
+@pytest.mark.slow
+def test_worker_processes_resume_exactly():
+    flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
+    config = dataclasses.replace(CONFIG, num_workers=2)
+    iterator = make(config)
+    take(iterator, 3)
+    state = iterator.get_state()
+    expected = take(iterator, 3)
+    resumed = make(config)
+    resumed.set_state(state)
+    for batch, other in zip(expected, take(resumed, 3), strict=True):
+        assert_equal(batch, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "question"}, "no such kind 'question'. Did you mean 'questions'?"),
+        ({"template": "vicuna"}, "Did you mean 'vicuna_v1'?"),
+        ({"template": "plain"}, "'plain' drops questions"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(ValueError) as error:
+        make(**options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sources": ("a",), "template": "qaa"}, "Did you mean 'qa'?"),
+        ({"sources": ("a", "b"), "weights": (1.0,)}, "weights: expected one for each of 2"),
+        ({"sources": ("a",), "weights": (0.0,)}, "weights: expected positive"),
+        ({"sources": ("a",), "text_length": 0}, "text_length: expected at least 1, got 0"),
+        ({"sources": ()}, "sources: expected at least one"),
+        ({"sources": ("a",), "text_len": 9}, "Did you mean 'text_length'?"),
+    ],
+)
+def test_bad_configs_are_one_line(values, message):
+    with pytest.raises(ConfigError) as error:
+        build(DataConfig, values, where="data")
+    assert message in str(error.value) and str(error.value).startswith("data")

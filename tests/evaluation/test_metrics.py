@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+
+from meteor_jax.evaluation.metrics import (
+    METRICS,
+    aggregate,
+    anls,
+    exact_match,
+    interval,
+    paired_difference,
+    relaxed_accuracy,
+    wilson,
+    yes_f1,
+    yes_no,
+)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "score"),
+    [
+        ("red", ["red"], 1),
+        ("Red", ["red"], 1),
+        ("red.", ["red"], 1),
+        (" red\n", ["red"], 1),
+        ("dark  red", ["dark red"], 1),
+        ("it's", ["its"], 1),
+        ("red", ["blue", "RED"], 1),
+        ("redd", ["red"], 0),
+        ("re d", ["red"], 0),
+        ("the red", ["red"], 0),
+        ("", ["red"], 0),
+        ("two", ["2"], 0),
+        ("3", ["3"], 1),
+        ("red", [], 0),
+    ],
+)
+def test_exact_match(prediction, golds, score):
+    assert exact_match(prediction, golds) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "score"),
+    [
+        ("yes", "yes", 1),
+        ("no", "no", 1),
+        ("yes", "no", 0),
+        ("no", "yes", 0),
+        ("Yes.", "yes", 1),
+        (" NO ", "no", 1),
+        ("yes!", "Yes", 1),
+        ('"no"', "no", 1),
+        ("yes it is", "yes", 0),
+        ("nope", "no", 0),
+        ("not", "no", 0),
+        ("", "no", 0),
+        ("maybe", "yes", 0),
+    ],
+)
+def test_yes_no(prediction, gold, score):
+    assert yes_no(prediction, [gold]) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "score"),
+    [
+        ("house", ["house"], 1),
+        ("HOUSE", ["house"], 1),
+        ("  house ", ["house"], 1),
+        ("hous", ["house"], 1 - 1 / 5),
+        ("houses", ["house"], 1 - 1 / 6),
+        ("mouse", ["house"], 1 - 1 / 5),
+        ("ab", ["ac"], 0.5),  # exactly the threshold counts
+        ("abc", ["axy"], 0),  # one third is below it
+        ("", ["house"], 0),
+        ("", [""], 1),
+        ("hous", ["cat", "house"], 0.8),
+        ("hous", ["house", "hous"], 1),  # the best gold, not the first
+        ("12  34", ["12 34"], 1),
+        ("1234", ["1235"], 0.75),
+        ("cat", ["dogs", "bird"], 0),
+    ],
+)
+def test_anls(prediction, golds, score):
+    assert anls(prediction, golds) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "score"),
+    [
+        ("100", "100", 1),
+        ("105", "100", 1),
+        ("95", "100", 1),
+        ("106", "100", 0),
+        ("94.9", "100", 0),
+        ("1.05", "1", 1),  # the bound itself, in spite of rounding
+        ("-10", "-10.4", 1),
+        ("10", "-10", 0),
+        ("5%", "0.05", 1),
+        ("5 %", "5%", 1),
+        ("5", "5%", 0),
+        ("0", "0", 1),
+        ("0.0", "0", 1),
+        ("0.01", "0", 0),
+        ("0%", "0", 1),
+        ("1e2", "100", 1),
+        ("Blue", "blue", 1),
+        (" blue ", "blue", 1),
+        ("blue", "green", 0),
+        ("nan", "NaN", 1),  # a word, never a number
+        ("nan", "3", 0),
+        ("1_0", "10", 0),
+        ("", "10", 0),
+    ],
+)
+def test_relaxed_accuracy(prediction, gold, score):
+    assert relaxed_accuracy(prediction, [gold]) == score
+
+
+def test_every_score_lies_between_0_and_1():
+    texts = ["", "yes", "no", "7", "5%", "-0", "word", "a longer answer", "inf", "%"]
+    for metric in METRICS.values():
+        assert all(0 <= metric(a, [b]) <= 1 for a in texts for b in texts)
+
+
+def test_f1_by_hand():
+    predictions = ["yes", "yes", "no", "no", "what", "what"]
+    golds = [["yes"], ["no"], ["yes"], ["no"], ["yes"], ["no"]]
+    # one hit; precision 1/2, recall 1/3
+    assert yes_f1(predictions, golds) == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
+    result = aggregate("yes_no", predictions, golds)
+    assert (result.score, result.n) == (pytest.approx(2 / 6), 6)
+    assert result.f1 == pytest.approx(0.4)
+    assert yes_f1(["no"], [["no"]]) == 0.0
+
+
+def test_f1_is_for_yes_no_only():
+    result = aggregate("anls", ["hous", "cat"], [["house"], ["dogs"]])
+    assert result.f1 is None
+    assert result.score == pytest.approx(0.4)
+    assert result.low <= result.score <= result.high
+
+
+def test_aggregate_wants_as_many_golds():
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        aggregate("exact_match", ["a"], [["a"], ["b"]])
+    with pytest.raises(ValueError, match="at least one"):
+        aggregate("exact_match", [], [])
+
+
+def test_wilson_by_hand():
+    low, high = wilson(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+    assert 0.6 < wilson(10, 10)[0] < 1.0  # never of no width, as a bootstrap's would be
+    assert wilson(0, 10)[0] == pytest.approx(0.0)
+
+
+def test_interval_chooses_by_the_scores():
+    assert interval([1, 0, 1, 1]) == wilson(3, 4)
+    fractional = [0.2, 0.9, 0.5, 1.0, 0.0] * 40
+    low, high = interval(fractional)
+    mean, deviation = np.mean(fractional), np.std(fractional) / np.sqrt(200)
+    assert low == pytest.approx(mean - 1.96 * deviation, abs=0.01)
+    assert high == pytest.approx(mean + 1.96 * deviation, abs=0.01)
+    assert interval(fractional) == (low, high)
+    assert interval(fractional, seed=1) != (low, high)
+
+
+def test_paired_difference_is_narrower_than_two_intervals():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 2, 500).astype(float)
+    b = a.copy()
+    b[:40] = 0.0
+    difference = paired_difference(a, b)
+    assert difference.mean == pytest.approx(a[:40].sum() / 500)
+    assert difference.low > 0
+    assert difference.high - difference.low < (interval(a)[1] - interval(a)[0]) / 2
+    with pytest.raises(ValueError, match="same questions, got 500 and 3"):
+        paired_difference(a, b[:3])

@@ -1,0 +1,179 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.pruning.encode import (
+    EncoderCut,
+    allocate,
+    cut_tokens,
+    mean_token_similarity,
+    numerical_rank,
+)
+
+# Six tokens whose mean is (1, 0): cosines with it 1, 1, 0.6, 0.6, −1 and 0 by hand.
+SIX = np.array([[[2, 0], [4, 0], [0.75, 1], [0.75, -1], [-1.5, 0], [0, 0]]], np.float32)
+RASTER = np.array([[10, 11, 12, 13, 14, 15]], np.int32)
+
+
+def test_mean_token_by_hand():
+    np.testing.assert_allclose(
+        mean_token_similarity(jnp.asarray(SIX)), [[1, 1, 0.6, 0.6, -1, 0]], atol=1e-6
+    )
+
+
+def test_mean_token_keeps_the_least_redundant():
+    x, raster = cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=EncoderCut(4))
+    np.testing.assert_array_equal(raster, [[12, 13, 14, 15]])
+    np.testing.assert_array_equal(x, SIX[:, 2:])
+
+
+@pytest.mark.parametrize("criterion", ["attention", "cls"])
+def test_attention_keeps_the_most_looked_at(criterion):
+    scores = jnp.array([[0.1, 0.5, 0.0, 0.2, 0.9, 0.3]])
+    cut = EncoderCut(3, criterion)
+    _, raster = cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=cut, attention=lambda: scores)
+    np.testing.assert_array_equal(raster, [[11, 14, 15]])
+
+
+@pytest.mark.parametrize(("keep", "places"), [(1, [3]), (2, [1, 4]), (3, [1, 3, 5])])
+def test_uniform_stride(keep, places):
+    cut = EncoderCut(keep, "uniform")
+    _, raster = cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=cut)
+    np.testing.assert_array_equal(raster, RASTER[:, places])
+
+
+@pytest.mark.parametrize(("num_tokens", "keep"), [(36, 35), (36, 20), (100, 99), (7, 4)])
+def test_uniform_keeps_exactly_as_many_as_asked(num_tokens, keep):
+    x = jnp.ones((1, num_tokens, 1))
+    raster = jnp.arange(num_tokens)[None]
+    _, kept = cut_tokens(x, raster, cut=EncoderCut(keep, "uniform"))
+    gaps = np.diff(np.asarray(kept)[0])
+    assert set(gaps) <= {num_tokens // keep, num_tokens // keep + 1}
+
+
+def test_random_depends_on_the_seed_alone():
+    x, raster = jnp.ones((3, 50, 2)), jnp.broadcast_to(jnp.arange(50), (3, 50))
+    kept = [cut_tokens(x, raster, cut=EncoderCut(20, "random", seed))[1] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert (kept[0] != kept[2]).any()
+    np.testing.assert_array_equal(kept[0][0], kept[0][1])
+    one = cut_tokens(x[:1], raster[:1], cut=EncoderCut(20, "random"))[1]
+    np.testing.assert_array_equal(one[0], kept[0][2])
+
+
+def test_keeping_all_gives_the_inputs_back():
+    x, raster = jnp.asarray(SIX), jnp.asarray(RASTER)
+    same_x, same_raster = cut_tokens(x, raster, cut=EncoderCut(6, "attention"))
+    assert same_x is x and same_raster is raster
+
+
+def test_no_gradient_through_the_scores():
+    def kept_sum(x):
+        return cut_tokens(x, jnp.asarray(RASTER), cut=EncoderCut(4))[0].sum()
+
+    expected = np.zeros_like(SIX)
+    expected[:, 2:] = 1.0  # a gather, nothing else
+    np.testing.assert_array_equal(jax.grad(kept_sum)(jnp.asarray(SIX)), expected)
+
+
+def test_bad_cuts():
+    with pytest.raises(ValueError, match="at least 1"):
+        EncoderCut(0)
+    with pytest.raises(ValueError, match="expected one of mean_token, attention"):
+        EncoderCut(3, "mean")
+    with pytest.raises(ValueError, match="7 of 6"):
+        cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=EncoderCut(7))
+    with pytest.raises(ValueError, match="needs attention"):
+        cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=EncoderCut(3, "attention"))
+
+
+AVAILABLE = {"clip": 36, "convnext": 64, "pix2struct": 81}
+RANKS = {"clip": 10.0, "convnext": 20.0, "pix2struct": 30.0}
+
+
+def test_allocate_by_rank():
+    assert allocate(60, ranks=RANKS, available=AVAILABLE) == {
+        "clip": 10, "convnext": 20, "pix2struct": 30,
+    }
+
+
+def test_allocate_inversely():
+    counts = allocate(66, ranks=RANKS, available=AVAILABLE, assignment="inverse_rank")
+    assert counts == {"clip": 36, "convnext": 18, "pix2struct": 12}
+
+
+def test_allocate_uniformly():
+    counts = allocate(60, ranks={}, available=AVAILABLE, assignment="uniform")
+    assert counts == dict.fromkeys(AVAILABLE, 20)
+
+
+def test_allocate_gives_what_is_over_to_the_others():
+    # By rank 25, 50, 75; 64 tokens are enough for 50, 81 for 75; then 30, 60, 90 → 81, 69 left.
+    assert allocate(180, ranks=RANKS, available=AVAILABLE) == {
+        "clip": 35, "convnext": 64, "pix2struct": 81,
+    }
+
+
+@pytest.mark.parametrize("assignment", ["rank", "uniform", "inverse_rank"])
+def test_allocate_sums_exactly_and_respects_caps(assignment):
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        names = [f"encoder{i}" for i in range(random.integers(1, 6))]
+        available = {name: int(random.integers(1, 100)) for name in names}
+        ranks = {name: float(random.uniform(0.5, 50)) for name in names}
+        total = int(random.integers(0, sum(available.values()) + 1))
+        counts = allocate(total, ranks=ranks, available=available, assignment=assignment)
+        assert sum(counts.values()) == total
+        assert all(0 <= counts[name] <= available[name] for name in names)
+        assert list(counts) == names
+
+
+def test_allocate_in_windows():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        available = {"clip": 40, "eva": 64, "sam": 75}
+        ranks = {name: float(random.uniform(0.5, 50)) for name in available}
+        quantum = {"eva": 16, "sam": 25}
+        total = int(random.integers(40, 60))
+        counts = allocate(total, ranks=ranks, available=available, quantum=quantum)
+        assert sum(counts.values()) == total
+        assert all(0 <= counts[name] <= available[name] for name in available)
+        assert counts["eva"] % 16 == counts["sam"] % 25 == 0
+
+
+def test_allocate_rounds_windows_up_where_others_are_full():
+    counts = allocate(
+        20, ranks={"clip": 1, "eva": 1e-3}, available={"clip": 10, "eva": 64}, quantum={"eva": 16}
+    )
+    assert counts == {"clip": 4, "eva": 16}
+
+
+def test_allocate_errors():
+    with pytest.raises(ValueError, match="between 0 and 181 tokens.*got 182"):
+        allocate(182, ranks=RANKS, available=AVAILABLE)
+    with pytest.raises(ValueError, match="none for pix2struct"):
+        allocate(9, ranks={"clip": 1.0, "convnext": 1.0}, available=AVAILABLE)
+    with pytest.raises(ValueError, match="more than 0 for clip"):
+        allocate(9, ranks=RANKS | {"clip": 0.0}, available=AVAILABLE)
+    with pytest.raises(ValueError, match="expected one of rank"):
+        allocate(9, ranks=RANKS, available=AVAILABLE, assignment="ranks")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        allocate(20, ranks={"eva": 1.0}, available={"eva": 64}, quantum={"eva": 16})
+
+
+def test_numerical_rank_of_a_product():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(40, 5)) @ random.normal(size=(5, 16))
+    assert numerical_rank(jnp.asarray(features)) == 5
+    assert numerical_rank(jnp.zeros((4, 3))) == 0
+
+
+def test_numerical_rank_by_energy():
+    # Squares 16, 4, 1 of 21: two make up 20/21 = 0.952, all three are needed for 0.99.
+    features = jnp.diag(jnp.array([4.0, 2.0, 1.0]))
+    assert numerical_rank(features, mode="energy", energy=0.95) == 2
+    assert numerical_rank(features, mode="energy", energy=0.99) == 3
+    assert numerical_rank(features, mode="energy", energy=0.5) == 1
+    with pytest.raises(ValueError, match="tolerance"):
+        numerical_rank(features, mode="exact")
