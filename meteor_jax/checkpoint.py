@@ -7,6 +7,7 @@ iterator's state, one file a process) and `config` (the whole config as JSON).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flax import serialization
 from meteor_jax.config import ConfigError
 
 FOLDER = "checkpoints"
+CONFIG_FILE = "config.json"
 
 
 class CheckpointError(ConfigError):
@@ -131,6 +133,15 @@ def restore_params(workdir: Path, like: Any) -> Any:
         return checkpoints.restore(step, args=args)[name]
 
 
+def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json beside the checkpoints, whole or not at all."""
+    if jax.process_index() == 0:
+        path = Path(workdir) / CONFIG_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(path)
+
+
 def _progress(state: Any) -> dict[str, Any]:
     opt_state = serialization.to_state_dict(state.opt_state)
     return {"step": state.step, "rng": state.rng, "opt_state": opt_state}
@@ -169,7 +180,7 @@ def _check_fit(checkpoints: ocp.CheckpointManager, step: int, wanted: Mapping[st
         raise CheckpointError(
             f"checkpoint {_path(checkpoints, step)} is of another config: "
             f"{'; '.join(differences[:3])}{more}. Use the config it was written with "
-            "(config.json in its workdir), or another --workdir."
+            f"({CONFIG_FILE} in its workdir), or another --workdir."
         )
 
 

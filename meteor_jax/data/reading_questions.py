@@ -120,7 +120,7 @@ def _attributes(
 def _existence(
     rng: random.Random, elements: Sequence[Element], keys: Sequence[str], words: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Two tosses of a coin for everything that can be asked about, no question twice."""
+    """The toss of a coin for everything that can be asked about; no question comes twice."""
     pools: list[tuple[str, list[str], Sequence[str]]] = []
     shapes = sorted({shape.name for shape in _shapes(elements)})
     if shapes:
@@ -146,9 +146,11 @@ def _existence(
             "yes": rng.sample(present, len(present)),
             "no": [name for name in drawn if name not in present],
         }
-        for answer in (rng.choice(("yes", "no")), rng.choice(("yes", "no"))):
-            if names[answer]:
-                options.append((question.format(names[answer].pop()), answer))
+        # A second toss only where it cannot run out of names: that would tip the balance.
+        for _ in range(2 if len(pools) == 1 and len(present) > 1 else 1):
+            answer = rng.choice(("yes", "no"))
+            asked = question.format(names[answer].pop()).replace(" a orange", " an orange")
+            options.append((asked, answer))
     return options
 
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
 
 from meteor_jax.config import ConfigError, build
+from meteor_jax.data.records import TaskSpec
+from meteor_jax.data.templates import get_template
 from meteor_jax.evaluation.answering import BatchSizes
 from meteor_jax.evaluation.results import BLIND, MAJORITY
+from meteor_jax.evaluation.tasks import resolve_tasks
+from meteor_jax.parallel import check_batch_size
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan, override
 from meteor_jax.training.experiment import Experiment
+
+CALIBRATION_FILE = "calibration.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,3 +98,53 @@ def resolve_plans(
             raise ConfigError(f"plan '{text}' is named twice; name each plan once.")
         plans[plan.name] = plan
     return tuple(plans.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be evaluated, all names resolved."""
+
+    config: EvalConfig
+    tasks: tuple[TaskSpec, ...]
+    plans: tuple[PrunePlan, ...]
+    template: str
+
+
+def check_request(
+    experiment: Experiment,
+    *,
+    source_dir: str | Path,
+    tasks: Sequence[str] | None = None,
+    plans: Sequence[str] | None = None,
+    num_questions: int | None = None,
+) -> Request:
+    """Resolves every name before anything costly happens; see `evaluate_checkpoint`.
+
+    Raises:
+        ConfigError: one line, for an unknown task, plan or field, a template that drops the
+            question, or batches that do not divide the mesh in force.
+    """
+    config = eval_config(experiment)
+    if tasks is not None:
+        config = dataclasses.replace(config, tasks=tuple(tasks))
+    if plans is not None:
+        config = dataclasses.replace(config, plans=tuple(plans))
+    if num_questions is not None:
+        config = dataclasses.replace(config, num_questions=num_questions)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        for name in ("images_per_batch", "questions_per_batch"):
+            check_batch_size(getattr(config, name), mesh, where=f"eval.{name}")
+    template = config.template or experiment.train.finetune.template
+    if not get_template(template).keeps_question:
+        raise ConfigError(
+            f"template '{template}' drops the question: set eval.template, or "
+            "train.finetune.template, to one that keeps it, such as 'qa'."
+        )
+    calibration = Calibration.load(Path(source_dir) / CALIBRATION_FILE)
+    return Request(
+        config=config,
+        tasks=resolve_tasks(config.tasks, sources=experiment.data.sources),
+        plans=resolve_plans(config.plans, library=experiment.plans, calibration=calibration),
+        template=template,
+    )

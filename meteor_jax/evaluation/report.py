@@ -10,10 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from rich.console import Console
 from rich.table import Table
+from sklearn.isotonic import isotonic_regression
 
 from meteor_jax.evaluation.results import (
     BLIND,
@@ -30,11 +33,12 @@ EVAL_FILE = "eval.json"
 CURVE_FILE = "accuracy_vs_tokens.png"
 PREDICTIONS_FOLDER = "predictions"
 PACKAGES = ("meteor-jax", "jax", "flax", "numpy")
+LABEL_WIDTH, LABEL_HEIGHT = 0.15, 0.048  # of a name in the picture, as shares of the axes
 INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#2563eb"
 
 
 def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
-    """The rows task by task, then the averages over the tasks of each group and over all."""
+    """The rows task by task, then every plan's mean over the tasks of a group and of all."""
     console = console or Console()
     table = Table(header_style="bold", pad_edge=False)
     for name in ("task", "plan"):
@@ -49,19 +53,24 @@ def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
             last = index == len(of_task) - 1
             cells = _cells(row)
             table.add_row(task if index == 0 else "", *cells, style=style, end_section=last)
-    groups = averages(rows)
-    for group in _group_order(groups):
-        for position, (plan, means) in enumerate(groups.items()):
-            if group in means:
-                table.add_row(
-                    f"mean of {group}" if position == 0 else "", plan, _percent(means[group]),
-                    *[""] * 7, style="dim" if plan in (BLIND, MAJORITY) else "bold",
-                    end_section=position == len(groups) - 1,
-                )
     console.print(table)
+    console.print(_mean_table(rows))
     corrupt = max((row.corrupt for row in rows if row.group != COMBINED), default=0)
     if corrupt:
         console.print(f"Up to {corrupt} questions of a task have a corrupt image; scored wrong.")
+
+
+def _mean_table(rows: Sequence[Row]) -> Table:
+    means = averages(rows)
+    names = dict.fromkeys(group for groups in means.values() for group in groups)
+    groups = [*(name for name in names if name != "all"), "all"]
+    table = Table("mean % over tasks", header_style="bold", pad_edge=False)
+    for group in groups:
+        table.add_column(group, justify="right")
+    for plan, scores in means.items():
+        cells = [_percent(scores[group]) if group in scores else "" for group in groups]
+        table.add_row(plan, *cells, style="dim" if plan in (BLIND, MAJORITY) else None)
+    return table
 
 
 def write_eval(
@@ -138,10 +147,10 @@ def draw_curve(path: Path, rows: Sequence[Row]) -> None:
             tokens, score, yerr=[[below], [above]], fmt="o", markersize=4 if baseline else 6,
             color=color, ecolor=color, elinewidth=1, capsize=3,
         )
+    axes.margins(x=0.14, y=0.12)
     _label(axes, {plan: point[:2] for plan, point in points.items()})
     axes.set_xlabel("visual tokens a question (mean over the layers of the LLM)", color=INK)
     axes.set_ylabel("score, mean over tasks (%)", color=INK)
-    axes.margins(x=0.14, y=0.12)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, labelsize=8)
@@ -154,21 +163,31 @@ def draw_curve(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside the points; a name that would meet another goes below or above it."""
-    axes.margins(x=0.14, y=0.12)
+    """Names beside the points, moved apart where they would meet, with a line to their point."""
     axes.autoscale_view()
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    placed: list[tuple[float, float]] = []
-    for plan, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        across, up = (x - left) / (right - left), (y - bottom) / (top - bottom)
-        shift = up
-        while any(abs(shift - v) < 0.05 and abs(across - u) < 0.22 for u, v in placed):
-            shift -= 0.01
-        placed.append((across, shift))
-        axes.annotate(
-            plan, (x, y), xytext=(7, (shift - up) * 270), textcoords="offset points",
-            va="center", fontsize=8, color=INK,
-        )
+    placed = {
+        plan: ((x - left) / (right - left), (y - bottom) / (top - bottom))
+        for plan, (x, y) in points.items()
+    }
+    columns: list[list[str]] = []
+    for plan in sorted(placed, key=lambda plan: placed[plan]):
+        if not columns or placed[plan][0] - placed[columns[-1][0]][0] > LABEL_WIDTH:
+            columns.append([])
+        columns[-1].append(plan)
+    for column in columns:
+        column.sort(key=lambda plan: placed[plan][1])
+        gaps = LABEL_HEIGHT * np.arange(len(column))
+        # The least moves that keep the gaps: isotonic regression.
+        heights = isotonic_regression([placed[plan][1] for plan in column] - gaps) + gaps
+        edge = max(placed[plan][0] for plan in column) + 0.035
+        for plan, height in zip(column, heights, strict=True):
+            text = axes.annotate(
+                plan, points[plan], xytext=(edge, height), textcoords="axes fraction", va="center",
+                fontsize=8, color=INK, zorder=5,
+                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkB": 5},
+            )
+            text.set_path_effects([withStroke(linewidth=3, foreground="white")])
 
 
 def _cells(row: Row) -> list[str]:
@@ -187,11 +206,6 @@ def _cells(row: Row) -> list[str]:
         f"{row.tflops:.3g}" if measured else "",
         f"{1000 * row.seconds:.1f}" if measured else "",
     ]
-
-
-def _group_order(groups: Mapping[str, Mapping[str, float]]) -> list[str]:
-    names = dict.fromkeys(name for means in groups.values() for name in means)
-    return [name for name in names if name != "all"] + ["all"]
 
 
 def _percent(share: float) -> str:

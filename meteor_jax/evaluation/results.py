@@ -15,6 +15,9 @@ BLIND = "blind"  # the same model, the question alone
 MAJORITY = "majority"  # no model: each task's most frequent answer
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
+# TFLOPs of a question of so many prompt tokens, that many visual tokens being left after each cut.
+QuestionCost = Callable[[float, tuple[float, ...]], float]
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -120,14 +123,13 @@ def make_rows(
     questions: Sequence[Question],
     results: Sequence[PlanResult],
     *,
-    tflops: Mapping[str, Callable[[float, tuple[float, ...]], float]],
+    tflops: Mapping[str, QuestionCost],
 ) -> list[Row]:
     """The rows of all plans: every task, and every source of several tasks as a whole.
 
     Args:
         results: the reference of the differences is the plan "full", or else the first.
-        tflops: by plan, the cost of a question of so many prompt tokens that keeps so many
-            visual tokens after each cut.
+        tflops: by plan; a plan without one costs 0.
     """
     subsets: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
@@ -181,7 +183,7 @@ def _make_row(
     answers: Sequence[Answer],
     *,
     result: PlanResult,
-    tflops: Callable[[float, tuple[float, ...]], float] | None,
+    tflops: QuestionCost | None,
 ) -> Row:
     scores = [answer.score for answer in answers]
     low, high = interval(scores)

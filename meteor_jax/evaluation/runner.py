@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +24,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from meteor_jax.config import ConfigError
 from meteor_jax.data.pipeline import Prompts, collate_prompts
 from meteor_jax.data.sources import CorruptImage, decode_image, open_source
 from meteor_jax.data.templates import get_template, stop_id
@@ -35,7 +35,7 @@ from meteor_jax.evaluation.answering import (
     fused_shape,
     image_loader,
 )
-from meteor_jax.evaluation.config import EvalConfig, eval_config, resolve_plans
+from meteor_jax.evaluation.config import EvalConfig, Request, check_request
 from meteor_jax.evaluation.report import (
     CURVE_FILE,
     EVAL_FILE,
@@ -45,17 +45,24 @@ from meteor_jax.evaluation.report import (
     write_eval,
     write_predictions,
 )
-from meteor_jax.evaluation.results import BLIND, PlanResult, Row, majority, make_rows
-from meteor_jax.evaluation.tasks import Question, collect_questions, resolve_tasks
+from meteor_jax.evaluation.results import (
+    BLIND,
+    PlanResult,
+    QuestionCost,
+    Row,
+    majority,
+    make_rows,
+)
+from meteor_jax.evaluation.tasks import Question, collect_questions
 from meteor_jax.inference.visualize import draw_kept_tokens
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor, MeteorConfig
-from meteor_jax.parallel import check_batch_size
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.parallel import parameter_shardings
+from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import Experiment
-from meteor_jax.types import PruneTrace
+from meteor_jax.training.state import init_params
+from meteor_jax.types import Batch, PruneTrace
 
-CALIBRATION_FILE = "calibration.json"
 TOKENIZER_FOLDER = "tokenizer"
 KEPT_FILE = "kept_tokens.png"
 PROMPT_ROUNDING = 8  # T is a multiple of this, so that a few more questions compile nothing new
@@ -212,6 +219,25 @@ def trace_examples(
     return trace(params, images, tokens, text_valid)
 
 
+def param_shapes(experiment: Experiment, *, mesh: Mesh) -> Any:
+    """The parameters' shapes, and how they lie on `mesh`: what `restore_params` asks for."""
+    config = experiment.model
+    image = jax.ShapeDtypeStruct((1, 1, config.image_size, config.image_size, 3), np.uint8)
+    text = jax.ShapeDtypeStruct((1, 8), np.int32)
+    row = jax.ShapeDtypeStruct((1,), np.int32)
+    flags = jax.ShapeDtypeStruct((1, 8), np.bool_)
+    valid = jax.ShapeDtypeStruct((1, 1), np.bool_)
+    batch = Batch(image, valid, text, flags, text, row)
+    shapes = jax.eval_shape(
+        lambda batch: init_params(Meteor(config), batch, seed=experiment.seed), batch
+    )
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        parameter_shardings(shapes, mesh),
+    )
+
+
 def evaluate_checkpoint(
     experiment: Experiment,
     params: Any,
@@ -237,69 +263,55 @@ def evaluate_checkpoint(
         ConfigError: for an unknown task, plan or field; a template that drops the question.
         ValueError: for a prompt that is too long, or a plan that does not fit the model.
     """
-    config = eval_config(experiment)
-    given = {"tasks": tasks, "plans": plans, "num_questions": num_questions}
-    given = {name: value for name, value in given.items() if value is not None}
-    given = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
-    config = dataclasses.replace(config, **given)
     workdir, source_dir = Path(workdir), Path(source_dir or workdir)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        for name in ("images_per_batch", "questions_per_batch"):
-            check_batch_size(getattr(config, name), mesh, where=f"eval.{name}")
-    specs = resolve_tasks(config.tasks, sources=experiment.data.sources)
-    calibration = Calibration.load(source_dir / CALIBRATION_FILE)
-    chosen = resolve_plans(config.plans, library=experiment.plans, calibration=calibration)
-    evaluation = _prepare(experiment, params, config=config, specs=specs, source_dir=source_dir)
-    for plan in chosen:  # a plan that does not fit fails now, not after the others have run
+    request = check_request(
+        experiment, source_dir=source_dir, tasks=tasks, plans=plans, num_questions=num_questions
+    )
+    evaluation = _prepare(experiment, params, request=request, source_dir=source_dir)
+    for plan in request.plans:  # a plan that does not fit fails now, not after the others have run
         fused_shape(evaluation.model, params, plan=plan)
 
     console = console or Console(quiet=display == "quiet")
     results = []
+
+    def keep(result: PlanResult) -> None:
+        write_predictions(workdir / PREDICTIONS_FOLDER, evaluation.questions, result)
+        results.append(result)
+
     with _progress(console, enabled=display == "bar") as progress:
-        for plan in chosen:
-            results.append(evaluation.run(plan, progress=progress))
-        results.append(evaluation.run_blind(progress=progress))
-    results.append(majority(evaluation.questions))
-    tflops = {plan.name: _tflops(evaluation.model.config, plan) for plan in chosen}
+        for plan in request.plans:
+            keep(evaluation.run(plan, progress=progress))
+        keep(evaluation.run_blind(progress=progress))
+    keep(majority(evaluation.questions))
+    tflops = {plan.name: _tflops(evaluation.model.config, plan) for plan in request.plans}
     rows = make_rows(evaluation.questions, results, tflops=tflops)
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        write_predictions(workdir / PREDICTIONS_FOLDER, evaluation.questions, result)
     recorded = {name: dataclasses.asdict(getattr(experiment, name)) for name in ("model", "data")}
-    recorded["eval"] = dataclasses.asdict(config)
-    write_eval(workdir / EVAL_FILE, rows, config=recorded, plans=chosen, step=step)
+    recorded["eval"] = dataclasses.asdict(request.config)
+    write_eval(workdir / EVAL_FILE, rows, config=recorded, plans=request.plans, step=step)
     draw_curve(workdir / CURVE_FILE, rows)
-    pruned = [plan for plan in chosen if plan.encode or plan.fuse or plan.decode]
-    if config.draw_images and chosen:
-        evaluation.draw((pruned or chosen)[0], path=workdir / KEPT_FILE)
+    pruned = [plan for plan in request.plans if plan.encode or plan.fuse or plan.decode]
+    if request.config.draw_images and request.plans:
+        evaluation.draw((pruned or request.plans)[0], path=workdir / KEPT_FILE)
     print_table(rows, console=console)
     return rows
 
 
 def _prepare(
-    experiment: Experiment, params: Any, *, config: EvalConfig, specs: Sequence[Any],
-    source_dir: Path,
+    experiment: Experiment, params: Any, *, request: Request, source_dir: Path
 ) -> Evaluation:
-    template = config.template or experiment.train.finetune.template
-    if not get_template(template).keeps_question:
-        raise ConfigError(
-            f"template '{template}' drops the question: set eval.template, or "
-            "train.finetune.template, to one that keeps it, such as 'qa'."
-        )
-    data = experiment.data
+    config, data = request.config, experiment.data
     sources = {
         name: open_source(
             name, split="test", data_dir=data.data_dir, num_images=config.num_images,
             seed=data.source_seed,
         )
-        for name in dict.fromkeys(spec.source for spec in specs)
+        for name in dict.fromkeys(task.source for task in request.tasks)
     }
     questions: tuple[Question, ...] = ()
     for name, source in sources.items():
         questions += collect_questions(
-            source, tasks=[spec for spec in specs if spec.source == name],
+            source, tasks=[task for task in request.tasks if task.source == name],
             num_questions=config.num_questions, seed=config.seed,
         )
     return Evaluation(
@@ -308,17 +320,17 @@ def _prepare(
         tokenizer=load_tokenizer(data.tokenizer, folder=source_dir / TOKENIZER_FOLDER),
         sources=sources,
         questions=questions,
-        template=template,
+        template=request.template,
         prompt_length=data.text_length,
         config=config,
     )
 
 
-def _tflops(config: MeteorConfig, plan: PrunePlan) -> Any:
+def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
     def tflops(text_tokens: float, kept: tuple[float, ...]) -> float:
-        decode_tokens = tuple(round(count) for count in kept) or None
+        # The counter takes the text around the image; the image's own place is not text.
         cost = count_cost(
-            config, plan, text_tokens=round(text_tokens), decode_tokens=decode_tokens
+            config, plan, text_tokens=round(text_tokens) - 1, decode_tokens=kept or None
         )
         return cost.total_flops / 1e12
 

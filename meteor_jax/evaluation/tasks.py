@@ -31,18 +31,6 @@ class Question:
         return self.task.source, self.record
 
 
-def split_names(text: str) -> list[str]:
-    """`"full,fastv(layer=2,keep=8)"` at the commas outside of brackets."""
-    names, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            names.append("")
-        else:
-            names[-1] += letter
-    return [name.strip() for name in names if name.strip()]
-
-
 def combined_name(source: str) -> str:
     """The name under which all tasks of a source stand together: `easyvqa_all`."""
     return f"{_plain(source)}_all"

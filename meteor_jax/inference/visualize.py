@@ -72,12 +72,13 @@ def draw_kept_tokens(
     block_rows = max(len(encoders), 2)  # the picture and its question need the height of two
     rows, columns = len(images) * block_rows, 2 + len(stages)
     figure = Figure(
-        figsize=(PANEL_INCHES * (columns + 0.9), PANEL_INCHES * 1.17 * rows + 0.9), dpi=150
+        figsize=(PANEL_INCHES * (columns + 0.9), PANEL_INCHES * 1.17 * rows + 1.1), dpi=150
     )
     FigureCanvasAgg(figure)
     top = 1 - (0.75 if title else 0.4) / figure.get_figheight()
     grid = figure.add_gridspec(
-        len(images), 1, left=0.02, right=0.985, top=top, bottom=0.01, hspace=0.10
+        len(images), 1, left=0.02, right=0.985, top=top, bottom=0.4 / figure.get_figheight(),
+        hspace=0.10,
     )
     if title:
         figure.suptitle(title, x=0.02, y=1 - 0.12 / figure.get_figheight(), ha="left", va="top",

@@ -189,7 +189,8 @@ class Clip(nn.Module):
         config = self.config
         images = resize(images, size=config.image_size).astype(self.dtype)
         patches = patchify(images, patch=config.patch_size)
-        x = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="patch_embedding")(patches)
+        embed = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="patch_embedding")
+        x = embed(patches)
         x = x.reshape(x.shape[0], -1, config.width)
         init = nn.initializers.normal(config.width**-0.5)
         if config.keep_cls:

@@ -174,8 +174,11 @@ class ConvNext(nn.Module):
                 f"cuts: ConvNeXt can drop tokens at its output only; expected the first two to "
                 f"keep all {num_tokens}, got {early}."
             )
-        x, last = cut_tokens(x, raster, cut=cuts[-1])
-        return EncoderOutput(x=x, raster=last, kept=(raster, raster, last))
+        # Its grid is whole until the output, so that is what it holds at every boundary.
+        kept, last = cut_tokens(x, raster, cut=cuts[-1])
+        return EncoderOutput(
+            x=kept, raster=last, kept=(raster, raster, last), features=(x, x, kept)
+        )
 
 
 def depthwise(x: Array, kernel: Array) -> Array:

@@ -1,7 +1,7 @@
 """Joining the encoders' tokens, and joining an image's tokens with the text around it.
 
-I images, B examples, M images an example, N visual tokens, T text tokens, S = T + M·(N − 1)
-entries of the joined row, D width.
+I images, B examples, M images an example, N visual tokens, T text tokens, S = T + M·N entries of
+the joined row (room for a row of text alone), D width.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def splice(
     is_text = text_valid & ~is_image
 
     ends = jnp.cumsum(jnp.where(present, num_visual, is_text), axis=1)
-    place = jnp.arange(length + num_images * (num_visual - 1))
+    place = jnp.arange(length + num_images * num_visual)
     slot = jnp.minimum((ends[:, None, :] <= place[:, None]).sum(-1), length - 1)  # [B, S]
 
     def of_slot(array: Array) -> Array:

@@ -29,6 +29,7 @@ from meteor_jax.models.pix2struct import Pix2Struct, Pix2StructConfig
 from meteor_jax.models.prefill import SegmentRun, new_position, run_segments
 from meteor_jax.models.projector import Projector
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD
+from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
 from meteor_jax.pruning.fuse import Span, fuse
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import (
@@ -167,13 +168,7 @@ class Meteor(nn.Module):
         names = config.active_encoders(plan)
         if self.is_initializing():
             names = config.encoders
-        if images.shape[1:] != (config.image_size, config.image_size, 3):
-            raise ValueError(
-                f"expected images of {config.image_size}×{config.image_size}×3, got "
-                f"{'×'.join(map(str, images.shape[1:]))}; set model.image_size or resize the data."
-            )
-        pixels = (images / jnp.float32(255) - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
-        pixels = pixels.astype(config.dtype)
+        pixels = self._normalise(images)
         shapes = {name: config.encoder(name) for name in names}
         cuts = plan.encode.encoder_cuts(shapes) if plan.encode else {}
         outputs = {name: getattr(self, name)(pixels, cuts=cuts.get(name)) for name in names}
@@ -209,6 +204,14 @@ class Meteor(nn.Module):
                 fused_raster=tokens.raster,
             ),
         )
+
+    def boundary_features(self, images: Array) -> dict[str, tuple[Array, ...]]:
+        """Every encoder's features float[I, N, E] at its three boundaries, nothing dropped."""
+        pixels = self._normalise(images)
+        return {
+            name: getattr(self, name)(pixels, cuts=_keep_all(self.config.encoder(name))).features
+            for name in self.config.encoders
+        }
 
     def prefill(
         self,
@@ -255,6 +258,16 @@ class Meteor(nn.Module):
         grown = DecodeCache(segments=tuple(segments), num_new=cache.num_new + tokens.shape[1])
         return Extended(logits=self.llama.logits(x), cache=grown)
 
+    def _normalise(self, images: Array) -> Array:
+        size = self.config.image_size
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"expected images of {size}×{size}×3, got {'×'.join(map(str, images.shape[1:]))}; "
+                "set model.image_size or resize the data."
+            )
+        pixels = (images / jnp.float32(255) - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
+        return pixels.astype(self.config.dtype)
+
     def _run_segments(
         self, visual: VisualTokens, *, image_valid: Array, tokens: Array, text_valid: Array,
         plan: PrunePlan, num_new: int,
@@ -278,6 +291,10 @@ class Meteor(nn.Module):
             visual_per_image=visual.num_tokens,
             num_new=num_new,
         )
+
+
+def _keep_all(encoder: Any) -> tuple[EncoderCut, ...]:
+    return (EncoderCut(keep=encoder.num_tokens),) * NUM_SEGMENTS
 
 
 def _on_common_grid(x: Array) -> VisualTokens:

@@ -139,10 +139,27 @@ def parse_plan(text: str, *, library: Mapping[str, str] | None = None) -> PruneP
         raise ConfigError(f"plan '{text}': {error}") from error
 
 
+def split_plans(text: str) -> list[str]:
+    """Plans separated by commas; commas within parentheses belong to a plan."""
+    return [part.strip() for part in _split(text)]
+
+
+def _split(text: str) -> list[str]:
+    """Splits at commas outside of parentheses."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part.strip()]
+
+
 def _arguments(text: str, plan: str) -> dict[str, Any]:
     """`layer=2, decode.heads=0, keep=(1, 2)` as a dict; values are Python literals or words."""
     arguments = {}
-    for part in filter(None, (p.strip() for p in re.split(r",(?![^(\[]*[)\]])", text))):
+    for part in _split(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
             raise ConfigError(f"plan '{plan}': expected field=value, got '{part}'.")

@@ -64,11 +64,13 @@ class EncoderOutput:
         raster: int32[I, N]; row-major place of each token in the encoder's own output grid.
         kept: int32[I, K] a boundary: the tokens alive after it, in the same numbering; empty where
             the encoder ran without cuts.
+        features: float[I, K, E] a boundary: what those tokens held there; empty without cuts.
     """
 
     x: Array
     raster: Array
     kept: tuple[Array, ...] = ()
+    features: tuple[Array, ...] = ()
 
 
 def encode_segments(
@@ -101,7 +103,7 @@ def encode_segments(
         x, _ = run(x, 0, bounds[-1])
         return EncoderOutput(x=x[:, num_prefix:], raster=raster)
     check_cuts(cuts)
-    start, kept = 0, []
+    start, kept, features = 0, [], []
     for cut, stop in zip(cuts, bounds, strict=True):
         x, last_input = run(x, start, stop)
         block = min(max(start, stop - 1), bounds[-1] - 1)
@@ -109,8 +111,11 @@ def encode_segments(
         tokens, raster = cut_tokens(x[:, num_prefix:], raster, cut=cut, attention=received)
         x = jnp.concatenate([x[:, :num_prefix], tokens], axis=1) if num_prefix else tokens
         kept.append(raster)
+        features.append(tokens)
         start = stop
-    return EncoderOutput(x=x[:, num_prefix:], raster=raster, kept=tuple(kept))
+    return EncoderOutput(
+        x=x[:, num_prefix:], raster=raster, kept=tuple(kept), features=tuple(features)
+    )
 
 
 def check_cuts(cuts: tuple[EncoderCut, ...]) -> None:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from meteor_jax.config import ConfigError, build
-from meteor_jax.pruning.encode import Criterion, EncoderCut, allocate
-
-NUM_BOUNDARIES = 3  # METEOR divides an encoder into three segments of blocks
+from meteor_jax.pruning.encode import NUM_SEGMENTS, Assignment, Criterion, EncoderCut, allocate
 
 
 class EncoderShape(Protocol):
@@ -45,7 +43,7 @@ class EncodePlan:
     """
 
     keep: tuple[int, int, int]
-    assignment: Literal["rank", "uniform", "inverse_rank"] = "rank"
+    assignment: Assignment = "rank"
     ranks: tuple[tuple[str, tuple[float, ...]], ...] = ()
     criteria: tuple[Criterion, Criterion, Criterion] = ("mean_token", "attention", "attention")
 
@@ -67,7 +65,7 @@ class EncodePlan:
                 )
         alive = {name: shape.num_tokens for name, shape in encoders.items()}
         cuts: dict[str, list[EncoderCut]] = {name: [] for name in encoders}
-        for boundary in range(NUM_BOUNDARIES):
+        for boundary in range(NUM_SEGMENTS):
             able = [name for name, shape in encoders.items() if shape.cuttable[boundary]]
             alive |= allocate(
                 self.keep[boundary],
@@ -242,7 +240,7 @@ class Calibration:
     @staticmethod
     def load(path: Path) -> Calibration:
         """Reads what `save` wrote; an absent file is an empty calibration."""
-        if not path.exists():
+        if not path.is_file():
             return Calibration()
         return build(Calibration, json.loads(path.read_text()), where=str(path))
 

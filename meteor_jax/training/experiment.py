@@ -39,7 +39,7 @@ class StageConfig:
     """
 
     kind: Literal["caption", "questions"] = "questions"
-    template: str = "plain"
+    template: str = "qa"
     plans: tuple[str, ...] = ("full",)
     steps: int = 0
     batch_size: int = 32
@@ -76,6 +76,7 @@ class TrainConfig:
             from nothing.
         log_every: steps between fetches of the metrics from the device.
         eval_every: steps between evaluations; 0 evaluates at the end only.
+        eval_questions: of each task, in evaluations before the end.
         checkpoint_every: steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: how many of the newest to keep.
     """
@@ -87,6 +88,7 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log_every: int = 10
     eval_every: int = 0
+    eval_questions: int = 100
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
 
@@ -105,6 +107,11 @@ class TrainConfig:
                 stages.append(Stage(name, config, start=start, stop=start + config.steps))
             start += config.steps
         return tuple(stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that the step of that number belongs to; past the end, the last one."""
+        stages = self.stages()
+        return next((stage for stage in stages if step < stage.stop), stages[-1])
 
 
 @dataclasses.dataclass(frozen=True)

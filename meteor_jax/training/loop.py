@@ -99,9 +99,11 @@ def train(
         def run_evaluation(*, final: bool) -> None:
             recorder.flush()
             params = state.params if state.ema is None else state.ema
-            with stop.at_once():
+            with stop.at_once(), bar.paused():
                 scores = evaluate(params, step=step, final=final)
             log.write_scalars({f"eval/{name}": score for name, score in scores.items()}, step=step)
+            shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+            bar.say(f"evaluated after step {step}: {shown}")
             recorder.restart_clock()
 
         try:
@@ -114,6 +116,7 @@ def train(
                         experiment, model=model, stage=stage, optimizer=optimizer, data=data,
                         mesh=mesh, saved=saved, calibration=_load_calibration(workdir),
                     )
+                    checkpoint.write_config(workdir, config)
                     if first_step:
                         bar.say(f"resumed at step {first_step} of {stages[-1].stop} in {workdir}")
                 else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,15 @@ class ProgressBar:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the terminal to another bar."""
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
 
     def show(self, stage: str, *, step: int, loss: float, examples_per_s: float) -> None:
         """Says that `step` steps are done."""

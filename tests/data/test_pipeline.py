@@ -325,6 +325,26 @@ def test_a_bpe_trained_on_the_training_texts_feeds_the_pipeline(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kept", [0, 5, 100])
+def test_kept_records_are_read_once_and_change_nothing(kept):
+    class Counting(FakeSource):
+        reads = 0
+
+        def __getitem__(self, index):
+            Counting.reads += 1
+            return super().__getitem__(index)
+
+    config = dataclasses.replace(CONFIG, kept_records=kept, prefetch=1)
+    for batch, other in zip(
+        take(make(config, source=Counting(12)), 6), take(make(), 6), strict=True
+    ):
+        assert_equal(batch, other)
+    if kept == 100:  # two threads may meet the same record at once, across an epoch's border
+        assert Counting.reads < 20
+    else:
+        assert Counting.reads >= 12 + 12 - kept
+
+
 @pytest.mark.slow
 def test_worker_processes_resume_exactly():
     flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags

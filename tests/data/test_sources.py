@@ -91,7 +91,7 @@ def answer_from(elements: list[dict], question: str) -> str:
         return "yes" if words[4] in of["digits"] else "no"
     if words[:4] == ["is", "there", "a", "bar"]:
         return "yes" if words[4] in of["chart"] else "no"
-    if words[:3] == ["is", "there", "a"]:
+    if words[:2] == ["is", "there"]:
         return "yes" if (words[3], words[4]) in {(e["color"], e["kind"]) for e in shapes} else "no"
     if question == "what are the digits?":
         return of["digits"]

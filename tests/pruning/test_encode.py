@@ -150,7 +150,7 @@ def test_allocate_rounds_windows_up_where_others_are_full():
 
 
 def test_allocate_errors():
-    with pytest.raises(ValueError, match="between 0 and 181 tokens.*got 182"):
+    with pytest.raises(ValueError, match=r"between 0 and 181 tokens.*got 182"):
         allocate(182, ranks=RANKS, available=AVAILABLE)
     with pytest.raises(ValueError, match="none for pix2struct"):
         allocate(9, ranks={"clip": 1.0, "convnext": 1.0}, available=AVAILABLE)

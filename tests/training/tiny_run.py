@@ -1,70 +1,98 @@
-"""The smallest real model on made-up data; also a program that a test can kill.
+"""A run so small that it compiles in a second; also a program that a test can kill.
 
-Run as `python -m tests.training.tiny_run WORKDIR [KILL_AFTER_STEP]`.
+Run as `python -m tests.training.tiny_run WORKDIR [KILL_AT_STEP]`.
 """
 
-import dataclasses
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.config import build
 from meteor_jax.data.pipeline import DataConfig
-from meteor_jax.models.meteor import Meteor, MeteorConfig
+from meteor_jax.models.meteor import Forward, MeteorConfig
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.experiment import Experiment, TrainConfig
 from meteor_jax.training.loop import train
-from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch
+from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, PruneTrace
 
-TEXT_LENGTH, SIDE, VOCABULARY = 8, 16, 32
+TEXT_LENGTH, SIDE, VOCABULARY, WIDTH = 8, 4, 16, 8
 RANKS = {"clip": (2.0, 2.0, 2.0), "pix2struct": (1.0, 1.0, 1.0)}
 PLANS = {"pruned": "meteor(encode=(6, 5, 4), fuse=3)"}
 
 
-def make_experiment(**train_fields):
-    model = {
-        "encoders": ("clip", "pix2struct"),
-        "clip": dict(image_size=16, patch_size=8, width=8, depth=3, num_heads=2, mlp_dim=8),
-        "pix2struct": dict(
-            grid_side=2, patch_size=8, width=8, depth=3, num_heads=2, mlp_dim=8, num_positions=4
-        ),
-        "llama": dict(
-            depth=2, width=8, num_heads=2, num_kv_heads=1, mlp_dim=16, vocab_size=VOCABULARY
-        ),
-        "image_size": SIDE,
-    }
+class Encoder(nn.Module):
+    """A picture as one vector."""
+
+    @nn.compact
+    def __call__(self, pixels):
+        hidden = nn.Dense(WIDTH, name="fc1")(pixels)
+        return nn.Dense(WIDTH, name="fc2")(nn.RMSNorm(name="norm")(hidden))
+
+
+class Decoder(nn.Module):
+    """The next token from this one and the picture."""
+
+    @nn.compact
+    def __call__(self, tokens, picture):
+        x = nn.Embed(VOCABULARY, WIDTH, name="embedding")(jnp.maximum(tokens, 0))
+        return nn.Dense(VOCABULARY, use_bias=False, name="head")(jnp.tanh(x + picture[:, None]))
+
+
+class TinyModel(nn.Module):
+    """The interface of `Meteor` over a few hundred parameters; a plan that fuses dims the image."""
+
+    @nn.compact
+    def __call__(self, batch, *, plan):
+        if plan.encode is not None and not plan.encode.ranks:
+            raise ValueError("no feature ranks.")
+        keep = plan.fuse.keep if plan.fuse else 4
+        if keep > 4:
+            raise ValueError(f"a budget of {keep} tokens, but there are 4.")
+        pixels = batch.images.reshape(batch.images.shape[0], -1).astype(jnp.float32) / 255
+        picture = Encoder(name="clip")(pixels) * (keep / 4)
+        logits = Decoder(name="llama")(batch.tokens, picture)
+        fused = jnp.broadcast_to(jnp.arange(keep) % 2, (batch.images.shape[0], keep))
+        return Forward(
+            logits=logits, trace=PruneTrace(encode={}, fused_encoder=fused, fused_raster=fused)
+        )
+
+
+def make_experiment(*, plans=None, **train_fields):
+    """`train_fields` replace those of `TrainConfig`; a dict replaces fields of a stage."""
     stage = dict(batch_size=8, learning_rate=1e-2, plans=("full",))
     values = {
-        "mesh": dict(data=-1),
+        "mesh": {},
         "pretrain": stage | dict(kind="caption", steps=4),
-        "finetune": stage | dict(
-            steps=4, plans=("pruned",), before="calibrate_ranks", trainable=("llama", "projector")
-        ),
+        "finetune": stage | dict(steps=4, plans=("pruned",), before="calibrate_ranks"),
         "log_every": 2,
         "checkpoint_every": 2,
     }
     for name, value in train_fields.items():
         values[name] = values[name] | value if isinstance(value, dict) else value
     return Experiment(
-        model=build(MeteorConfig, model),
+        model=MeteorConfig(encoders=("clip", "pix2struct")),
         data=DataConfig(sources=("easy-vqa",)),
         train=build(TrainConfig, values, where="train"),
-        plans=PLANS,
+        plans=PLANS | (plans or {}),
     )
 
 
-def make_batch(seed, *, rows=8):
+def make_batch(seed, *, rows=8, side=SIDE, vocabulary=VOCABULARY):
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, VOCABULARY, (rows, TEXT_LENGTH)).astype(np.int32)
+    tokens = rng.integers(0, vocabulary, (rows, TEXT_LENGTH)).astype(np.int32)
     tokens[:, 0] = IMAGE_TOKEN
     text_valid = np.arange(TEXT_LENGTH) < rng.integers(4, TEXT_LENGTH + 1, (rows, 1))
     labels = np.where(text_valid & (np.arange(TEXT_LENGTH) > 1), tokens, IGNORE_LABEL)
     return Batch(
-        images=rng.integers(0, 256, (rows, 1, SIDE, SIDE, 3)).astype(np.uint8),
+        images=rng.integers(0, 256, (rows, 1, side, side, 3)).astype(np.uint8),
         image_valid=np.ones((rows, 1), bool),
         tokens=tokens,
         text_valid=text_valid,
@@ -80,25 +108,34 @@ def open_data(stage):
 
 
 def run(workdir, experiment, **options):
-    options = {"open_data": open_data, "calibrate": lambda params: Calibration(ranks=RANKS)} | options
-    return train(
-        experiment, model=Meteor(experiment.model), workdir=Path(workdir), config={}, **options
-    )
+    """Trains on one device, unless told otherwise."""
+    options = {
+        "model": TinyModel(),
+        "open_data": open_data,
+        "calibrate": lambda params: Calibration(ranks=RANKS),
+        "devices": jax.devices()[:1],
+        "config": {"written by": "a test"},
+    } | options
+    return train(experiment, workdir=Path(workdir), **options)
 
 
-@dataclasses.dataclass
-class KillAfter:
-    """A stage's data that kills its own process, as a power cut would, after so many batches."""
+def read_steps(workdir):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    clocks = ("examples_per_s", "tokens_per_s", "data_wait_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
-    data: grain.DatasetIterator
-    batches_left: int
 
-    def __next__(self):
-        if self.batches_left == 0:
+def main(workdir, kill_at_step=None):
+    """Trains; at `kill_at_step` the process ends as a power cut would end it."""
+
+    def evaluate(params, *, step, final):
+        if step == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.batches_left -= 1
-        return next(self.data)
+        return {}
+
+    run(workdir, make_experiment(eval_every=1, ema=0.9), evaluate=evaluate)
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], make_experiment())
+    main(sys.argv[1], *map(int, sys.argv[2:]))

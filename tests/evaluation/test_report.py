@@ -1,0 +1,127 @@
+import io
+import json
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from meteor_jax.evaluation.report import (
+    draw_curve,
+    file_name,
+    print_table,
+    write_eval,
+    write_predictions,
+)
+from meteor_jax.evaluation.results import (
+    Answer,
+    PlanResult,
+    averages,
+    layer_average,
+    majority,
+    make_rows,
+)
+from meteor_jax.evaluation.tasks import Question
+from meteor_jax.pruning.plan import DecodePlan, PrunePlan
+from tests.evaluation.fakes import COUNT, YES
+
+GOLDS = ["1", "2", "2", "3"]
+YES_GOLDS = ["yes", "no", "no", "no"]
+QUESTIONS = tuple(
+    Question(task, record=i, image_id=i, question_id=10 * k + i, question="q?", answer=answer)
+    for k, (task, golds) in enumerate(((COUNT, GOLDS), (YES, YES_GOLDS)))
+    for i, answer in enumerate(golds)
+)
+
+
+def result(plan, right, **fields):
+    kept = fields.pop("kept", ())
+    answers = tuple(
+        Answer(question.answer if good else "?", float(good), kept=kept, prompt_tokens=9)
+        for question, good in zip(QUESTIONS, right, strict=True)
+    )
+    return PlanResult(plan, answers, visual_tokens_fused=16, depth=4, seconds=0.5, **fields)
+
+
+FULL = result("full", [1, 1, 1, 0, 1, 1, 1, 1])
+METEOR = result("meteor", [1, 1, 0, 0, 1, 1, 1, 1], kept=(4, 2), layers=(1, 3))
+
+
+@pytest.fixture
+def rows():
+    cost = {"full": lambda text, kept: text, "meteor": lambda text, kept: sum(kept)}
+    return make_rows(QUESTIONS, [FULL, METEOR, majority(QUESTIONS)], tflops=cost)
+
+
+def find(rows, task, plan):
+    (row,) = [row for row in rows if (row.task, row.plan) == (task, plan)]
+    return row
+
+
+def test_rows_by_hand(rows):
+    row = find(rows, "reading_count", "meteor")
+    assert (row.score, row.n, row.metric, row.group) == (0.5, 4, "exact_match", "general")
+    assert row.visual_tokens_mean == (1 * 16 + 2 * 4 + 1 * 2) / 4
+    assert (row.visual_tokens_fused, row.tflops, row.seconds) == (16, 6, 0.5)
+    assert row.delta == -0.25
+    assert row.delta_low <= -0.25 <= row.delta_high
+    full = find(rows, "reading_count", "full")
+    assert (full.visual_tokens_mean, full.delta, full.f1, full.tflops) == (16, None, None, 9)
+    assert find(rows, "reading_existence", "full").f1 == 1.0
+
+
+def test_majority_answers_with_the_most_frequent_gold(rows):
+    assert find(rows, "reading_count", "majority").score == 0.5
+    row = find(rows, "reading_existence", "majority")
+    assert (row.score, row.f1) == (0.75, 0.0)
+
+
+def test_a_sources_tasks_are_joined_over_questions_but_not_averaged_again(rows):
+    row = find(rows, "reading_all", "meteor")
+    assert (row.score, row.n, row.group, row.metric) == (6 / 8, 8, "combined", "mean")
+    assert averages(rows)["meteor"] == {"general": 0.75, "all": 0.75}
+
+
+def test_corrupt_questions_count_as_wrong_and_are_named():
+    answers = (Answer("", 0.0, corrupt=True), *FULL.answers[1:])
+    broken = PlanResult("full", answers, visual_tokens_fused=16, depth=4)
+    row = find(make_rows(QUESTIONS, [broken], tflops={}), "reading_count", "full")
+    assert (row.score, row.n, row.corrupt, row.visual_tokens_mean) == (0.5, 4, 1, 16)
+
+
+def test_layer_average_without_cuts():
+    assert layer_average((), result=FULL) == 16
+
+
+def test_files(tmp_path, rows):
+    plan = PrunePlan(name="meteor", decode=DecodePlan(layers=(1, 3), keep=(4, 2)))
+    write_eval(tmp_path / "eval.json", rows, config={"seed": 0}, plans=[plan], step=7)
+    content = json.loads((tmp_path / "eval.json").read_text())
+    assert content["step"] == 7
+    assert content["plans"]["meteor"]["decode"]["layers"] == [1, 3]
+    assert "jax" in content["versions"]
+    assert len(content["rows"]) == len(rows)
+    wanted = {"task", "plan", "metric", "score", "n", "visual_tokens_mean", "tflops", "seconds"}
+    assert wanted <= content["rows"][0].keys()
+    path = write_predictions(tmp_path / "predictions", QUESTIONS, METEOR)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["question_id"] for line in lines] == [q.question_id for q in QUESTIONS]
+    assert lines[0]["kept"] == [4, 2]
+    draw_curve(tmp_path / "curve.png", rows)
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert min(picture.size) > 300
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_file_names_are_harmless():
+    assert file_name("fastv(layer=2,keep=8)") == "fastv_layer=2_keep=8"
+    assert file_name("full") == "full"
+    assert "/" not in file_name("a/b")
+
+
+def test_the_table_shows_every_plan_and_average(rows):
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_table(rows, console=console)
+    text = console.export_text()
+    words = ("reading_count", "reading_all", "meteor", "majority", "mean % over tasks", "-25.0")
+    for word in words:
+        assert word in text

@@ -1,0 +1,263 @@
+"""The real model, as small as it gets, over a few generated images."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from meteor_jax.config import ConfigError
+from meteor_jax.evaluation import runner
+from meteor_jax.evaluation.answering import encode_images
+from meteor_jax.evaluation.config import check_request, eval_config
+from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.inference.generate import generate
+from meteor_jax.parallel import MeshConfig, make_mesh
+from meteor_jax.training.experiment import load_experiment
+
+REPOSITORY = Path(__file__).parents[2]
+PLANS = {"cut": "fastv(layer=1, keep=6)"}
+
+
+def config(data_dir, **changes):
+    return {
+        "model": {
+            "encoders": ("clip", "pix2struct"),
+            "clip": {"image_size": 32, "patch_size": 8, "width": 16, "depth": 1, "num_heads": 2,
+                     "mlp_dim": 32},
+            "pix2struct": {"grid_side": 3, "patch_size": 8, "width": 16, "depth": 1,
+                           "num_heads": 2, "mlp_dim": 32, "num_positions": 8},
+            "llama": {"depth": 2, "width": 32, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 32,
+                      "vocab_size": 259},
+            "image_size": 32,
+        },
+        "data": {"sources": ("easy-vqa",), "image_size": 32, "text_length": 96,
+                 "data_dir": str(data_dir)},
+        "train": {"finetune": {"steps": 1, "template": "qa"}},
+        "plans": PLANS,
+        "eval": {"num_images": 7, "max_new_tokens": 3, "images_per_batch": 2,
+                 "questions_per_batch": 4, "group_images": 4, "draw_images": 2},
+    } | changes
+
+
+def png(index):
+    pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def records(num_images):
+    """Noise, and the same five questions of each image; the last image is cut off."""
+    questions = [("easyvqa_yesno", f"is it {word}?", "yes") for word in ("red", "green", "blue")]
+    questions += [("easyvqa_attribute", f"what is the {word}?", "red") for word in ("color", "x")]
+    return [
+        {
+            "image": png(i)[: 200 if i == num_images - 1 else None],
+            "image_id": i,
+            "qa": [
+                {"task": task, "question": question, "answer": answer, "question_id": 10 * i + j}
+                for j, (task, question, answer) in enumerate(questions)
+            ],
+        }
+        for i in range(num_images)
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "open_source", lambda name, **kwargs: records(kwargs["num_images"]))
+        yield tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def experiment(data_dir):
+    return load_experiment(config(data_dir))
+
+
+@pytest.fixture(scope="module")
+def params(experiment):
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    shapes = param_shapes(experiment, mesh=mesh)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+    drawn = jax.tree.map(
+        lambda leaf: 0.3 * jax.random.normal(next(keys), leaf.shape, leaf.dtype), shapes
+    )
+    head = drawn["llama"]["head"]["kernel"]
+    letters = jnp.zeros(head.shape[1]).at[97:123].set(1)  # so that answers can be told apart
+    drawn["llama"]["head"]["kernel"] = head * letters
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def done(experiment, params, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    before = encode_images._cache_size(), generate._cache_size()
+    rows = evaluate_checkpoint(
+        experiment, params, workdir=workdir, plans=("full", "cut"), display="quiet"
+    )
+    compiled = encode_images._cache_size() - before[0], generate._cache_size() - before[1]
+    return workdir, rows, compiled
+
+
+def predictions(workdir, plan):
+    lines = (workdir / "predictions" / f"{plan}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_one_compilation_a_plan(done):
+    _, _, (encoders, decoders) = done
+    assert encoders == 2
+    assert decoders == 3  # and one without an image
+
+
+def test_every_plan_answers_every_question_once(done):
+    workdir, rows, _ = done
+    asked = [line["question_id"] for line in predictions(workdir, "full")]
+    assert len(asked) == len(set(asked)) == 35
+    for plan in ("cut", "blind", "majority"):
+        assert [line["question_id"] for line in predictions(workdir, plan)] == asked
+    assert {row.plan for row in rows} == {"full", "cut", "blind", "majority"}
+    assert {row.task for row in rows} == {
+        "easyvqa_attribute", "easyvqa_yesno", "easyvqa_all",
+    }
+
+
+def test_tokens_and_cost_are_those_of_the_plan(done):
+    _, rows, _ = done
+    by_plan = {row.plan: row for row in rows if row.task == "easyvqa_all"}
+    assert by_plan["full"].visual_tokens_mean == by_plan["full"].visual_tokens_fused == 25
+    assert by_plan["cut"].visual_tokens_mean == (25 + 6) / 2  # one of two layers is cut
+    assert by_plan["full"].tflops > by_plan["cut"].tflops > 0
+    assert by_plan["blind"].visual_tokens_mean == 0
+    assert all(line["kept"] == [6] for line in sound(predictions(done[0], "cut")))
+
+
+def sound(lines):
+    return [line for line in lines if not line["corrupt"]]
+
+
+def test_a_corrupt_image_is_scored_wrong(done):
+    workdir, rows, _ = done
+    for plan in ("full", "cut", "blind"):
+        broken = [line for line in predictions(workdir, plan) if line["corrupt"]]
+        assert [line["image_id"] for line in broken] == [6] * 5
+        assert all(line["score"] == 0 for line in broken)
+    row = next(row for row in rows if (row.task, row.plan) == ("easyvqa_yesno", "full"))
+    assert (row.n, row.corrupt) == (21, 3)
+
+
+def test_files_are_written(done):
+    workdir, rows, _ = done
+    content = json.loads((workdir / "eval.json").read_text())
+    assert len(content["rows"]) == len(rows)
+    assert set(content["plans"]) == {"full", "cut"}
+    for name in ("accuracy_vs_tokens.png", "kept_tokens.png"):
+        assert (workdir / name).stat().st_size > 5000
+
+
+def test_batch_sizes_do_not_change_predictions(done, data_dir, params, tmp_path):
+    sizes = {"images_per_batch": 3, "questions_per_batch": 7, "group_images": 3}
+    values = config(data_dir)
+    values["eval"] = values["eval"] | sizes | {"draw_images": 0}
+    evaluate_checkpoint(
+        load_experiment(values), params, workdir=tmp_path, plans=("cut",), display="quiet"
+    )
+    for plan in ("cut", "blind"):
+        assert predictions(tmp_path, plan) == predictions(done[0], plan)
+
+
+def test_a_blind_model_says_the_same_of_any_image(done):
+    said = {}
+    for line in sound(predictions(done[0], "blind")):
+        said.setdefault(line["question"], set()).add(line["prediction"])
+    assert all(len(answers) == 1 for answers in said.values())
+    seen = {}
+    for line in sound(predictions(done[0], "full")):
+        seen.setdefault(line["question"], set()).add(line["prediction"])
+    assert any(len(answers) > 1 for answers in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"plans": ["metor"]}, "no plan 'metor'"),
+        ({"plans": ["full", "full"]}, "plan 'full' is named twice"),
+        ({"plans": ["cut(decode.kept=3)"]}, "kept"),
+        ({"tasks": ["easyvqa_color"]}, "no task, group or source 'easyvqa_color'"),
+        ({"num_questions": 0}, "num_questions is at least 1, got 0"),
+    ],
+)
+def test_a_wrong_request_is_one_line(experiment, tmp_path, request_, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_request(experiment, source_dir=tmp_path, **request_)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_plans_of_one_name_are_told_apart_by_their_texts(experiment, tmp_path):
+    texts = ["fastv(layer=1, keep=4)", "fastv(layer=1, keep=8)"]
+    plans = check_request(experiment, source_dir=tmp_path, plans=texts).plans
+    assert [plan.name for plan in plans] == ["fastv", "fastv(layer=1,keep=8)"]
+
+
+def test_an_unknown_eval_field_is_named(data_dir):
+    values = config(data_dir, eval={"num_question": 3})
+    with pytest.raises(ConfigError, match=r"config\.eval\.num_question: no such field.*num_quest"):
+        eval_config(load_experiment(values))
+
+
+def test_a_template_without_the_question_is_refused(data_dir, tmp_path):
+    values = config(data_dir, train={"finetune": {"steps": 1, "template": "plain"}})
+    with pytest.raises(ConfigError, match="template 'plain' drops the question"):
+        check_request(load_experiment(values), source_dir=tmp_path)
+
+
+def test_a_prompt_that_is_too_long_is_one_line(data_dir, params, tmp_path):
+    values = config(data_dir)
+    values["data"] = values["data"] | {"text_length": 12}
+    with pytest.raises(ValueError, match=r"takes \d+ tokens, text_length is 12"):
+        evaluate_checkpoint(load_experiment(values), params, workdir=tmp_path, display="quiet")
+
+
+def test_a_budget_above_the_tokens_fails_before_anything_runs(experiment, params, tmp_path):
+    with pytest.raises(ValueError, match="only 25 tokens"):
+        evaluate_checkpoint(
+            experiment, params, workdir=tmp_path, plans=("full", "uniform(keep=99)"),
+            display="quiet",
+        )
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_param_shapes_are_those_of_the_model(experiment):
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    shapes = param_shapes(experiment, mesh=mesh)
+    assert set(shapes) == {
+        "clip", "pix2struct", "projector_clip", "projector_pix2struct", "llama",
+    }
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(shapes))
+
+
+def run_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "evaluate.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True,
+        timeout=120, check=False,
+    )
+
+
+def test_the_command_ends_in_one_line_without_a_workdir(data_dir, tmp_path):
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config(data_dir)!r})\n"
+    )
+    ended = run_command(f"--config={path}", f"--workdir={tmp_path / 'nowhere'}")
+    assert ended.returncode == 2
+    assert ended.stderr.strip().splitlines()[-1].startswith("error: workdir")
+    assert "Traceback" not in ended.stderr

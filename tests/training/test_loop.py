@@ -1,0 +1,167 @@
+"""The loop from outside: what it writes, how it ends, and that it resumes to the same numbers."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from meteor_jax.config import ConfigError
+from meteor_jax.training.metrics import TrainingFailed, cut_lines
+from tests.training import tiny_run
+from tests.training.tiny_run import make_batch, make_experiment, open_data, read_steps, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(workdir, *arguments):
+    command = [sys.executable, "-m", "tests.training.tiny_run", str(workdir), *map(str, arguments)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    tiny_run.main(workdir)
+    return read_steps(workdir)
+
+
+def test_every_step_is_written(uninterrupted):
+    assert [line["step"] for line in uninterrupted] == list(range(8))
+    assert [line["stage"] for line in uninterrupted] == ["pretrain"] * 4 + ["finetune"] * 4
+    assert {line["plan"] for line in uninterrupted[4:]} == {"pruned"}
+    assert uninterrupted[5]["fused_share/clip"] == pytest.approx(2 / 3)
+    assert len({line["loss"] for line in uninterrupted}) == 8
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_killed_run_resumes_to_the_same_losses(tmp_path, uninterrupted, step):
+    killed = start(tmp_path, step)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(read_steps(tmp_path)) < 8
+    tiny_run.main(tmp_path)
+    assert read_steps(tmp_path) == uninterrupted
+
+
+def test_signal_saves_and_the_run_goes_on(tmp_path, uninterrupted):
+    def calibrate(params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return tiny_run.Calibration(ranks=tiny_run.RANKS)
+
+    result = run(tmp_path, make_experiment(ema=0.9, checkpoint_every=0), calibrate=calibrate)
+    assert result.signal == signal.SIGTERM
+    assert int(result.state.step) == 4
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+    tiny_run.main(tmp_path)
+    assert read_steps(tmp_path) == uninterrupted
+
+
+def test_signal_ends_an_evaluation_at_once(tmp_path):
+    reached = []
+
+    def evaluate(params, *, step, final):
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(step)
+        return {}
+
+    result = run(tmp_path, make_experiment(eval_every=3), evaluate=evaluate)
+    assert (result.signal, int(result.state.step), reached) == (signal.SIGINT, 3, [])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_finished_run_only_evaluates(tmp_path):
+    experiment, seen = make_experiment(eval_every=4), []
+
+    def evaluate(params, *, step, final):
+        seen.append((step, final))
+        return {"score": 1.0}
+
+    run(tmp_path, experiment, evaluate=evaluate)
+    assert seen == [(4, False), (8, True)]
+    before = read_steps(tmp_path)
+    run(tmp_path, experiment, evaluate=evaluate)
+    assert seen == [(4, False), (8, True), (8, True)]
+    assert read_steps(tmp_path) == before
+
+
+def test_nan_stops_with_step_and_examples(tmp_path):
+    def poisoned(stage):
+        return open_data(stage)
+
+    class Poisoned(tiny_run.TinyModel):
+        def __call__(self, batch, *, plan):
+            forward = tiny_run.TinyModel(parent=None)
+            return forward
+
+    experiment = make_experiment(pretrain=dict(learning_rate=float("inf")))
+    with pytest.raises(TrainingFailed, match=r"loss is nan at step 1 .*examples \d+, ") as error:
+        run(tmp_path, experiment, open_data=poisoned)
+    assert "\n" not in str(error.value)
+    assert not any((tmp_path / "checkpoints").iterdir())
+    assert [line["step"] for line in read_steps(tmp_path)] == [0]
+
+
+def test_initial_checkpoint_gives_parameters_only(tmp_path):
+    first = run(tmp_path / "first", make_experiment()).state
+    experiment = make_experiment(
+        initial_checkpoint=str(tmp_path / "first"),
+        pretrain=dict(steps=1, learning_rate=0.0),
+        finetune=dict(steps=0),
+    )
+    second = run(tmp_path / "second", experiment).state
+    assert int(second.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, second.params, first.params)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        (make_experiment(finetune=dict(plans=("ful",))), "no plan 'ful'.* 'full'"),
+        (make_experiment(finetune=dict(trainable=("lama",))), "finetune.trainable: 'lama' match"),
+        (
+            make_experiment(finetune=dict(learning_rates_by_path=(("clap", 0.1),))),
+            "learning_rates_by_path: 'clap' matches no parameter; they begin with clip, llama",
+        ),
+        (make_experiment(finetune=dict(before="nothing")), "plan 'pruned': no feature ranks"),
+        (
+            make_experiment(plans={"pruned": "meteor(encode=(6, 5, 4), fuse=9)"}),
+            "train.finetune: plan 'pruned': a budget of 9 tokens, but there are 4",
+        ),
+        (make_experiment(mesh=dict(data=3)), "data=3.* does not fit 1 devices"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_first_step(tmp_path, experiment, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        run(tmp_path, experiment)
+    assert "\n" not in str(error.value)
+    assert not read_steps_if_any(tmp_path)
+
+
+def read_steps_if_any(workdir):
+    return read_steps(workdir) if (workdir / "metrics.jsonl").exists() else []
+
+
+def test_checkpoint_of_another_config(tmp_path):
+    run(tmp_path, make_experiment())
+    with pytest.raises(ConfigError, match=r"clip/fc2/bias: checkpoint \(8,\), config has none"):
+        run(tmp_path, make_experiment(), model=WiderModel())
+
+
+class WiderModel(tiny_run.TinyModel):
+    pass
+
+
+def test_torn_line_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    cut_lines(path, first_step=2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_ten_batches_compile_once():
+    assert make_batch(0).tokens.shape == make_batch(1).tokens.shape

@@ -1,0 +1,149 @@
+"""Trains and evaluates: `python train.py --config=configs/tiny.py --workdir=runs/tiny`.
+
+Any field of the config can be set: `--config.train.finetune.steps=100`. The same command goes on
+where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from meteor_jax.config import ConfigError
+from meteor_jax.data import pipeline
+from meteor_jax.data.sources import decode_image
+from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
+from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
+from meteor_jax.evaluation.results import averages
+from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, evaluate_checkpoint
+from meteor_jax.models.meteor import Meteor
+from meteor_jax.pruning.plan import Calibration
+from meteor_jax.tools.calibrate import CalibrationBatch, calibrate_ranks, calibrate_scales
+from meteor_jax.training.experiment import Experiment, Stage, load_experiment, parse_flags
+from meteor_jax.training.loop import CALIBRATION_FILE, train
+from meteor_jax.training.metrics import TrainingFailed
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything is written there.")
+
+CALIBRATION_IMAGES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop calls back: data by stage, calibration, evaluation."""
+
+    experiment: Experiment
+    workdir: Path
+    model: Meteor
+    tokenizer: Tokenizer
+    records: Sequence[Sequence[Any]]
+
+    def open_data(self, stage: Stage) -> grain.DatasetIterator:
+        config = stage.config
+        return pipeline.make_train_iterator(
+            self.experiment.data, tokenizer=self.tokenizer, kind=config.kind,
+            template=config.template, batch_size=config.batch_size // jax.process_count(),
+            process_index=jax.process_index(), process_count=jax.process_count(),
+            records=self.records,
+        )
+
+    def calibration_batch(self) -> CalibrationBatch:
+        """Images of the training split, each with its first question."""
+        config, count = self.experiment.data, CALIBRATION_IMAGES // len(self.records)
+        records = [source[i] for source in self.records for i in range(min(count, len(source)))]
+        prompts = pipeline.collate_prompts(
+            [record["qa"][0]["question"] for record in records], tokenizer=self.tokenizer,
+            template=self.experiment.train.finetune.template, text_length=config.text_length,
+            batch_size=len(records),
+        )
+        images = [decode_image(record["image"], size=config.image_size) for record in records]
+        return CalibrationBatch(np.stack(images), prompts.tokens, prompts.text_valid)
+
+    def calibrate(self, params: Any) -> Calibration:
+        """Feature ranks for a stage that is about to begin."""
+        images = self.calibration_batch().images
+        return Calibration(ranks=calibrate_ranks(self.model, params, images))
+
+    def evaluate(self, params: Any, *, step: int, final: bool) -> dict[str, float]:
+        """Everything in config.eval at the end; on the way few questions, as the stage trains."""
+        train_config, path = self.experiment.train, self.workdir / CALIBRATION_FILE
+        plans = eval_config(self.experiment).plans
+        if not final:
+            plans = train_config.stage_at(step).config.plans
+        calibration = Calibration.load(path)
+        resolved = resolve_plans(plans, library=self.experiment.plans, calibration=calibration)
+        scales = {
+            plan.name: calibrate_scales(
+                self.model, params, plan=plan, batches=[self.calibration_batch()]
+            )
+            for plan in resolved
+            if plan.decode is not None and plan.decode.budget == "adaptive"
+        }
+        if scales:
+            scales = calibration.scales | scales
+            dataclasses.replace(calibration, scales=scales).save(path)
+        rows = evaluate_checkpoint(
+            self.experiment, params, workdir=self.workdir, plans=plans, step=step,
+            num_questions=None if final else train_config.eval_questions,
+            display="bar" if final else "quiet",
+        )
+        return {
+            f"{plan}/{group}": score
+            for plan, groups in averages(rows).items()
+            for group, score in groups.items()
+        }
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0, 2 for what the user can put right, 1 for a loss that is no
+    number, 128 + n for a run that signal n ended after it was saved."""
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"unexpected argument '{argv[1]}'; flags start with --.")
+        experiment, workdir = load_experiment(CONFIG.value), Path(WORKDIR.value)
+        check_request(experiment, source_dir=workdir)
+        records = pipeline.open_sources(experiment.data)
+        tokenizer = load_tokenizer(
+            experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER,
+            texts=lambda: pipeline.training_texts(records),
+        )
+        if tokenizer.vocab_size > experiment.model.llama.vocab_size:
+            raise ConfigError(
+                f"model.llama.vocab_size={experiment.model.llama.vocab_size} is less than the "
+                f"tokenizer's {tokenizer.vocab_size} pieces; raise it."
+            )
+        run = Run(experiment, workdir, Meteor(experiment.model), tokenizer, records)
+    except (ValueError, OSError) as error:
+        return fail(error, code=2)
+    try:
+        result = train(
+            experiment, model=run.model, open_data=run.open_data, workdir=workdir,
+            config=json.loads(CONFIG.value.to_json_best_effort()), evaluate=run.evaluate,
+            calibrate=run.calibrate,
+        )
+    except ConfigError as error:
+        return fail(error, code=2)
+    except TrainingFailed as error:
+        return fail(error, code=1)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def fail(error: Exception, *, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)
