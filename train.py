@@ -83,15 +83,13 @@ class Run:
             plans = train_config.stage_at(step).config.plans
         calibration = Calibration.load(path)
         resolved = resolve_plans(plans, library=self.experiment.plans, calibration=calibration)
-        scales = {
-            plan.name: calibrate_scales(
-                self.model, params, plan=plan, batches=[self.calibration_batch()]
-            )
-            for plan in resolved
-            if plan.decode is not None and plan.decode.budget == "adaptive"
-        }
-        if scales:
-            scales = calibration.scales | scales
+        adaptive = [p for p in resolved if p.decode and p.decode.budget == "adaptive"]
+        if adaptive:
+            batches = [self.calibration_batch()]
+            scales = dict(calibration.scales)
+            for plan in adaptive:
+                measured = calibrate_scales(self.model, params, plan=plan, batches=batches)
+                scales[plan.name] = tuple(float(scale) for scale in measured)
             dataclasses.replace(calibration, scales=scales).save(path)
         rows = evaluate_checkpoint(
             self.experiment, params, workdir=self.workdir, plans=plans, step=step,

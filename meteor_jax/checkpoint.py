@@ -165,7 +165,7 @@ def _check_fit(checkpoints: ocp.CheckpointManager, step: int, wanted: Mapping[st
     saved = checkpoints.item_metadata(step)
     differences = []
     for item, tree in wanted.items():
-        if saved[item] is None:
+        if item not in saved or saved[item] is None:
             differences.append(f"{item} is not in it")
             continue
         have, want = _shapes(saved[item].tree), _shapes(tree)

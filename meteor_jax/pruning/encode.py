@@ -216,12 +216,11 @@ def allocate(
     low = [name for name in available if assignment != "uniform" and not ranks[name] > 0]
     if low:
         raise ValueError(f"ranks: expected more than 0 for {', '.join(low)}.")
-    weights = {
-        name: {"rank": ranks.get(name, 1.0), "uniform": 1.0}.get(
-            assignment, 1.0 / ranks.get(name, 1.0)
-        )
-        for name in available
-    }
+    if assignment == "uniform":
+        weights = dict.fromkeys(available, 1.0)
+    else:
+        power = 1.0 if assignment == "rank" else -1.0
+        weights = {name: ranks[name] ** power for name in available}
     if not 0 <= keep_total <= sum(available.values()):
         raise ValueError(
             f"expected to keep between 0 and {sum(available.values())} tokens, which the encoders "

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from meteor_jax.config import ConfigError, build
 from meteor_jax.data.pipeline import DataConfig
@@ -165,8 +166,16 @@ def complete(config: ConfigDict) -> ConfigDict:
     experiment = load_experiment(config)
     for field in dataclasses.fields(experiment):
         value = getattr(experiment, field.name)
-        values[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        values[field.name] = _with_placeholders(value)
     return ConfigDict(values)
+
+
+def _with_placeholders(value: Any) -> Any:
+    """ConfigDict gives a field that is None the type of None, and nothing else could be set."""
+    if isinstance(value, dict):
+        return {name: _with_placeholders(item) for name, item in value.items()}
+    return placeholder(object) if value is None else value
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -181,6 +190,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax alone writes a page a checkpoint
     return rest
 
 
@@ -189,6 +200,9 @@ def _one_line(error: Exception) -> str:
     unknown = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
     if unknown:
         return f"config: no such field '{unknown[2]}'. Did you mean '{unknown[1]}'?"
+    missing = re.search(r"No such file or directory: '(.+?)'", message)
+    if missing:
+        return f"config file {missing[1]} does not exist."
     if isinstance(error, (AttributeError, KeyError)):
         field = message.strip("'\" ")
         return f"config: no such field '{field}'; the config file has them all."

@@ -102,8 +102,9 @@ def train(
             with stop.at_once(), bar.paused():
                 scores = evaluate(params, step=step, final=final)
             log.write_scalars({f"eval/{name}": score for name, score in scores.items()}, step=step)
-            shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-            bar.say(f"evaluated after step {step}: {shown}")
+            if not final:
+                shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+                bar.say(f"evaluated after step {step}: {shown}")
             recorder.restart_clock()
 
         try:

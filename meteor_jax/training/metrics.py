@@ -156,7 +156,8 @@ class StepRecorder:
         """Fetches and writes what is pending; rates are means over those steps.
 
         Raises:
-            TrainingFailed: naming the first step whose loss is not finite, and its examples.
+            TrainingFailed: naming the first step whose loss or gradient is not finite, and its
+                examples.
         """
         if not self._pending:
             return
@@ -171,14 +172,17 @@ class StepRecorder:
             pending.row | {name: value.item() for name, value in metrics.items()} | rates
             for pending, metrics in zip(self._pending, fetched, strict=True)
         ]
-        failed = [i for i, row in enumerate(rows) if not math.isfinite(row["loss"])]
+        failed = [
+            i for i, row in enumerate(rows) if not math.isfinite(row["loss"] + row["grad_norm"])
+        ]
         # JSON has no NaN: the failed step is in the message instead.
         self._log.write_steps(rows[: failed[0]] if failed else rows)
         if failed:
             row, example_id = rows[failed[0]], self._pending[failed[0]].example_id
             raise TrainingFailed(
-                f"loss is {row['loss']} at step {row['step']} (stage {row['stage']}, plan "
-                f"{row['plan']}, learning rate {row['learning_rate']:.3g}; examples "
+                f"loss is {row['loss']:.4g} at step {row['step']}, its gradient's norm "
+                f"{row['grad_norm']:.4g} (stage {row['stage']}, plan {row['plan']}, learning rate "
+                f"{row['learning_rate']:.3g}; examples "
                 f"{', '.join(map(str, example_id))}): lower the learning rate, or look at these "
                 "examples; the last checkpoint is from before."
             )

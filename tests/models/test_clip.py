@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,20 +34,20 @@ def naive_map(params, x, num_heads=2):
 def first_cut(config, criterion):
     """Places kept by the first boundary, and the input of the block before it."""
     model = Clip(config)
-    variables = model.init(jax.random.key(1), images())
-    # Larger queries and keys than at the start, so that attention is far from even.
-    attention = variables["params"]["blocks"]["stack"]["attention"]
-    attention["query"]["kernel"] *= 4.0
-    num_tokens = config.num_tokens
+    random = np.random.default_rng(1)
+    # Large weights, so that attention is far from even.
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(scale=0.7, size=leaf.shape), leaf.dtype),
+        jax.eval_shape(model.init, jax.random.key(1), images()),
+    )
     cuts = (EncoderCut(KEEP, criterion), EncoderCut(KEEP), EncoderCut(KEEP))
-    assert num_tokens > KEEP
-    out, state = model.apply(
-        variables,
-        images(),
+    apply = functools.partial(
+        model.apply,
         cuts=cuts,
         capture_intermediates=lambda module, _: module.name == "pre_norm",
         mutable=["intermediates"],
     )
+    out, state = jax.jit(apply)(variables, images())
     x = state["intermediates"]["pre_norm"]["__call__"][0]
     return np.asarray(out.kept[0]), naive_map(variables["params"], x)
 

@@ -104,8 +104,9 @@ def test_allocate_inversely():
 
 
 def test_allocate_uniformly():
-    counts = allocate(60, ranks={}, available=AVAILABLE, assignment="uniform")
-    assert counts == dict.fromkeys(AVAILABLE, 20)
+    for ranks in ({}, dict.fromkeys(AVAILABLE, 0.0)):
+        counts = allocate(60, ranks=ranks, available=AVAILABLE, assignment="uniform")
+        assert counts == dict.fromkeys(AVAILABLE, 20)
 
 
 def test_allocate_gives_what_is_over_to_the_others():

@@ -31,23 +31,29 @@ PLANS = {"pruned": "meteor(encode=(6, 5, 4), fuse=3)"}
 class Encoder(nn.Module):
     """A picture as one vector."""
 
+    width: int
+
     @nn.compact
     def __call__(self, pixels):
-        hidden = nn.Dense(WIDTH, name="fc1")(pixels)
-        return nn.Dense(WIDTH, name="fc2")(nn.RMSNorm(name="norm")(hidden))
+        hidden = nn.Dense(self.width, name="fc1")(pixels)
+        return nn.Dense(self.width, name="fc2")(nn.RMSNorm(name="norm")(hidden))
 
 
 class Decoder(nn.Module):
     """The next token from this one and the picture."""
 
+    width: int
+
     @nn.compact
     def __call__(self, tokens, picture):
-        x = nn.Embed(VOCABULARY, WIDTH, name="embedding")(jnp.maximum(tokens, 0))
+        x = nn.Embed(VOCABULARY, self.width, name="embedding")(jnp.maximum(tokens, 0))
         return nn.Dense(VOCABULARY, use_bias=False, name="head")(jnp.tanh(x + picture[:, None]))
 
 
 class TinyModel(nn.Module):
     """The interface of `Meteor` over a few hundred parameters; a plan that fuses dims the image."""
+
+    width: int = WIDTH
 
     @nn.compact
     def __call__(self, batch, *, plan):
@@ -57,8 +63,8 @@ class TinyModel(nn.Module):
         if keep > 4:
             raise ValueError(f"a budget of {keep} tokens, but there are 4.")
         pixels = batch.images.reshape(batch.images.shape[0], -1).astype(jnp.float32) / 255
-        picture = Encoder(name="clip")(pixels) * (keep / 4)
-        logits = Decoder(name="llama")(batch.tokens, picture)
+        picture = Encoder(self.width, name="clip")(pixels) * (keep / 4)
+        logits = Decoder(self.width, name="llama")(batch.tokens, picture)
         fused = jnp.broadcast_to(jnp.arange(keep) % 2, (batch.images.shape[0], keep))
         return Forward(
             logits=logits, trace=PruneTrace(encode={}, fused_encoder=fused, fused_raster=fused)
@@ -67,11 +73,11 @@ class TinyModel(nn.Module):
 
 def make_experiment(*, plans=None, **train_fields):
     """`train_fields` replace those of `TrainConfig`; a dict replaces fields of a stage."""
-    stage = dict(batch_size=8, learning_rate=1e-2, plans=("full",))
+    stage = {"batch_size": 8, "learning_rate": 1e-2, "plans": ("full",)}
     values = {
         "mesh": {},
-        "pretrain": stage | dict(kind="caption", steps=4),
-        "finetune": stage | dict(steps=4, plans=("pruned",), before="calibrate_ranks"),
+        "pretrain": stage | {"kind": "caption", "steps": 4},
+        "finetune": stage | {"steps": 4, "plans": ("pruned",), "before": "calibrate_ranks"},
         "log_every": 2,
         "checkpoint_every": 2,
     }
@@ -116,7 +122,11 @@ def run(workdir, experiment, **options):
         "devices": jax.devices()[:1],
         "config": {"written by": "a test"},
     } | options
-    return train(experiment, workdir=Path(workdir), **options)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
+    try:
+        return train(experiment, workdir=Path(workdir), **options)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def read_steps(workdir):

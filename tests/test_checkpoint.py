@@ -1,0 +1,134 @@
+"""Saving and restoring, and what is said when it cannot be done."""
+
+import json
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from meteor_jax.checkpoint import (
+    CheckpointError,
+    open_checkpoints,
+    restore,
+    restore_params,
+    save,
+    write_config,
+)
+from meteor_jax.parallel import MeshConfig, make_mesh
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    rng: jax.Array
+    ema: dict | None
+
+
+def make_state(*, step=3, width=4, ema=True):
+    params = {"llama": {"head": jnp.arange(2.0 * width).reshape(2, width)}, "clip": jnp.ones(2)}
+    return State(
+        step=jnp.array(step, jnp.int32),
+        params=params,
+        opt_state=({"mu": {"llama/head": params["llama"]["head"] * 2}}, ()),
+        rng=jax.random.PRNGKey(step),
+        ema=jax.tree.map(lambda x: x + 10, params) if ema else None,
+    )
+
+
+def make_data():
+    return iter(grain.MapDataset.range(100).seed(0).shuffle().repeat().to_iter_dataset())
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's folder with one checkpoint, after which the state was overwritten in place."""
+    with open_checkpoints(tmp_path) as checkpoints:
+        data = make_data()
+        for _ in range(5):
+            next(data)
+        save(checkpoints, make_state(), step=3, data=data, config={"seed": 1})
+    return tmp_path
+
+
+def test_round_trip(workdir):
+    expected, data = make_state(), make_data()
+    with open_checkpoints(workdir) as checkpoints:
+        state = restore(checkpoints, abstract(expected), data=data)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    reference = make_data()
+    for _ in range(5):
+        next(reference)
+    assert next(data) == next(reference)
+
+
+def test_params_alone_come_from_the_moving_average(workdir):
+    params = restore_params(workdir, abstract(make_state().params))
+    jax.tree.map(np.testing.assert_array_equal, params, make_state().ema)
+
+
+def test_restores_to_another_mesh(workdir):
+    mesh = make_mesh(MeshConfig(1, 2, 4), devices=jax.devices()[:8])
+    sharding = NamedSharding(mesh, P("fsdp", "tensor"))
+    like = abstract(make_state().params)
+    like["llama"]["head"] = jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=sharding)
+    params = restore_params(workdir, like)
+    assert params["llama"]["head"].sharding == sharding
+    np.testing.assert_array_equal(params["llama"]["head"], make_state().ema["llama"]["head"])
+
+
+def test_another_config_is_named_by_path_and_shapes(workdir):
+    like = abstract(make_state(width=6).params)
+    like["convnext"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+    with pytest.raises(CheckpointError) as error:
+        restore_params(workdir, like)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "ema/llama/head: checkpoint (2, 4), config (2, 6)" in message
+    assert "ema/convnext: checkpoint has none, config (1,)" in message
+    assert "another --workdir" in message
+
+
+def test_absent_moving_average_is_said(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, make_state(ema=False), step=1, data=make_data(), config={})
+        checkpoints.wait_until_finished()
+        with pytest.raises(CheckpointError, match="ema is not in it"):
+            restore(checkpoints, abstract(make_state()), data=make_data())
+
+
+def test_nothing_to_restore(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no workdir .*nowhere: train first"):
+        restore_params(tmp_path / "nowhere", {})
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*: train first"):
+        restore_params(tmp_path, {})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*: train first"):
+        restore_params(tmp_path, {})
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            save(checkpoints, make_state(step=step), step=step, data=make_data(), config={})
+        save(checkpoints, make_state(step=9), step=3, data=make_data(), config={})
+        checkpoints.wait_until_finished()
+        assert list(checkpoints.all_steps()) == [2, 3]
+        state = restore(checkpoints, abstract(make_state()), data=make_data())
+    assert int(state.step) == 3
+
+
+def test_config_file(tmp_path):
+    write_config(tmp_path, {"seed": 1})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}

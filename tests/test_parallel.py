@@ -1,0 +1,90 @@
+"""The mesh and the path rules."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from meteor_jax.config import ConfigError
+from meteor_jax.models.meteor import Meteor, MeteorConfig
+from meteor_jax.parallel import (
+    MeshConfig,
+    check_batch_size,
+    make_mesh,
+    parameter_shardings,
+    parameter_spec,
+    shard_batch,
+)
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.types import Batch
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), devices=jax.devices()[:8])
+
+
+def test_minus_one_takes_the_rest(mesh):
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("config", [MeshConfig(3), MeshConfig(-1, 3), MeshConfig(2, 2, 1)])
+def test_mesh_that_does_not_fit(config):
+    with pytest.raises(ConfigError, match="does not fit 8 devices: choose sizes"):
+        make_mesh(config, devices=jax.devices()[:8])
+
+
+@pytest.mark.parametrize("config", [MeshConfig(-1, -1), MeshConfig(0)])
+def test_mesh_that_makes_no_sense(config):
+    with pytest.raises(ConfigError, match="at most one of them is -1"):
+        make_mesh(config)
+
+
+def test_rules(mesh):
+    assert parameter_spec("llama/blocks/stack/query/kernel", (4, 16, 16), mesh) == P(
+        None, "fsdp", "tensor"
+    )
+    assert parameter_spec("llama/blocks/stack/down/kernel", (4, 32, 16), mesh) == P(
+        None, "tensor", "fsdp"
+    )
+    assert parameter_spec("llama/blocks/stack/up/kernel", (4, 16, 7), mesh) == P(
+        None, "fsdp", None
+    )
+    assert parameter_spec("clip/blocks/stack/norm1/scale", (3, 16), mesh) == P(None, None)
+    assert parameter_spec("step", (), mesh) == P()
+
+
+def test_matrix_without_a_rule_is_an_error(mesh):
+    with pytest.raises(ValueError, match=r"no sharding rule .* adapter/weights \(4, 4\)"):
+        parameter_spec("adapter/weights", (4, 4), mesh)
+
+
+@pytest.mark.parametrize("fusion", ["post", "pre"])
+def test_every_parameter_of_the_full_size_model_has_a_rule(mesh, fusion):
+    config = MeteorConfig(fusion=fusion)
+    batch = Batch(
+        images=np.zeros((1, 1, 1024, 1024, 3), np.uint8), image_valid=np.ones((1, 1), bool),
+        tokens=np.array([[-200, 1]], np.int32), text_valid=np.ones((1, 2), bool),
+        labels=np.ones((1, 2), np.int32), example_id=np.zeros(1, np.int32),
+    )
+    params = jax.eval_shape(
+        lambda: Meteor(config).init(jax.random.PRNGKey(0), batch, plan=PrunePlan())["params"]
+    )
+    total = largest_whole = 0
+    shardings = parameter_shardings(params, mesh)
+    for leaf, sharding in zip(
+        jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True
+    ):
+        total += leaf.size
+        if all(axis is None for axis in sharding.spec):
+            largest_whole = max(largest_whole, leaf.size)
+    assert largest_whole < total / 10_000
+
+
+def test_batch_is_split_by_rows(mesh):
+    rows = np.arange(8.0).reshape(8, 1)
+    placed = shard_batch({"rows": rows}, mesh)["rows"]
+    assert placed.addressable_shards[0].data.shape == (2, 1)
+    np.testing.assert_array_equal(placed, rows)
+    with pytest.raises(ConfigError, match=r"batch_size: 6 rows do not divide into .* = 4 parts"):
+        check_batch_size(6, mesh, where="batch_size")

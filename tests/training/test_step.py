@@ -1,0 +1,215 @@
+"""One step: what trains, by how much, and that it compiles once."""
+
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from meteor_jax.config import build
+from meteor_jax.models.clip import ClipConfig
+from meteor_jax.models.llama import LlamaConfig
+from meteor_jax.models.meteor import Meteor, MeteorConfig
+from meteor_jax.models.pix2struct import Pix2StructConfig
+from meteor_jax.parallel import MeshConfig, make_mesh, parameter_shardings, shard_batch
+from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.plan import Calibration
+from meteor_jax.training.experiment import StageConfig
+from meteor_jax.training.optimizer import make_optimizer, make_schedule
+from meteor_jax.training.state import init_params, make_state
+from meteor_jax.training.step import make_train_step, token_loss
+from meteor_jax.types import IGNORE_LABEL
+from tests.training.tiny_run import PLANS, RANKS, TinyModel, make_batch
+
+FULL = parse_plan("full")
+
+
+def make_stage(**fields):
+    return build(StageConfig, {"steps": 10, "batch_size": 8, "learning_rate": 1e-2} | fields)
+
+
+def begin(stage, *, model=None, plan=FULL, ema_decay=0.0, batch=None, mesh=None):
+    """(step, state) for a stage of the tiny model."""
+    model = model or TinyModel()
+    optimizer = make_optimizer(stage)
+
+    def fresh():
+        return make_state(
+            init_params(model, batch or make_batch(0), seed=0), optimizer=optimizer,
+            trainable=stage.trainable, rng=jax.random.PRNGKey(0), use_ema=ema_decay > 0,
+        )
+
+    shardings = parameter_shardings(jax.eval_shape(fresh), mesh) if mesh else None
+    state = jax.jit(fresh, out_shardings=shardings)()
+    step = make_train_step(
+        model, optimizer=optimizer, plan=plan, stage=stage, encoders=("clip", "pix2struct"),
+        ema_decay=ema_decay, state_shardings=shardings,
+    )
+    return step, state
+
+
+def moved(stage, **options):
+    """By path, how far one step moves each parameter."""
+    step, state = begin(stage, **options)
+    before = flatten_dict(jax.device_get(state.params), sep="/")
+    state, _ = step(state, make_batch(1))
+    after = flatten_dict(jax.device_get(state.params), sep="/")
+    return {path: np.abs(after[path] - before[path]).max() for path in before}
+
+
+def test_loss_is_of_the_next_token():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]))
+    labels = jnp.array([[0, IGNORE_LABEL, 1]])
+    sums = token_loss(logits, labels)
+    assert float(sums.count) == 1  # the first label has nothing before it
+    assert float(sums.loss) == pytest.approx(-np.log(0.8))
+    assert float(sums.correct) == 1
+
+
+def test_frozen_parameters_stay_and_take_no_optimizer_state():
+    stage = make_stage(trainable=("llama",), weight_decay=0.1)
+    distance = moved(stage)
+    assert all((d > 0) == path.startswith("llama") for path, d in distance.items())
+    _, state = begin(stage)
+    assert set(state.opt_state[1].mu) == {"llama/embedding/embedding", "llama/head/kernel"}
+
+
+def test_frozen_subtree_is_not_differentiated():
+    flops = []
+    for trainable in ((".*",), ("llama/head",)):
+        step, state = begin(make_stage(trainable=trainable))
+        flops.append(step.lower(state, make_batch(0)).compile().cost_analysis()["flops"])
+    assert flops[1] < 0.7 * flops[0]
+
+
+def test_learning_rates_by_path():
+    # Adam's first step is as long as the learning rate, whatever the gradient.
+    distance = moved(make_stage(learning_rates_by_path=(("clip/fc2", 0.1), ("clip", 0.5))))
+    assert distance["llama/head/kernel"] == pytest.approx(1e-2, rel=1e-2)
+    assert distance["clip/fc1/kernel"] == pytest.approx(0.5e-2, rel=1e-2)
+    assert distance["clip/fc2/kernel"] == pytest.approx(0.1e-2, rel=1e-2)
+
+
+def test_weight_decay_leaves_vectors_alone():
+    stage = make_stage(weight_decay=1.0)
+    optimizer = make_optimizer(stage)
+    params = {
+        "llama/head/kernel": jnp.ones((2, 2)),
+        "llama/norm/scale": jnp.ones(2),
+        "llama/blocks/stack/norm/scale": jnp.ones((3, 2)),
+        "llama/blocks/stack/up/kernel": jnp.ones((3, 2, 2)),
+    }
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert {path for path, update in updates.items() if jnp.any(update != 0)} == {
+        "llama/head/kernel", "llama/blocks/stack/up/kernel",
+    }
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    schedule = make_schedule(make_stage(steps=100, warmup=0.1))
+    assert float(schedule(0)) == pytest.approx(1e-3)
+    assert float(schedule(10)) == pytest.approx(1e-2)
+    assert float(schedule(100)) == pytest.approx(0)
+
+
+def test_accumulation_equals_the_whole_batch():
+    results = []
+    for accumulate in (1, 4):
+        step, state = begin(make_stage(accumulate=accumulate))
+        results.append(jax.device_get(step(state, make_batch(1))))
+    (whole, whole_metrics), (parts, parts_metrics) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole, parts)
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(value, parts_metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_moving_average():
+    step, state = begin(make_stage(), ema_decay=0.75)
+    before = jax.device_get(state.params)
+    state, _ = step(state, make_batch(1))
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), expected, state.ema)
+
+
+def test_metrics():
+    step, state = begin(make_stage())
+    batch = make_batch(1)
+    batch = batch.replace(example_id=np.array([-1, 5, -1, 1, 2, 3, 4, 6], np.int32))
+    _, metrics = step(state, batch)
+    assert int(metrics["skipped_rows"]) == 2
+    assert int(metrics["tokens"]) == batch.text_valid.sum() - 8 + 8 * 4
+    assert float(metrics["fused_share/clip"]) == pytest.approx(0.5)
+    assert 0 <= float(metrics["accuracy"]) <= 1
+
+
+def test_absent_images_do_not_count():
+    step, state = begin(make_stage())
+    batch = make_batch(1)
+    batch = batch.replace(image_valid=np.arange(8)[:, None] < 3)
+    _, metrics = step(state, batch)
+    assert float(metrics["fused_share/pix2struct"]) == pytest.approx(0.5)
+
+
+def test_ten_batches_compile_once():
+    step, state = begin(make_stage(), ema_decay=0.9)
+    losses = []
+    for seed in range(10):
+        state, metrics = step(state, make_batch(seed))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    assert len(set(losses)) == 10
+
+
+SMALL = MeteorConfig(
+    encoders=("clip", "pix2struct"),
+    clip=ClipConfig(image_size=16, patch_size=8, width=8, depth=3, num_heads=2, mlp_dim=8),
+    pix2struct=Pix2StructConfig(
+        grid_side=2, patch_size=8, width=8, depth=3, num_heads=2, mlp_dim=8, num_positions=4
+    ),
+    llama=LlamaConfig(
+        depth=2, width=8, num_heads=2, num_kv_heads=2, mlp_dim=16, vocab_size=32
+    ),
+    image_size=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def losses_on_mesh(config, plan, *, sizes, num_steps):
+    """Losses of the real model on as many devices as the mesh has, and how often it compiled."""
+    mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: np.prod(sizes)])
+    batches = [make_batch(seed, side=16, vocabulary=32) for seed in range(num_steps)]
+    with jax.set_mesh(mesh):
+        step, state = begin(
+            make_stage(learning_rate=1e-3), model=Meteor(config), plan=plan, batch=batches[0],
+            mesh=mesh,
+        )
+        losses = []
+        for batch in batches:
+            state, metrics = step(state, shard_batch(batch, mesh))
+            losses.append(float(metrics["loss"]))
+    return losses, step._cache_size()
+
+
+def test_real_model_compiles_once_under_a_pruning_plan():
+    plan = parse_plan("pruned", library=PLANS).calibrated(Calibration(ranks=RANKS))
+    losses, compilations = losses_on_mesh(SMALL, plan, sizes=(1, 1, 1), num_steps=10)
+    assert compilations == 1
+    assert len(set(losses)) == 10
+
+
+def test_mesh_of_eight_gives_the_losses_of_one_device():
+    config, plan = dataclasses.replace(SMALL, encoders=("clip",)), parse_plan("random(keep=3)")
+    one, _ = losses_on_mesh(config, plan, sizes=(1, 1, 1), num_steps=2)
+    eight, compilations = losses_on_mesh(config, plan, sizes=(2, 2, 2), num_steps=2)
+    assert compilations == 1
+    np.testing.assert_allclose(one, eight, rtol=2e-4)
