@@ -89,7 +89,7 @@ class Run:
             scales = dict(calibration.scales)
             for plan in adaptive:
                 measured = calibrate_scales(self.model, params, plan=plan, batches=batches)
-                scales[plan.name] = tuple(float(scale) for scale in measured)
+                scales[plan.name] = measured
             dataclasses.replace(calibration, scales=scales).save(path)
         rows = evaluate_checkpoint(
             self.experiment, params, workdir=self.workdir, plans=plans, step=step,

@@ -1,7 +1,8 @@
 """easy-vqa on two CPU cores in a quarter of an hour: captions first, then questions.
 
 The three encoders have the architectures of the large ones and start from nothing, so everything
-trains in both stages. Of 129 visual tokens, METEOR lets 36 into the decoder.
+trains in both stages. Of 116 visual tokens METEOR
+lets 40 into the decoder, whose layers see 28 on average.
 """
 
 import dataclasses
@@ -19,32 +20,32 @@ def get_config() -> ConfigDict:
         "encoders": ("clip", "convnext", "pix2struct"),
         "image_size": 64,
         "clip": {
-            "image_size": 64, "patch_size": 8, "width": 128, "depth": 3, "num_heads": 2,
-            "mlp_dim": 256,
+            "image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "num_heads": 2,
+            "mlp_dim": 192,
         },
         "convnext": {
-            "image_size": 64, "depths": (1, 1, 1), "widths": (32, 64, 128),
+            "image_size": 64, "depths": (1, 1, 1), "widths": (24, 48, 96),
             "layer_scale_init": 0.5,
         },
         "pix2struct": {
-            "grid_side": 7, "patch_size": 9, "width": 96, "depth": 3, "num_heads": 2,
-            "mlp_dim": 192, "num_positions": 16,
+            "grid_side": 6, "patch_size": 10, "width": 96, "depth": 3, "num_heads": 2,
+            "mlp_dim": 192, "num_positions": 8,
         },
         "llama": {
-            "depth": 4, "width": 128, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 384,
-            "vocab_size": 320, "tie_embeddings": True,
+            "depth": 4, "width": 96, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 256,
+            "vocab_size": 384, "max_positions": 512, "tie_embeddings": True,
         },
     }
     config.data = {
-        "sources": ("easy-vqa",), "image_size": 64, "text_length": 128, "questions_per_image": 8,
-        "tokenizer": "bpe:320",
+        "sources": ("easy-vqa",), "image_size": 64, "text_length": 104, "questions_per_image": 8,
+        "tokenizer": "bpe:384",
     }
-    stage = {"batch_size": 32, "learning_rate": 1e-3, "warmup": 0.05, "weight_decay": 0.01}
+    stage = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 0.05, "weight_decay": 0.01}
     config.train = {
-        "pretrain": stage | {"kind": "caption", "template": "plain_eos", "steps": 300},
+        "pretrain": stage | {"kind": "caption", "template": "plain_eos", "steps": 150},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 1200, "plans": ("full", "meteor"),
+            "kind": "questions", "template": "qa", "steps": 500, "plans": ("full", "meteor"),
             "before": "calibrate_ranks",
         },
         "log_every": 10,
@@ -52,8 +53,9 @@ def get_config() -> ConfigDict:
         "mesh": {"data": -1},
     }
     config.plans = {
-        "meteor": "meteor(encode=(96, 72, 54), fuse=36, layers=(2,), keep=(18,))",
-        "random": "random(keep=36)",
+        "meteor": "meteor(encode=(66, 48, 56), fuse=40, layers=(1, 2, 3), keep=(30, 24, 18), "
+        "encode.rank=energy, decode.heads=1)",
+        "random": "random(keep=28)",
     }
     config.eval = dataclasses.asdict(
         EvalConfig(plans=("full", "meteor", "random"), max_new_tokens=8)

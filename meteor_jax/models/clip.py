@@ -15,7 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.layers import Stack, attend, attention_received, constrain, segment_bounds
+from meteor_jax.models.layers import (
+    Stack,
+    attend,
+    attention_received,
+    constrain,
+    dense,
+    segment_bounds,
+)
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut, EncoderOutput, encode_segments
 from meteor_jax.types import Array
@@ -85,10 +92,10 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         width = self.config.width
-        self.query = nn.Dense(width, dtype=self.dtype)
-        self.key = nn.Dense(width, dtype=self.dtype)
-        self.value = nn.Dense(width, dtype=self.dtype)
-        self.out = nn.Dense(width, dtype=self.dtype)
+        self.query = dense(width, dtype=self.dtype)
+        self.key = dense(width, dtype=self.dtype)
+        self.value = dense(width, dtype=self.dtype)
+        self.out = dense(width, dtype=self.dtype)
 
     def __call__(self, x: Array) -> Array:
         q, k = self.query_key(x)
@@ -110,8 +117,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(self.config.width, dtype=self.dtype, name="fc2")(quick_gelu(x))
+        x = dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x)
+        return dense(self.config.width, dtype=self.dtype, name="fc2")(quick_gelu(x))
 
 
 class Block(nn.Module):
@@ -189,7 +196,7 @@ class Clip(nn.Module):
         config = self.config
         images = resize(images, size=config.image_size).astype(self.dtype)
         patches = patchify(images, patch=config.patch_size)
-        embed = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="patch_embedding")
+        embed = dense(config.width, use_bias=False, dtype=self.dtype, name="patch_embedding")
         x = embed(patches)
         x = x.reshape(x.shape[0], -1, config.width)
         init = nn.initializers.normal(config.width**-0.5)

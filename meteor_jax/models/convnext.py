@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.layers import Stack, constrain
+from meteor_jax.models.layers import Stack, constrain, dense
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.pruning.encode import EncoderCut, EncoderOutput, check_cuts, cut_tokens
 from meteor_jax.types import Array
@@ -119,8 +119,8 @@ class Block(nn.Module):
         width = self.config.width
         y = DepthwiseConv(self.dtype, name="depthwise")(x)
         y = layer_norm(self.dtype, name="norm")(y)
-        y = nn.Dense(4 * width, dtype=self.dtype, name="fc1")(y)
-        y = nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(y, approximate=False))
+        y = dense(4 * width, dtype=self.dtype, name="fc1")(y)
+        y = dense(width, dtype=self.dtype, name="fc2")(nn.gelu(y, approximate=False))
         init = nn.initializers.constant(self.config.layer_scale_init)
         scale = self.param("layer_scale", init, (width,))
         return constrain(x + y * scale.astype(self.dtype), "bhwd"), None
@@ -150,13 +150,13 @@ class ConvNext(nn.Module):
         config = self.config
         x = resize(images, size=config.image_size).astype(self.dtype)
         x = patchify(x, patch=STEM)
-        x = nn.Dense(config.widths[0], dtype=self.dtype, name="stem")(x)
+        x = dense(config.widths[0], dtype=self.dtype, name="stem")(x)
         x = constrain(layer_norm(self.dtype, name="stem_norm")(x), "bhwd")
         for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             if stage:
                 x = layer_norm(self.dtype, name=f"downsample{stage}_norm")(x)
                 x = patchify(x, patch=2)
-                x = nn.Dense(width, dtype=self.dtype, name=f"downsample{stage}")(x)
+                x = dense(width, dtype=self.dtype, name=f"downsample{stage}")(x)
             stage_config = StageConfig(width, config.layer_scale_init)
             x = Stack(
                 Block, stage_config, depth, self.dtype, config.remat, name=f"stage{stage}"

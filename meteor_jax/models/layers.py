@@ -36,6 +36,84 @@ def constrain(x: Array, axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, ACTIVATION_SPECS[axes])
 
 
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    return jnp.matmul(x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    # XLA's CPU backend transposes the first factor, and computes all that leads to it in that
+    # strided order. So the narrower factor comes first: half the time of a gated MLP.
+    if x.shape[-1] <= grad.shape[-1]:
+        kernel_grad = jnp.tensordot(x, grad, axes=(rows, rows))
+    else:
+        kernel_grad = jnp.tensordot(grad, x, axes=(rows, rows)).T
+    return jnp.matmul(grad, kernel.T), kernel_grad
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
+
+
+def dense(features: int, *, dtype: Any, **options: Any) -> nn.Dense:
+    """`nn.Dense` whose backward pass is fast on every backend; `options` are `nn.Dense`'s."""
+
+    def dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+        return _product(x, kernel)
+
+    return nn.Dense(features, dtype=dtype, dot_general=dot_general, **options)
+
+
+@jax.custom_vjp
+def gated_silu(gate: Array, up: Array) -> Array:
+    """silu(gate) · up, whose gradient keeps nothing but its two inputs."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_silu_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    gate, up = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+
+
+gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_silu_backward)
+
+
+@jax.custom_vjp
+def _weighted_values(q: Array, k: Array, v: Array, bias: Array) -> Array:
+    """softmax(q·k + bias)·v for float[B, K, G, T, d] and float[B, K, S, d]."""
+    return _weighted_values_forward(q, k, v, bias)[0]
+
+
+def _weighted_values_forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Any]:
+    logits = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) + bias
+    weight = jnp.exp(logits - logits.max(-1, keepdims=True))
+    total = weight.sum(-1, keepdims=True)
+    weight = weight.astype(v.dtype)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weight, v, preferred_element_type=jnp.float32) / total
+    return out.astype(v.dtype), (q, k, v, out, weight, total)
+
+
+def _weighted_values_backward(saved: Any, grad: Array) -> tuple[Array, Array, Array, None]:
+    # Σ_s p·∂p = Σ_d o·∂o, so the softmax's gradient needs no sum over the map (FlashAttention).
+    q, k, v, out, weight, total = saved
+    grad = grad / total
+    inner = (grad * out).sum(-1, keepdims=True)
+    grad = grad.astype(v.dtype)
+    towards = jnp.einsum("bkgtd,bksd->bkgts", grad, v, preferred_element_type=jnp.float32)
+    scores = (weight * (towards - inner)).astype(v.dtype)
+    return (
+        jnp.einsum("bkgts,bksd->bkgtd", scores, k),
+        jnp.einsum("bkgts,bkgtd->bksd", scores, q),
+        jnp.einsum("bkgts,bkgtd->bksd", weight, grad),
+        None,
+    )
+
+
+_weighted_values.defvjp(_weighted_values_forward, _weighted_values_backward)
+
+
 def attend(
     q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None,
     scale: float | None = None,
@@ -56,14 +134,12 @@ def attend(
     # One batched product a (row, kv head): on CPUs twice as fast as the five-axis einsum.
     q = q.reshape(batch, num_queries, num_kv, num_heads // num_kv, head_dim)
     q = q.transpose(0, 2, 3, 1, 4) * jnp.asarray(scale, q.dtype)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    logits = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
+    bias = jnp.zeros((1, 1))
     if causal:
-        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, MASKED)
+        bias = jnp.where(jnp.tril(jnp.ones((num_queries, k.shape[1]), bool)), 0.0, MASKED)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v)
+        bias = bias + jnp.where(mask[:, None, None], 0.0, MASKED)
+    out = _weighted_values(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), bias)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, head_dim)
 
 

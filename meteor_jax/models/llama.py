@@ -7,13 +7,23 @@ L layers, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from meteor_jax.models.layers import MASKED, Stack, attend, attention_received, constrain
+from meteor_jax.models.layers import (
+    MASKED,
+    Stack,
+    attend,
+    attention_received,
+    constrain,
+    dense,
+    gated_silu,
+)
 from meteor_jax.types import Array, SegmentCache
 
 
@@ -22,6 +32,7 @@ class LlamaConfig:
     """Sizes of a LLaMA; the defaults are Vicuna-7B v1.5's.
 
     Attributes:
+        max_positions: rotary positions that there are; a longer sequence is an error.
         init_std: of the normal distribution that every matrix starts from.
         remat: "none", or a name in `jax.checkpoint_policies`.
     """
@@ -32,6 +43,7 @@ class LlamaConfig:
     num_kv_heads: int = 32
     mlp_dim: int = 11008
     vocab_size: int = 32000
+    max_positions: int = 4096
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
@@ -51,11 +63,22 @@ class LlamaConfig:
 
 
 def rotary_tables(position: Array, *, config: LlamaConfig) -> tuple[Array, Array]:
-    """Cosines and sines, float32[B, S, 1, d/2], of int32[B, S] positions."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    """Cosines and sines, float32[B, S, 1, d/2], of int32[B, S] positions.
+
+    They are looked up, not computed: XLA would otherwise fuse the sines into every layer, forwards
+    and backwards, and compute them each time.
+    """
+    cos, sin = _rotary_constants(config.max_positions, config.head_dim, config.rope_theta)
+    return jnp.asarray(cos)[position][..., None, :], jnp.asarray(sin)[position][..., None, :]
+
+
+@functools.cache
+def _rotary_constants(
+    max_positions: int, head_dim: int, theta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    angle = np.arange(max_positions)[:, None] * frequency
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
@@ -75,47 +98,47 @@ class LlamaBlock(nn.Module):
     def setup(self) -> None:
         config = self.config
 
-        def dense(features: int) -> nn.Dense:
-            return nn.Dense(
-                features, use_bias=False, dtype=self.dtype,
-                kernel_init=nn.initializers.normal(config.init_std),
-            )
+        def linear(features: int) -> nn.Dense:
+            init = nn.initializers.normal(config.init_std)
+            return dense(features, dtype=self.dtype, use_bias=False, kernel_init=init)
 
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype)
 
         self.attention_norm = norm()
-        self.query = dense(config.width)
-        self.key = dense(config.num_kv_heads * config.head_dim)
-        self.value = dense(config.num_kv_heads * config.head_dim)
-        self.out = dense(config.width)
+        self.query = linear(config.width)
+        self.key = linear(config.num_kv_heads * config.head_dim)
+        self.value = linear(config.num_kv_heads * config.head_dim)
+        self.out = linear(config.width)
         self.mlp_norm = norm()
-        self.gate = dense(config.mlp_dim)
-        self.up = dense(config.mlp_dim)
-        self.down = dense(config.width)
+        self.gate = linear(config.mlp_dim)
+        self.up = linear(config.mlp_dim)
+        self.down = linear(config.width)
 
     def __call__(
         self, x: Array, tables: tuple[Array, Array], cache: tuple[Array, Array, Array] | None = None
     ) -> tuple[Array, tuple[Array, Array]]:
         """Without `cache` (k, v, valid), x is a whole packed sequence and attends to itself; with
         it, x are new entries that also see what is cached."""
-        q, k, v = self._project(x, tables)
+        hidden = self.attention_norm(x)
+        q, k = self._query_key(hidden, tables)
+        v = constrain(self._heads(self.value(hidden)), "bthd")
         attended = attend(q, k, v, causal=True) if cache is None else _extend(q, k, v, cache)
         x = x + self.out(attended.reshape(*x.shape[:2], -1))
         hidden = self.mlp_norm(x)
-        hidden = constrain(nn.silu(self.gate(hidden)) * self.up(hidden), "btf")
+        hidden = constrain(gated_silu(self.gate(hidden), self.up(hidden)), "btf")
         return constrain(x + self.down(hidden), "btd"), (k, v)
 
-    def _project(
-        self, x: Array, tables: tuple[Array, Array] | None
-    ) -> tuple[Array, Array, Array]:
-        hidden = self.attention_norm(x)
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        q, k = self.query(hidden).reshape(heads), self.key(hidden).reshape(heads)
-        v = self.value(hidden).reshape(heads)
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    def _query_key(
+        self, hidden: Array, tables: tuple[Array, Array] | None
+    ) -> tuple[Array, Array]:
+        q, k = self._heads(self.query(hidden)), self._heads(self.key(hidden))
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
-        return constrain(q, "bthd"), constrain(k, "bthd"), constrain(v, "bthd")
+        return constrain(q, "bthd"), constrain(k, "bthd")
 
     def text_attention(
         self, x: Array, tables: tuple[Array, Array] | None, row_weight: Array, rows: Array
@@ -126,7 +149,7 @@ class LlamaBlock(nn.Module):
             x: float[B, S, D], the layer's input; tables: None leaves the rotation out.
             rows: int32[B, R], the entries whose queries count; row_weight: float[B, R].
         """
-        q, k, _ = self._project(x, tables)
+        q, k = self._query_key(self.attention_norm(x), tables)
         q = jnp.take_along_axis(q, rows[..., None, None], axis=1)
         sees = rows[..., None] >= jnp.arange(x.shape[1])
         return attention_received(q, k, row_weight=row_weight, mask=sees)
@@ -173,8 +196,8 @@ class Llama(nn.Module):
         self.blocks = Stack(LlamaBlock, config, config.depth, self.dtype, config.remat)
         self.norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype)
         if not config.tie_embeddings:
-            self.head = nn.Dense(
-                config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init
+            self.head = dense(
+                config.vocab_size, dtype=self.dtype, use_bias=False, kernel_init=init
             )
 
     def embed(self, tokens: Array) -> Array:

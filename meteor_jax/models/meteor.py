@@ -272,6 +272,14 @@ class Meteor(nn.Module):
         self, visual: VisualTokens, *, image_valid: Array, tokens: Array, text_valid: Array,
         plan: PrunePlan, num_new: int,
     ) -> SegmentRun:
+        longest = tokens.shape[1] + image_valid.shape[1] * visual.span + num_new
+        if longest > self.config.llama.max_positions:
+            raise ValueError(
+                f"a row of {tokens.shape[1]} text places, {image_valid.shape[1]} × {visual.span} "
+                f"positions of images and {num_new} new tokens needs {longest} positions, but "
+                f"llama.max_positions={self.config.llama.max_positions}; shorten the text, or set "
+                "the plan's positions='compact'."
+            )
         text = self.llama.embed(jnp.maximum(tokens, 0))
         sequence = splice(
             text, tokens=tokens, text_valid=text_valid, visual=visual, image_valid=image_valid

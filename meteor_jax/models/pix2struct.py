@@ -14,7 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from meteor_jax.models.layers import Stack, attend, attention_received, constrain, segment_bounds
+from meteor_jax.models.layers import (
+    Stack,
+    attend,
+    attention_received,
+    constrain,
+    dense,
+    segment_bounds,
+)
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
 from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut, EncoderOutput, encode_segments
 from meteor_jax.types import Array
@@ -90,10 +97,10 @@ class Attention(nn.Module):
         width, head_dim = self.config.width, self.config.width // self.config.num_heads
         # T5's initialiser: logits start at unit variance without a scale in the attention.
         query_init = nn.initializers.normal((width * head_dim) ** -0.5)
-        self.query = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=query_init)
-        self.key = nn.Dense(width, use_bias=False, dtype=self.dtype)
-        self.value = nn.Dense(width, use_bias=False, dtype=self.dtype)
-        self.out = nn.Dense(width, use_bias=False, dtype=self.dtype)
+        self.query = dense(width, use_bias=False, dtype=self.dtype, kernel_init=query_init)
+        self.key = dense(width, use_bias=False, dtype=self.dtype)
+        self.value = dense(width, use_bias=False, dtype=self.dtype)
+        self.out = dense(width, use_bias=False, dtype=self.dtype)
 
     def __call__(self, x: Array) -> Array:
         q, k = self.query_key(x)
@@ -117,10 +124,10 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         hidden = self.config.mlp_dim
-        gate = nn.Dense(hidden, use_bias=False, dtype=self.dtype, name="gate")(x)
-        up = nn.Dense(hidden, use_bias=False, dtype=self.dtype, name="up")(x)
+        gate = dense(hidden, use_bias=False, dtype=self.dtype, name="gate")(x)
+        up = dense(hidden, use_bias=False, dtype=self.dtype, name="up")(x)
         x = nn.gelu(gate, approximate=True) * up
-        return nn.Dense(self.config.width, use_bias=False, dtype=self.dtype, name="out")(x)
+        return dense(self.config.width, use_bias=False, dtype=self.dtype, name="out")(x)
 
 
 class Block(nn.Module):
@@ -195,7 +202,7 @@ class Pix2Struct(nn.Module):
         """Patches with their rows and columns, float[I, N, E]."""
         config = self.config
         patches = patchify(preprocess(images, size=config.image_size), patch=config.patch_size)
-        x = nn.Dense(config.width, dtype=self.dtype, name="patch_embedding")(
+        x = dense(config.width, dtype=self.dtype, name="patch_embedding")(
             patches.astype(self.dtype)
         )
         # Row and column together as loud as a patch of standardised pixels.

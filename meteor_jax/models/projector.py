@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from meteor_jax.models.layers import dense
 from meteor_jax.types import Array
 
 
@@ -19,5 +20,5 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """float[..., E] → float[..., width]."""
-        hidden = nn.gelu(nn.Dense(self.width, dtype=self.dtype, name="fc1")(x), approximate=False)
-        return nn.Dense(self.width, dtype=self.dtype, name="fc2")(hidden)
+        hidden = nn.gelu(dense(self.width, dtype=self.dtype, name="fc1")(x), approximate=False)
+        return dense(self.width, dtype=self.dtype, name="fc2")(hidden)

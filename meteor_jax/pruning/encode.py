@@ -27,6 +27,7 @@ NUM_SEGMENTS = 3
 
 Criterion = Literal["mean_token", "attention", "cls", "random", "uniform"]
 Assignment = Literal["rank", "uniform", "inverse_rank"]
+RankMode = Literal["tolerance", "energy"]
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def _fill(
 
 
 def numerical_rank(
-    features: Array, *, mode: Literal["tolerance", "energy"] = "tolerance", energy: float = 0.99
+    features: Array, *, mode: RankMode = "tolerance", energy: float = 0.99
 ) -> Array:
     """How many singular values of a feature map count.
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from meteor_jax.config import ConfigError, build
-from meteor_jax.pruning.encode import NUM_SEGMENTS, Assignment, Criterion, EncoderCut, allocate
+from meteor_jax.pruning.encode import (
+    NUM_SEGMENTS,
+    Assignment,
+    Criterion,
+    EncoderCut,
+    RankMode,
+    allocate,
+)
 
 
 class EncoderShape(Protocol):
@@ -35,6 +42,9 @@ class EncodePlan:
             (ConvNeXt only at its output: our reading).
         assignment: how a boundary's tokens are shared among the encoders. "rank" is METEOR's
             k_b · r / Σ r; the others are its ablations.
+        rank: what a numerical rank is: singular values above the floating-point "tolerance", or
+            those that hold 99 % of the spectral "energy" (our reading; full-rank features, such as
+            a small encoder's, differ only in the second).
         ranks: (encoder, rank of its features at each boundary), measured offline.
         criteria: how tokens are chosen at each boundary: "mean_token" (least similar to the mean
             token stay) or "attention" (those that receive the most attention stay; ConvNeXt, which
@@ -44,6 +54,7 @@ class EncodePlan:
 
     keep: tuple[int, int, int]
     assignment: Assignment = "rank"
+    rank: RankMode = "tolerance"
     ranks: tuple[tuple[str, tuple[float, ...]], ...] = ()
     criteria: tuple[Criterion, Criterion, Criterion] = ("mean_token", "attention", "attention")
 
@@ -194,8 +205,9 @@ class PrunePlan:
     def calibrated(self, calibration: Calibration) -> PrunePlan:
         """This plan with the ranks and λ that were measured."""
         plan = self
-        if plan.encode is not None and calibration.ranks:
-            ranks = tuple((name, tuple(rank)) for name, rank in calibration.ranks.items())
+        if plan.encode is not None and plan.encode.rank in calibration.ranks:
+            measured = calibration.ranks[plan.encode.rank]
+            ranks = tuple((name, tuple(rank)) for name, rank in measured.items())
             plan = dataclasses.replace(plan, encode=dataclasses.replace(plan.encode, ranks=ranks))
         if plan.decode is not None and plan.name in calibration.scales:
             scale = tuple(calibration.scales[plan.name])
@@ -224,11 +236,12 @@ class Calibration:
     """Numbers measured offline that plans need; kept as `calibration.json` in the workdir.
 
     Attributes:
-        ranks: by encoder, the numerical rank of its features at each boundary.
+        ranks: by kind of rank ("tolerance", "energy") and encoder, the rank of its features at
+            each boundary.
         scales: by plan, λ of each cut.
     """
 
-    ranks: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, dict[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
     scales: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
     def save(self, path: Path) -> None:

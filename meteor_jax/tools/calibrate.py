@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import flax.struct
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.models.meteor import Meteor
-from meteor_jax.pruning.encode import numerical_rank
+from meteor_jax.pruning.encode import RankMode, numerical_rank
 from meteor_jax.pruning.plan import DecodePlan, PrunePlan
 from meteor_jax.types import Array, CutTrace
 
@@ -31,25 +31,27 @@ class CalibrationBatch:
 
 
 def calibrate_ranks(
-    model: Meteor, params: Any, images: Array, *, mode: str = "tolerance", energy: float = 0.99
-) -> dict[str, tuple[float, ...]]:
-    """The numerical rank of each encoder's features at each boundary, mean over `images`.
+    model: Meteor, params: Any, images: Array
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """The rank of each encoder's features at each boundary, mean over `images`, by kind of rank.
 
     Shapes:
         images: uint8[I, H, W, 3]; a few dozen are enough, the rank hardly varies (METEOR).
-
-    Args:
-        mode, energy: see `pruning.encode.numerical_rank`.
     """
 
     @jax.jit
-    def ranks(params: Any, images: Array) -> dict[str, tuple[Array, ...]]:
+    def ranks(params: Any, images: Array) -> dict[str, dict[str, tuple[Array, ...]]]:
         features = model.apply({"params": params}, images, method="boundary_features")
-        rank = jax.vmap(lambda x: numerical_rank(x, mode=mode, energy=energy))
-        return jax.tree.map(lambda x: rank(x).astype(jnp.float32).mean(), features)
+
+        def mean_rank(x: Array, mode: str) -> Array:
+            return jax.vmap(lambda x: numerical_rank(x, mode=mode))(x).astype(jnp.float32).mean()
+
+        return {
+            mode: jax.tree.map(lambda x: mean_rank(x, mode), features) for mode in get_args(RankMode)
+        }
 
     measured = jax.device_get(ranks(params, images))
-    return {name: tuple(float(rank) for rank in values) for name, values in measured.items()}
+    return jax.tree.map(float, measured)
 
 
 def calibrate_scales(
@@ -88,7 +90,7 @@ def fit_scale(masses: np.ndarray, *, low_high: tuple[int, int], target: float) -
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < target else (low, middle)
-    return high
+    return float(high)
 
 
 def _run(

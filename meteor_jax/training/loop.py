@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import flax.linen as nn
 import grain
@@ -20,6 +20,7 @@ from meteor_jax import checkpoint
 from meteor_jax.config import ConfigError
 from meteor_jax.parallel import check_batch_size, make_mesh, parameter_shardings, shard_batch
 from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.encode import RankMode
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.experiment import Experiment, Stage
 from meteor_jax.training.metrics import MetricsLog, ProgressBar, StepRecorder
@@ -242,7 +243,9 @@ def _check_whole_run(
         check_patterns(groups, paths, where=f"{where}.learning_rates_by_path")
         if config.before == "calibrate_ranks":  # of any ranks, the budgets are the same
             calibration = Calibration(
-                ranks=dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
+                ranks=dict.fromkeys(
+                    get_args(RankMode), dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
+                )
             )
         for name in config.plans:
             plan = _training_plan(name, experiment, calibration)

@@ -201,7 +201,7 @@ def losses_on_mesh(config, plan, *, sizes, num_steps):
 
 
 def test_real_model_compiles_once_under_a_pruning_plan():
-    plan = parse_plan("pruned", library=PLANS).calibrated(Calibration(ranks=RANKS))
+    plan = parse_plan("pruned", library=PLANS).calibrated(Calibration(ranks={"tolerance": RANKS}))
     losses, compilations = losses_on_mesh(SMALL, plan, sizes=(1, 1, 1), num_steps=10)
     assert compilations == 1
     assert len(set(losses)) == 10

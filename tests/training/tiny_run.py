@@ -118,7 +118,7 @@ def run(workdir, experiment, **options):
     options = {
         "model": TinyModel(),
         "open_data": open_data,
-        "calibrate": lambda params: Calibration(ranks=RANKS),
+        "calibrate": lambda params: Calibration(ranks={"tolerance": RANKS}),
         "devices": jax.devices()[:1],
         "config": {"written by": "a test"},
     } | options

@@ -1,0 +1,256 @@
+"""What must hold for every plan, whatever it keeps, on the smallest whole model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.models.cost import count_cost, count_traced
+from meteor_jax.models.meteor import Meteor
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.types import IMAGE_TOKEN
+from tests import tiny_model as tiny
+
+PLANS = {
+    "full": "full",
+    "stage 1": "meteor(encode=(26, 22, 30), fuse=30)",
+    "stage 2": "meteor(encode=(32, 32, 48), fuse=20)",
+    "stage 3": "fastv(layer=2, keep=7)",
+    "meteor": tiny.METEOR,
+    "pyramiddrop": "pyramiddrop(layers=(1, 2, 3), keep=(24, 12, 6))",
+    "random": "random(keep=9)",
+}
+
+
+def row(batch, i):
+    return jax.tree.map(lambda x: x[i : i + 1], batch)
+
+
+@pytest.mark.parametrize("stage", ["encode", "fuse", "decode", "all"])
+def test_keeping_everything_changes_no_logit(stage):
+    batch, plan = tiny.make_batch(), tiny.keep_all()
+    if stage != "all":
+        others = {name: None for name in ("encode", "fuse", "decode") if name != stage}
+        plan = dataclasses.replace(plan, **others)
+    full = tiny.forward(tiny.params(), batch, plan=PrunePlan()).logits
+    kept = tiny.forward(tiny.params(), batch, plan=plan).logits
+    mask = np.asarray(batch.text_valid)
+    np.testing.assert_array_equal(np.asarray(kept)[mask], np.asarray(full)[mask])
+
+
+@pytest.mark.parametrize("text", ["meteor", "random", "pyramiddrop"])
+def test_an_example_does_not_depend_on_its_batch_mates(text):
+    plan, batch = tiny.plan(PLANS[text]), tiny.make_batch()
+    together = tiny.forward(tiny.params(), batch, plan=plan)
+    for i in range(3):
+        alone = tiny.forward(tiny.params(), row(batch, i), plan=plan)
+        valid = np.asarray(batch.text_valid[i])
+        np.testing.assert_allclose(
+            alone.logits[0][valid], together.logits[i][valid], rtol=0, atol=2e-5
+        )
+        np.testing.assert_array_equal(alone.trace.fused_raster[0], together.trace.fused_raster[i])
+        for one, all_ in zip(alone.trace.cuts, together.trace.cuts, strict=True):
+            np.testing.assert_array_equal(one.visual[0], all_.visual[i])
+            assert one.num_kept[0] == all_.num_kept[i]
+
+
+def test_an_example_does_not_depend_on_its_padding():
+    plan = tiny.plan(tiny.METEOR)
+    short = tiny.make_batch(lengths=(7, 9), with_image=(True, True), text_length=9)
+    pad = ((0, 0), (0, 5))
+    padded = short.replace(
+        tokens=jnp.pad(short.tokens, pad), text_valid=jnp.pad(short.text_valid, pad),
+        labels=jnp.pad(short.labels, pad),
+    )
+    one = tiny.forward(tiny.params(), short, plan=plan)
+    other = tiny.forward(tiny.params(), padded, plan=plan)
+    mask = np.asarray(short.text_valid)
+    np.testing.assert_allclose(
+        np.asarray(one.logits)[mask], np.asarray(other.logits)[:, :9][mask], rtol=0, atol=2e-5
+    )
+    for cut, padded_cut in zip(one.trace.cuts, other.trace.cuts, strict=True):
+        np.testing.assert_array_equal(cut.visual, padded_cut.visual)
+
+
+@pytest.mark.parametrize("text", ["full", "stage 2", "stage 3", "meteor", "pyramiddrop"])
+def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
+    """The cuts are made once, by the prompt. So the reference runs the longer row through the
+    layers by hand, over the entries that the prefill kept in each segment."""
+    plan, batch = tiny.plan(PLANS[text]), tiny.make_batch()
+    visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
+    new = jnp.asarray(np.random.default_rng(1).integers(3, tiny.VOCAB, (3, 5)), jnp.int32)
+    prefilled = tiny.prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=6)
+    first = tiny.extend(tiny.params(), prefilled.cache, new[:, :3])
+    second = tiny.extend(tiny.params(), first.cache, new[:, 3:])
+    stepwise = np.concatenate([first.logits, second.logits], axis=1)
+    for i in range(3):
+        reference = _forward_over_kept(row(batch, i), new[i], plan, row(visual, i))
+        np.testing.assert_allclose(stepwise[i], reference, rtol=0, atol=3e-5)
+
+
+def _forward_over_kept(batch, new, plan, visual):
+    """Logits of `new` behind one prompt, without any cache: whole rows, dense attention."""
+    variables = {"params": tiny.params()}
+    model = Meteor(tiny.CONFIG).bind(variables)
+    prompt = model._run_segments(
+        visual, image_valid=batch.image_valid, tokens=batch.tokens, text_valid=batch.text_valid,
+        plan=plan, num_new=0,
+    )
+    from meteor_jax.models.fusion import splice
+
+    text = model.llama.embed(jnp.maximum(batch.tokens, 0))
+    start = splice(
+        text, tokens=batch.tokens, text_valid=batch.text_valid, visual=visual,
+        image_valid=batch.image_valid,
+    )
+    layers = plan.decode.layers if plan.decode else ()
+    bounds = (0, *layers, tiny.CONFIG.llama.depth)
+    kept = np.flatnonzero(np.asarray(start.valid[0]))
+    x = jnp.concatenate([start.x[:, kept], model.llama.embed(new[None])], axis=1)
+    index = np.asarray(start.visual[0])[kept]
+    position = np.asarray(start.position[0])[kept]
+    after = position[-1] + 1
+    for segment, (first, last) in enumerate(zip(bounds, bounds[1:])):
+        if segment:
+            alive = np.asarray(prompt.cuts[segment - 1].visual[0])
+            stay = (index < 0) | np.isin(index, alive[alive >= 0])
+            rows = np.concatenate([np.flatnonzero(stay), index.size + np.arange(new.size)])
+            x, index, position = x[:, rows], index[stay], position[stay]
+            if plan.decode.positions == "renumber":
+                position = np.arange(index.size)
+                after = index.size
+        where = np.concatenate([position, after + np.arange(new.size)])[None]
+        x = model.llama.run(x, jnp.asarray(where), start=first, stop=last).x
+    return np.asarray(model.llama.logits(x))[0, -new.size :]
+
+
+def test_the_parameter_tree_does_not_depend_on_the_plan():
+    batch = tiny.make_batch()
+    shapes = [
+        jax.eval_shape(lambda b, plan=tiny.plan(text): tiny.MODEL.init(
+            jax.random.key(0), b, plan=plan)["params"], batch)
+        for text in [*PLANS.values(), "only(encoders=clip)"]
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+@pytest.mark.parametrize("text", ["meteor", "pyramiddrop", "stage 3"])
+def test_kept_tokens_stay_in_order_and_invalid_ones_stand_last(text):
+    trace = tiny.forward(tiny.params(), tiny.make_batch(), plan=tiny.plan(PLANS[text])).trace
+    for encode in trace.encode.values():
+        assert all((np.diff(kept, axis=1) > 0).all() for kept in encode.kept)
+    place = np.asarray(trace.fused_encoder) * 1000 + np.asarray(trace.fused_raster)
+    assert (np.diff(place, axis=1) > 0).all()
+    before = [set(range(place.shape[1]))] * 3
+    for cut in trace.cuts:
+        for i, (visual, count) in enumerate(zip(np.asarray(cut.visual), cut.num_kept)):
+            assert (np.diff(visual[:count]) > 0).all() and (visual[count:] == -1).all()
+            assert set(visual[:count]) <= before[i]
+        before = [set(visual) for visual in np.asarray(cut.visual)]
+        assert cut.num_kept[2] == 0  # the row without an image
+
+
+def test_shapes_are_static():
+    plan = tiny.plan(tiny.METEOR)
+    prefill = jax.jit(tiny.prefill.__wrapped__, static_argnames=("plan", "max_new_tokens"))
+    extend = jax.jit(tiny.extend.__wrapped__)
+    for seed in range(10):
+        lengths = tuple(np.random.default_rng(seed).integers(4, 13, 3).tolist())
+        batch = tiny.make_batch(lengths=lengths, with_image=(True, seed % 2 > 0, False), seed=seed)
+        visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
+        prefilled = prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=4)
+        extend(tiny.params(), prefilled.cache, batch.tokens[:, :1] * 0 + seed)
+    assert prefill._cache_size() == 1
+    assert extend._cache_size() == 1
+
+
+def test_the_example_decides_how_many_tokens_it_keeps():
+    plan = tiny.plan(tiny.METEOR)
+    counts = np.stack(
+        [tiny.forward(tiny.params(), tiny.make_batch(seed=seed), plan=plan).trace.cuts[0].num_kept
+         for seed in range(6)]
+    )
+    assert len(set(counts[:, :2].ravel().tolist())) > 1
+    low, high = plan.decode.bounds(0)
+    assert counts[:, :2].min() >= low and counts.max() <= high and (counts[:, 2] == 0).all()
+
+
+def test_two_images_and_text_alone_share_a_batch():
+    batch = tiny.make_batch(lengths=(12, 12, 12), with_image=(False, True, True))
+    tokens = np.array(batch.tokens)
+    tokens[2, 7] = IMAGE_TOKEN
+    images = jnp.concatenate([batch.images, batch.images[::-1]], axis=1)
+    two = batch.replace(
+        tokens=jnp.asarray(tokens), images=images,
+        image_valid=jnp.asarray([[False, False], [True, False], [True, True]]),
+    )
+    out = tiny.forward(tiny.params(), two, plan=tiny.plan(tiny.METEOR))
+    kept = np.asarray(out.trace.cuts[-1].num_kept)
+    assert kept[0] == 0 and 0 < kept[1] < kept[2]
+    one = tiny.forward(tiny.params(), batch, plan=tiny.plan(tiny.METEOR))
+    np.testing.assert_allclose(out.logits[:2], one.logits[:2], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["full", "stage 1", "pool(keep=20)", "fastv(layer=2, keep=7)",
+     "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.budget=fixed)"],
+)
+def test_the_counted_cost_is_that_of_the_traced_program(text, monkeypatch):
+    from meteor_jax.models import convnext
+
+    monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
+    plan, batch = tiny.plan(PLANS.get(text, text)), row(tiny.make_batch(), 0)
+
+    def program(params, batch):
+        visual = tiny.encode.__wrapped__(params, batch.images, plan=plan).tokens
+        return tiny.prefill.__wrapped__(params, visual, batch, plan=plan, max_new_tokens=0)
+
+    head = 2 * tiny.CONFIG.llama.width * tiny.VOCAB
+    traced = count_traced(program, tiny.params(), batch) - head
+    assert traced == count_cost(tiny.CONFIG, plan, text_tokens=tiny.TEXT_LENGTH).total_flops
+
+
+def test_gradients_are_finite_and_reach_every_part():
+    plan, batch = tiny.plan(tiny.METEOR).for_training(), tiny.make_batch()
+
+    def loss(params):
+        return (tiny.forward.__wrapped__(params, batch, plan=plan).logits ** 2).mean()
+
+    gradients = jax.jit(jax.grad(loss))(tiny.params())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    for part, tree in gradients.items():
+        assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree)), part
+
+
+def test_pre_projection_joins_channels_on_one_grid():
+    config = dataclasses.replace(tiny.CONFIG, fusion="pre")
+    model, batch = Meteor(config), tiny.make_batch()
+    params = jax.jit(model.init, static_argnames="plan")(
+        jax.random.key(0), batch, plan=PrunePlan()
+    )["params"]
+    assert "projector" in params and "projector_clip" not in params
+    tokens = model.apply(
+        {"params": params}, batch.images[:, 0], plan=PrunePlan(), method="encode_images"
+    ).tokens
+    assert tokens.x.shape == (3, 16, 32)
+    with pytest.raises(ValueError, match="fusion='post'"):
+        model.apply({"params": params}, batch, plan=tiny.plan(tiny.METEOR))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("random(keep=49)", "fuse.keep=49 but only 48"),
+        ("meteor(encode=(33, 22, 30), fuse=20)", "between 0 and 32"),
+        ("fastv(layer=2, keep=49)", "only 48 visual tokens"),
+        ("fastv(layer=9, keep=4)", "within 1..3"),
+        ("only(encoders=sam)", "runs sam, but the model has"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_so_in_one_line(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tiny.forward(tiny.params(), tiny.make_batch(), plan=tiny.plan(text))
+    assert "\n" not in str(error.value)
