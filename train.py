@@ -15,28 +15,29 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
-from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
 from meteor_jax.evaluation.results import averages
 from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, evaluate_checkpoint
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.plan import Calibration
-from meteor_jax.tools.calibrate import CalibrationBatch, calibrate_ranks, calibrate_scales
+from meteor_jax.tools.calibrate import (
+    CalibrationBatch,
+    calibrate_plans,
+    calibrate_ranks,
+    calibration_batch,
+)
 from meteor_jax.training.experiment import Experiment, Stage, load_experiment, parse_flags
 from meteor_jax.training.loop import CALIBRATION_FILE, train
 from meteor_jax.training.metrics import TrainingFailed
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything is written there.")
-
-CALIBRATION_IMAGES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +51,24 @@ class Run:
     records: Sequence[Sequence[Any]]
 
     def open_data(self, stage: Stage) -> grain.DatasetIterator:
-        config = stage.config
+        config, data = stage.config, self.experiment.data
+        if config.text_length:
+            data = dataclasses.replace(data, text_length=config.text_length)
         return pipeline.make_train_iterator(
-            self.experiment.data, tokenizer=self.tokenizer, kind=config.kind,
+            data, tokenizer=self.tokenizer, kind=config.kind,
             template=config.template, batch_size=config.batch_size // jax.process_count(),
             process_index=jax.process_index(), process_count=jax.process_count(),
             records=self.records,
         )
 
     def calibration_batch(self) -> CalibrationBatch:
-        """Images of the training split, each with its first question."""
-        config, count = self.experiment.data, CALIBRATION_IMAGES // len(self.records)
-        records = [source[i] for source in self.records for i in range(min(count, len(source)))]
-        prompts = pipeline.collate_prompts(
-            [record["qa"][0]["question"] for record in records], tokenizer=self.tokenizer,
-            template=self.experiment.train.finetune.template, text_length=config.text_length,
-            batch_size=len(records),
-        )
-        images = [decode_image(record["image"], size=config.image_size) for record in records]
-        return CalibrationBatch(np.stack(images), prompts.tokens, prompts.text_valid)
+        return calibration_batch(self.experiment, tokenizer=self.tokenizer, records=self.records)
 
     def calibrate(self, params: Any) -> Calibration:
         """Feature ranks for a stage that is about to begin."""
-        images = self.calibration_batch().images
-        return Calibration(ranks=calibrate_ranks(self.model, params, images))
+        return Calibration(
+            ranks=calibrate_ranks(self.model, params, self.calibration_batch().images)
+        )
 
     def evaluate(self, params: Any, *, step: int, final: bool) -> dict[str, float]:
         """Everything in config.eval at the end; on the way few questions, as the stage trains."""
@@ -82,15 +77,10 @@ class Run:
         if not final:
             plans = train_config.stage_at(step).config.plans
         calibration = Calibration.load(path)
-        resolved = resolve_plans(plans, library=self.experiment.plans, calibration=calibration)
-        adaptive = [p for p in resolved if p.decode and p.decode.budget == "adaptive"]
-        if adaptive:
-            batches = [self.calibration_batch()]
-            scales = dict(calibration.scales)
-            for plan in adaptive:
-                measured = calibrate_scales(self.model, params, plan=plan, batches=batches)
-                scales[plan.name] = measured
-            dataclasses.replace(calibration, scales=scales).save(path)
+        calibrate_plans(
+            self.model, params, batch=self.calibration_batch(), calibration=calibration,
+            plans=resolve_plans(plans, library=self.experiment.plans, calibration=calibration),
+        ).save(path)
         rows = evaluate_checkpoint(
             self.experiment, params, workdir=self.workdir, plans=plans, step=step,
             num_questions=None if final else train_config.eval_questions,

@@ -21,19 +21,20 @@ def get_config() -> ConfigDict:
         "image_size": 64,
         "clip": {
             "image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "num_heads": 2,
-            "mlp_dim": 192,
+            "mlp_dim": 192, "remat": "nothing_saveable",
         },
         "convnext": {
             "image_size": 64, "depths": (1, 1, 1), "widths": (24, 48, 96),
-            "layer_scale_init": 0.5,
+            "layer_scale_init": 0.5, "remat": "nothing_saveable",
         },
         "pix2struct": {
             "grid_side": 6, "patch_size": 10, "width": 96, "depth": 3, "num_heads": 2,
-            "mlp_dim": 192, "num_positions": 8,
+            "mlp_dim": 192, "num_positions": 8, "remat": "nothing_saveable",
         },
         "llama": {
             "depth": 4, "width": 96, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 256,
             "vocab_size": 384, "max_positions": 512, "tie_embeddings": True,
+            "remat": "nothing_saveable",
         },
     }
     config.data = {
@@ -42,10 +43,11 @@ def get_config() -> ConfigDict:
     }
     stage = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 0.05, "weight_decay": 0.01}
     config.train = {
-        "pretrain": stage | {"kind": "caption", "template": "plain_eos", "steps": 150},
+        "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 16,
+                             "steps": 200},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 500, "plans": ("full", "meteor"),
+            "kind": "questions", "template": "qa", "steps": 700, "plans": ("full", "meteor"),
             "before": "calibrate_ranks",
         },
         "log_every": 10,

@@ -69,7 +69,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(options[-1], value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}.")
+            valid = ", ".join(map(str, args))
+            raise ConfigError(f"{where}: expected one of {valid}, got {value!r}.")
         return value
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
@@ -84,9 +85,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         if len(args) != len(value):
             raise ConfigError(f"{where}: expected {len(args)} values, got {len(value)}.")
-        return tuple(
-            _convert(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, value))
-        )
+        pairs = enumerate(zip(args, value, strict=True))
+        return tuple(_convert(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {value!r}.")

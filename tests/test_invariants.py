@@ -1,6 +1,8 @@
 """What must hold for every plan, whatever it keeps, on the smallest whole model."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,7 @@ def _forward_over_kept(batch, new, plan, visual):
     index = np.asarray(start.visual[0])[kept]
     position = np.asarray(start.position[0])[kept]
     after = position[-1] + 1
-    for segment, (first, last) in enumerate(zip(bounds, bounds[1:])):
+    for segment, (first, last) in enumerate(itertools.pairwise(bounds)):
         if segment:
             alive = np.asarray(prompt.cuts[segment - 1].visual[0])
             stay = (index < 0) | np.isin(index, alive[alive >= 0])
@@ -128,9 +130,9 @@ def _forward_over_kept(batch, new, plan, visual):
 
 def test_the_parameter_tree_does_not_depend_on_the_plan():
     batch = tiny.make_batch()
+    init = functools.partial(tiny.MODEL.init, jax.random.key(0))
     shapes = [
-        jax.eval_shape(lambda b, plan=tiny.plan(text): tiny.MODEL.init(
-            jax.random.key(0), b, plan=plan)["params"], batch)
+        jax.eval_shape(functools.partial(init, plan=tiny.plan(text)), batch)
         for text in [*PLANS.values(), "only(encoders=clip)"]
     ]
     assert all(shape == shapes[0] for shape in shapes)
@@ -145,7 +147,7 @@ def test_kept_tokens_stay_in_order_and_invalid_ones_stand_last(text):
     assert (np.diff(place, axis=1) > 0).all()
     before = [set(range(place.shape[1]))] * 3
     for cut in trace.cuts:
-        for i, (visual, count) in enumerate(zip(np.asarray(cut.visual), cut.num_kept)):
+        for i, (visual, count) in enumerate(zip(np.asarray(cut.visual), cut.num_kept, strict=True)):
             assert (np.diff(visual[:count]) > 0).all() and (visual[count:] == -1).all()
             assert set(visual[:count]) <= before[i]
         before = [set(visual) for visual in np.asarray(cut.visual)]

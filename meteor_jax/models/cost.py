@@ -11,6 +11,7 @@ N tokens, T text tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -170,7 +171,7 @@ def llama_flops(
     visual = (fused, *kept)
     bounds = (0, *layers, llama.depth)
     flops = scores = mean = 0.0
-    for segment, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+    for segment, (start, stop) in enumerate(itertools.pairwise(bounds)):
         tokens = visual[segment] + text_tokens
         flops += (stop - start) * _block_flops(
             tokens, width=llama.width, kv_width=kv_width, mlp_dim=llama.mlp_dim, num_matrices=3

@@ -27,7 +27,7 @@ def concatenate_sequence(
         projected: float[I, N_l, D] an encoder; rasters: int32[I, N_l].
     """
     offsets, spans, start, offset = [], [], 0, 0
-    for name, x, grid in zip(names, projected, grids):
+    for name, x, grid in zip(names, projected, grids, strict=True):
         spans.append(Span(encoder=name, start=start, size=x.shape[1], grid=grid))
         offsets.append(offset)
         start += x.shape[1]
@@ -62,7 +62,7 @@ def concatenate_channels(features: Seq[Array], *, grids: Seq[int], grid: int) ->
         features: float[I, grid_l², E_l] an encoder; returns float[I, grid², Σ E_l].
     """
     resized = []
-    for x, side in zip(features, grids):
+    for x, side in zip(features, grids, strict=True):
         square = x.reshape(x.shape[0], side, side, -1)
         resized.append(resize(square, size=grid).reshape(x.shape[0], grid * grid, -1))
     return jnp.concatenate(resized, axis=-1)

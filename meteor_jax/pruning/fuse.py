@@ -100,14 +100,17 @@ def mutual_redundancy(
     if similarity == "abs_cosine":
         everything = jnp.concatenate(units, axis=1)
         mass = [jnp.abs(jnp.einsum("ind,imd->inm", unit, everything)) for unit in units]
-        return jnp.concatenate(
-            [m.sum(-1) - span.of(m.swapaxes(1, 2)).sum(1) for m, span in zip(mass, spans)], axis=1
-        )
+        redundancy = [
+            m.sum(-1) - span.of(m.swapaxes(1, 2)).sum(1)
+            for m, span in zip(mass, spans, strict=True)
+        ]
+        return jnp.concatenate(redundancy, axis=1)
     sums = [unit.sum(1) for unit in units]
-    total = sum(sums)
-    return jnp.concatenate(
-        [jnp.einsum("ind,id->in", unit, total - own) for unit, own in zip(units, sums)], axis=1
-    )
+    redundancy = [
+        jnp.einsum("ind,id->in", unit, sum(sums) - own)
+        for unit, own in zip(units, sums, strict=True)
+    ]
+    return jnp.concatenate(redundancy, axis=1)
 
 
 def _raise_floor(
@@ -120,7 +123,8 @@ def _raise_floor(
     if sum(sure) > keep:
         raise ValueError(f"fuse.floor={floor} for {len(spans)} encoders is more than fuse.keep.")
     ranks = [jnp.argsort(jnp.argsort(-span.of(scores), axis=1), axis=1) for span in spans]
-    lifted = jnp.concatenate([rank < count for rank, count in zip(ranks, sure)], axis=1)
+    lifted = [rank < count for rank, count in zip(ranks, sure, strict=True)]
+    lifted = jnp.concatenate(lifted, axis=1)
     return jnp.where(lifted, jnp.inf, scores)
 
 
@@ -130,7 +134,8 @@ def _keep_in_each(x: Array, *, keep: int, spans: tuple[Span, ...]) -> Array:
     shares = allocate(keep, ranks=sizes, available=sizes, assignment="rank")
     return jnp.concatenate(
         [
-            span.start + keep_topk(-mean_token_similarity(span.of(x)), keep=shares[span.encoder]).idx
+            span.start
+            + keep_topk(-mean_token_similarity(span.of(x)), keep=shares[span.encoder]).idx
             for span in spans
         ],
         axis=1,
@@ -157,7 +162,7 @@ def _pool(tokens: VisualTokens, *, keep: int, spans: tuple[Span, ...]) -> Visual
                 f"{span.size} tokens arrive; use it without stage 1."
             )
     pooled, middles = [], []
-    for span, side in zip(spans, pooled_grids(keep, spans=spans)):
+    for span, side in zip(spans, pooled_grids(keep, spans=spans), strict=True):
         weights = _cell_weights(span.grid, side)
         x = span.of(tokens.x).reshape(-1, span.grid, span.grid, tokens.x.shape[-1])
         x = jnp.einsum("pg,qh,ighd->ipqd", weights, weights, x)

@@ -8,6 +8,7 @@ compilation. It is hashable, so a jitted function takes it as a static argument.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,8 +49,9 @@ class EncodePlan:
         ranks: (encoder, rank of its features at each boundary), measured offline.
         criteria: how tokens are chosen at each boundary: "mean_token" (least similar to the mean
             token stay) or "attention" (those that receive the most attention stay; ConvNeXt, which
-            has none, always uses "mean_token"). That the middle segment is "deep", and attention received stands for CLS attention, is our
-            reading; "cls" is there for encoders that keep their CLS token.
+            has none, always uses "mean_token"). That the middle segment is "deep", and that
+            attention received stands for CLS attention, is our reading; "cls" is there for
+            encoders that keep their CLS token.
     """
 
     keep: tuple[int, int, int]
@@ -160,7 +162,7 @@ class DecodePlan:
                 f"decode: {len(self.layers)} layers but {len(self.keep)} budgets; give one "
                 "`keep` a cut."
             )
-        if any(later <= earlier for earlier, later in zip(self.layers, self.layers[1:])):
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.layers)):
             raise ValueError(f"decode.layers must increase, got {self.layers}.")
 
     def bounds(self, cut: int) -> tuple[int, int]:

@@ -1,5 +1,8 @@
-"""Measures what plans need offline: feature ranks and λ. `python -m meteor_jax.tools.calibrate
---config=configs/tiny.py --workdir=runs/tiny --plans=meteor`.
+"""Measures what plans need offline, feature ranks and λ, and writes calibration.json.
+
+    python -m meteor_jax.tools.calibrate --config=configs/tiny.py --workdir=runs/tiny
+
+Training does the same: ranks before the stage that asks for them, λ before each evaluation.
 
 I images, N tokens, E encoder width, B prompts, K kept tokens.
 """
@@ -7,18 +10,35 @@ I images, N tokens, E encoder width, B prompts, K kept tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
 
+from meteor_jax.checkpoint import restore_params
+from meteor_jax.data import pipeline
+from meteor_jax.data.sources import decode_image
+from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
+from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config
+from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, param_shapes
 from meteor_jax.models.meteor import Meteor
+from meteor_jax.parallel import make_mesh
+from meteor_jax.pruning.baselines import parse_plan, split_plans
 from meteor_jax.pruning.encode import RankMode, numerical_rank
-from meteor_jax.pruning.plan import DecodePlan, PrunePlan
+from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
+from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 from meteor_jax.types import Array, CutTrace
+
+NUM_IMAGES = 64
 
 
 @flax.struct.dataclass
@@ -28,6 +48,34 @@ class CalibrationBatch:
     images: Array
     tokens: Array
     text_valid: Array
+
+
+def calibration_batch(
+    experiment: Experiment, *, tokenizer: Tokenizer, records: Sequence[Sequence[Any]]
+) -> CalibrationBatch:
+    """The first images of the training split, over all sources, each with its first question."""
+    config, count = experiment.data, NUM_IMAGES // len(records)
+    chosen = [source[i] for source in records for i in range(min(count, len(source)))]
+    prompts = pipeline.collate_prompts(
+        [record["qa"][0]["question"] for record in chosen], tokenizer=tokenizer,
+        template=eval_config(experiment).template or experiment.train.finetune.template,
+        text_length=config.text_length, batch_size=len(chosen),
+    )
+    images = [decode_image(record["image"], size=config.image_size) for record in chosen]
+    return CalibrationBatch(np.stack(images), prompts.tokens, prompts.text_valid)
+
+
+def calibrate_plans(
+    model: Meteor, params: Any, *, plans: Iterable[PrunePlan], batch: CalibrationBatch,
+    calibration: Calibration,
+) -> Calibration:
+    """`calibration` with λ measured for each adaptive plan among `plans`."""
+    scales = dict(calibration.scales)
+    for plan in plans:
+        if plan.decode is not None and plan.decode.budget == "adaptive":
+            measured = plan.calibrated(calibration)
+            scales[plan.name] = calibrate_scales(model, params, plan=measured, batches=[batch])
+    return dataclasses.replace(calibration, scales=scales)
 
 
 def calibrate_ranks(
@@ -43,15 +91,13 @@ def calibrate_ranks(
     def ranks(params: Any, images: Array) -> dict[str, dict[str, tuple[Array, ...]]]:
         features = model.apply({"params": params}, images, method="boundary_features")
 
-        def mean_rank(x: Array, mode: str) -> Array:
-            return jax.vmap(lambda x: numerical_rank(x, mode=mode))(x).astype(jnp.float32).mean()
+        def mean_ranks(mode: RankMode) -> dict[str, tuple[Array, ...]]:
+            rank = jax.vmap(lambda x: numerical_rank(x, mode=mode))
+            return jax.tree.map(lambda x: rank(x).astype(jnp.float32).mean(), features)
 
-        return {
-            mode: jax.tree.map(lambda x: mean_rank(x, mode), features) for mode in get_args(RankMode)
-        }
+        return {mode: mean_ranks(mode) for mode in get_args(RankMode)}
 
-    measured = jax.device_get(ranks(params, images))
-    return jax.tree.map(float, measured)
+    return jax.tree.map(float, jax.device_get(ranks(params, images)))
 
 
 def calibrate_scales(
@@ -117,3 +163,54 @@ def _chosen_mass(trace: CutTrace, plan: DecodePlan) -> np.ndarray:
     values = np.sort(trace.visual_attention_value, axis=1)
     heads = min(plan.heads, values.shape[1]) if plan.heads else values.shape[1]
     return values[:, values.shape[1] - heads :].sum(1)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 2, after one line, for what the user can put right."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
+        calibrate_workdir(load_experiment(CONFIG.value), workdir=Path(WORKDIR.value))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
+    """Measures with the newest checkpoint of `workdir`, and writes its calibration.json.
+
+    Ranks that the run was trained with stay, unless --ranks asks to measure them anew.
+    """
+    model, path = Meteor(experiment.model), workdir / CALIBRATION_FILE
+    calibration = Calibration.load(path)
+    names = split_plans(PLANS.value) if PLANS.value else list(experiment.plans)
+    plans = [parse_plan(name, library=experiment.plans) for name in names]
+    with jax.set_mesh(make_mesh(experiment.train.mesh)) as mesh:
+        params = restore_params(workdir, param_shapes(experiment, mesh=mesh))
+        records = pipeline.open_sources(experiment.data)
+        tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
+        batch = calibration_batch(experiment, tokenizer=tokenizer, records=records)
+        if RANKS.value or not calibration.ranks:
+            ranks = calibrate_ranks(model, params, batch.images)
+            calibration = dataclasses.replace(calibration, ranks=ranks)
+        calibration = calibrate_plans(
+            model, params, plans=plans, batch=batch, calibration=calibration
+        )
+    calibration.save(path)
+    table = Table("measured", "of", "values", title=str(path))
+    for mode, ranks in calibration.ranks.items():
+        for name, values in ranks.items():
+            table.add_row(f"rank ({mode})", name, ", ".join(f"{value:.1f}" for value in values))
+    for name, values in calibration.scales.items():
+        table.add_row("λ", name, ", ".join(f"{value:.2f}" for value in values))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+    PLANS = flags.DEFINE_string("plans", None, "Plans to measure λ for (default: config.plans).")
+    RANKS = flags.DEFINE_bool("ranks", False, "Measure the ranks anew.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)

@@ -25,6 +25,7 @@ class StageConfig:
     Attributes:
         kind: "caption" (an image and its caption) or "questions" (a conversation of many turns).
         template: how a conversation becomes text; see `data.templates`.
+        text_length: text places of a row; 0 takes `data.text_length`.
         plans: names of plans, taken in turn step by step by the same parameters.
         steps: optimizer steps; 0 leaves the stage out.
         batch_size: rows of one step, over all devices.
@@ -41,6 +42,7 @@ class StageConfig:
 
     kind: Literal["caption", "questions"] = "questions"
     template: str = "qa"
+    text_length: int = 0
     plans: tuple[str, ...] = ("full",)
     steps: int = 0
     batch_size: int = 32

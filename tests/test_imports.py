@@ -1,0 +1,49 @@
+"""Rooms may import only the rooms before them, and models never torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import meteor_jax
+
+ROOT = Path(meteor_jax.__file__).parent
+ORDER = [
+    ("types", "config"),
+    ("pruning",),
+    ("models",),
+    ("parallel", "checkpoint", "data", "convert"),
+    ("training", "inference"),
+    ("evaluation",),
+    ("tools",),
+]
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_rooms_before_it(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    names = imported(path)
+    assert not any(name.split(".")[0] in ("torch", "tensorflow") for name in names)
+    if parts == ("__init__",):
+        return
+    for name in names:
+        if name.startswith("meteor_jax."):
+            room = name.split(".")[1]
+            assert room == parts[0] or RANK[room] <= RANK[parts[0]], f"{path.name} imports {name}"
+
+
+def test_every_room_is_in_the_order():
+    rooms = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES} - {"__init__"}
+    assert rooms == set(RANK) & rooms
