@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         },
         "llama": {
             "depth": 4, "width": 96, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 256,
-            "vocab_size": 384, "max_positions": 512, "tie_embeddings": True,
+            "vocab_size": 384, "max_positions": 512, "tie_embeddings": True, "init_std": 0.1,
             "remat": "nothing_saveable",
         },
     }
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     }
     config.plans = {
         "meteor": "meteor(encode=(66, 48, 56), fuse=40, layers=(1, 2, 3), keep=(30, 24, 18), "
-        "encode.rank=energy, decode.heads=1)",
+        "decode.heads=1)",
         "random": "random(keep=28)",
     }
     config.eval = dataclasses.asdict(

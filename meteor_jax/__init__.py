@@ -1,0 +1,38 @@
+"""Multi-encoder vision-language models with METEOR token pruning. The public API.
+
+Names are imported when first used, so that `import meteor_jax` is quick.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Batch": "types",
+    "Calibration": "pruning.plan",
+    "Cost": "models.cost",
+    "DecodePlan": "pruning.plan",
+    "EncodePlan": "pruning.plan",
+    "FusePlan": "pruning.plan",
+    "Generated": "inference.generate",
+    "Meteor": "models.meteor",
+    "MeteorConfig": "models.meteor",
+    "PrunePlan": "pruning.plan",
+    "PruneTrace": "types",
+    "Sampling": "inference.generate",
+    "VisualTokens": "types",
+    "count_cost": "models.cost",
+    "generate": "inference.generate",
+    "parse_plan": "pruning.baselines",
+    "restore_params": "checkpoint",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"meteor_jax has no '{name}'")
+    return getattr(importlib.import_module(f"meteor_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

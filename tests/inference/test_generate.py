@@ -1,0 +1,80 @@
+"""Answers: greedy, sampled, ended; rows on their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.inference.generate import Sampling, draw, generate
+from meteor_jax.pruning.plan import PrunePlan
+from tests import tiny_model as tiny
+
+EOS = 1
+
+
+def answer(batch, plan, **options):
+    visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
+    return generate(
+        tiny.MODEL, tiny.params(), visual, image_valid=batch.image_valid, tokens=batch.tokens,
+        text_valid=batch.text_valid, plan=plan, max_new_tokens=5, eos_id=EOS, **options,
+    )
+
+
+def test_greedy_equals_asking_the_whole_row_again_for_each_token():
+    batch = tiny.make_batch(text_length=18)
+    generated = np.asarray(answer(batch, PrunePlan()).tokens)
+    lengths = np.asarray(batch.text_valid).sum(1)
+    tokens, valid = np.array(batch.tokens), np.array(batch.text_valid)
+    for step in range(5):
+        row = batch.replace(tokens=jnp.asarray(tokens), text_valid=jnp.asarray(valid))
+        logits = np.asarray(tiny.forward(tiny.params(), row, plan=PrunePlan()).logits)
+        for i, length in enumerate(lengths + step):
+            expected = logits[i, length - 1].argmax()
+            ended = EOS in generated[i, :step]
+            assert generated[i, step] == (EOS if ended else expected)
+            tokens[i, length], valid[i, length] = generated[i, step], True
+
+
+def test_after_the_end_only_ends_follow_and_are_not_counted():
+    batch = tiny.make_batch()
+    first = answer(batch, PrunePlan())
+    eos = int(first.tokens[0, 1])
+    visual = tiny.encode(tiny.params(), batch.images, plan=PrunePlan()).tokens
+    ended = generate(
+        tiny.MODEL, tiny.params(), visual, image_valid=batch.image_valid, tokens=batch.tokens,
+        text_valid=batch.text_valid, plan=PrunePlan(), max_new_tokens=5, eos_id=eos,
+    )
+    stop = np.argmax(np.asarray(first.tokens[0]) == eos)
+    assert ended.num_tokens[0] == stop
+    assert (np.asarray(ended.tokens[0])[stop:] == eos).all()
+
+
+def test_a_pruned_answer_does_not_depend_on_batch_mates():
+    plan, batch = tiny.plan(tiny.METEOR), tiny.make_batch()
+    together = answer(batch, plan).tokens
+    for i in range(3):
+        alone = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+        np.testing.assert_array_equal(answer(alone, plan).tokens[0], together[i])
+
+
+def test_top_p_draws_only_from_the_likely():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]] * 400))
+    sampling = Sampling(temperature=1.0, top_p=0.7)
+    drawn = np.asarray(draw(logits, sampling=sampling, key=jax.random.key(0)))
+    assert set(drawn.tolist()) == {0, 1}
+    assert 0.5 < (drawn == 0).mean() < 0.75  # 5 to 3
+    certain = draw(logits, sampling=Sampling(1.0, 0.4), key=jax.random.key(0))
+    assert (np.asarray(certain) == 0).all()
+
+
+def test_temperature_needs_a_key_and_sensible_numbers():
+    with pytest.raises(ValueError, match=r"key=jax.random.key"):
+        answer(tiny.make_batch(), PrunePlan(), sampling=Sampling(temperature=1.0))
+    with pytest.raises(ValueError, match="0 < top_p"):
+        Sampling(top_p=0.0)
+
+
+def test_the_same_key_draws_the_same():
+    options = {"sampling": Sampling(temperature=2.0), "key": jax.random.key(3)}
+    one, other = (answer(tiny.make_batch(), PrunePlan(), **options).tokens for _ in range(2))
+    np.testing.assert_array_equal(one, other)

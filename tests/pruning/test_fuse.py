@@ -1,0 +1,110 @@
+"""Stage 2 and its controls, on examples worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.pruning.fuse import Span, fuse, mutual_redundancy, pooled_grids
+from meteor_jax.pruning.plan import FusePlan
+from meteor_jax.types import VisualTokens
+
+# Two encoders of three tokens each, in two dimensions.
+X = jnp.asarray([[[1.0, 0], [0, 2.0], [3.0, 3.0], [5.0, 0], [0, -1.0], [2.0, 0]]])
+SPANS = (Span("a", 0, 3, 0), Span("b", 3, 3, 0))
+SEED = jnp.asarray([7], jnp.uint32)
+
+
+def tokens_of(x):
+    place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return VisualTokens(x, place * 0, place, place, span=x.shape[1])
+
+
+def kept(plan, x=X, spans=SPANS, seed=SEED):
+    return np.asarray(fuse(tokens_of(x), plan=plan, spans=spans, image_seed=seed).raster)
+
+
+def test_mutual_redundancy_by_hand():
+    # Unit tokens of b sum to (2, −1), those of a to (1 + √½, 1 + √½).
+    half = np.sqrt(0.5)
+    expected = [[2, -1, half, 1 + half, -1 - half, 1 + half]]
+    np.testing.assert_allclose(mutual_redundancy(X, spans=SPANS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "abs_cosine", "centered_cosine"])
+def test_mutual_redundancy_is_the_double_sum(similarity):
+    x = np.random.default_rng(0).normal(size=(1, 6, 4)).astype(np.float32)
+    y = x[0].copy()
+    if similarity == "centered_cosine":
+        y[:3] -= y[:3].mean(0)
+        y[3:] -= y[3:].mean(0)
+    y /= np.linalg.norm(y, axis=1, keepdims=True)
+    cosine = y @ y.T
+    if similarity == "abs_cosine":
+        cosine = np.abs(cosine)
+    expected = np.concatenate([cosine[:3, 3:].sum(1), cosine[3:, :3].sum(1)])
+    actual = mutual_redundancy(jnp.asarray(x), spans=SPANS, similarity=similarity)[0]
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_cooperative_keeps_the_least_redundant():
+    np.testing.assert_array_equal(kept(FusePlan(keep=3)), [[1, 2, 4]])
+
+
+def test_a_floor_keeps_a_share_of_every_encoder():
+    x = X.at[:, 3:].set(jnp.asarray([1.0, 1.0]))  # b says throughout what a says
+    share = (kept(FusePlan(keep=2), x) >= 3).sum()
+    floored = (kept(FusePlan(keep=2, floor=0.5), x) >= 3).sum()
+    assert share == 0 and floored == 1
+
+
+def test_uniform_takes_equal_strides():
+    np.testing.assert_array_equal(kept(FusePlan(keep=3, criterion="uniform")), [[1, 3, 5]])
+
+
+def test_independent_drops_what_is_like_its_own_mean():
+    # Of a, (3, 3) lies along a's mean (4/3, 5/3); of b, (5, 0) and (2, 0) along b's.
+    np.testing.assert_array_equal(kept(FusePlan(keep=4, criterion="independent")), [[0, 1, 3, 4]])
+
+
+def test_random_depends_on_image_and_seed_but_not_on_the_batch():
+    plan = FusePlan(keep=3, criterion="random")
+    both = kept(plan, jnp.concatenate([X, X]), seed=jnp.asarray([7, 8], jnp.uint32))
+    np.testing.assert_array_equal(both[:1], kept(plan))
+    draws = {
+        tuple(kept(plan, seed=jnp.asarray([seed], jnp.uint32))[0].tolist()) for seed in range(12)
+    }
+    assert len(draws) > 4
+    assert (np.diff(both, axis=1) > 0).all()
+
+
+def test_pooling_averages_cells():
+    grid = jnp.arange(16.0).reshape(1, 16, 1)
+    spans = (Span("a", 0, 16, 4),)
+    pooled = fuse(
+        tokens_of(grid), plan=FusePlan(keep=4, criterion="pool"), spans=spans, image_seed=SEED
+    )
+    np.testing.assert_allclose(pooled.x[0, :, 0], [2.5, 4.5, 10.5, 12.5])
+    np.testing.assert_array_equal(pooled.raster, [[5, 7, 13, 15]])
+
+
+def test_pooled_grids_fit_their_budget():
+    spans = (Span("a", 0, 64, 8), Span("b", 64, 16, 4), Span("c", 80, 36, 6))
+    for keep in range(3, 117):
+        sides = pooled_grids(keep, spans=spans)
+        assert sum(side**2 for side in sides) <= keep
+        assert all(side <= span.grid for side, span in zip(sides, spans, strict=True))
+    assert pooled_grids(116, spans=spans) == (8, 4, 6)
+
+
+def test_pooling_tokens_cut_before_is_an_error():
+    with pytest.raises(ValueError, match="use it without stage 1"):
+        kept(FusePlan(keep=2, criterion="pool"), spans=(Span("a", 0, 6, 3),))
+
+
+def test_selection_is_jittable_and_static():
+    function = jax.jit(lambda x: fuse(tokens_of(x), plan=FusePlan(keep=3), spans=SPANS,
+                                      image_seed=SEED).x)
+    for scale in range(1, 4):
+        assert function(X * scale).shape == (1, 3, 2)
+    assert function._cache_size() == 1
