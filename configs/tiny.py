@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     stage = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 0.05, "weight_decay": 0.01}
     config.train = {
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 16,
-                             "steps": 200},
+                             "steps": 100},
         "finetune": stage
         | {
             "kind": "questions", "template": "qa", "steps": 700, "plans": ("full", "meteor"),

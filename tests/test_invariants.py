@@ -156,13 +156,21 @@ def test_kept_tokens_stay_in_order_and_invalid_ones_stand_last(text):
 
 def test_shapes_are_static():
     plan = tiny.plan(tiny.METEOR)
-    prefill = jax.jit(tiny.prefill.__wrapped__, static_argnames=("plan", "max_new_tokens"))
-    extend = jax.jit(tiny.extend.__wrapped__)
+
+    # Functions of their own: jitted twins of one function share a cache.
+    @jax.jit
+    def prefill(params, visual, batch):
+        return tiny.prefill.__wrapped__(params, visual, batch, plan=plan, max_new_tokens=4)
+
+    @jax.jit
+    def extend(params, cache, tokens):
+        return tiny.extend.__wrapped__(params, cache, tokens)
+
     for seed in range(10):
         lengths = tuple(np.random.default_rng(seed).integers(4, 13, 3).tolist())
         batch = tiny.make_batch(lengths=lengths, with_image=(True, seed % 2 > 0, False), seed=seed)
         visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
-        prefilled = prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=4)
+        prefilled = prefill(tiny.params(), visual, batch)
         extend(tiny.params(), prefilled.cache, batch.tokens[:, :1] * 0 + seed)
     assert prefill._cache_size() == 1
     assert extend._cache_size() == 1
