@@ -64,7 +64,7 @@ def test_mistakes_are_one_clear_line(text, message):
 
 def test_ranks_must_be_measured_before_they_are_used():
     shapes = {name: tiny.CONFIG.encoder(name) for name in tiny.CONFIG.encoders}
-    with pytest.raises(ValueError, match=r"no feature ranks .* calibrate"):
+    with pytest.raises(ValueError, match=r"no feature ranks .*calibrate"):
         parse_plan(tiny.METEOR).encode.encoder_cuts(shapes)
 
 
