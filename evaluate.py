@@ -63,7 +63,8 @@ def evaluate(experiment: Experiment) -> None:
     if not source_dir.is_dir():
         raise FileNotFoundError(f"workdir {source_dir} does not exist: train first, or correct it.")
     check_request(experiment, source_dir=source_dir, **request)
-    with jax.set_mesh(make_mesh(experiment.train.mesh)) as mesh:
+    mesh = make_mesh(experiment.train.mesh)
+    with jax.set_mesh(mesh):
         params = restore_params(source_dir, param_shapes(experiment, mesh=mesh))
         evaluate_checkpoint(
             experiment, params, workdir=workdir, source_dir=source_dir, **request

@@ -186,7 +186,8 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
     calibration = Calibration.load(path)
     names = split_plans(PLANS.value) if PLANS.value else list(experiment.plans)
     plans = [parse_plan(name, library=experiment.plans) for name in names]
-    with jax.set_mesh(make_mesh(experiment.train.mesh)) as mesh:
+    mesh = make_mesh(experiment.train.mesh)
+    with jax.set_mesh(mesh):
         params = restore_params(workdir, param_shapes(experiment, mesh=mesh))
         records = pipeline.open_sources(experiment.data)
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
