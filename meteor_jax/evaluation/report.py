@@ -38,12 +38,15 @@ INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#2563eb"
 
 
 def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
-    """The rows task by task, then every plan's mean over the tasks of a group and of all."""
+    """The rows task by task, then every plan's mean over the tasks of a group and of all.
+
+    ± is half the width of a 95 % interval; eval.json has both ends.
+    """
     console = console or Console()
-    table = Table(header_style="bold", pad_edge=False)
-    for name in ("task", "plan"):
-        table.add_column(name, overflow="fold")
-    for name in ("score %", "95 %", "vs full", "F1 %", "n", "tokens", "TFLOPs", "ms"):
+    table = Table(header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("task", "plan"):  # these fold where a terminal is narrow; numbers never do
+        table.add_column(name, overflow="fold", min_width=5)
+    for name in ("score %", "vs full", "F1", "n", "tokens", "GFLOPs", "ms"):
         table.add_column(name, justify="right", no_wrap=True)
     tasks = list(dict.fromkeys(row.task for row in rows))
     for task in tasks:
@@ -193,17 +196,16 @@ def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
 def _cells(row: Row) -> list[str]:
     delta = "" if row.delta is None else f"{100 * row.delta:+.1f}"
     if row.delta is not None:
-        delta += f" [{100 * row.delta_low:+.1f}, {100 * row.delta_high:+.1f}]"
+        delta += f" ±{50 * (row.delta_high - row.delta_low):.1f}"
     measured = row.plan != MAJORITY
     return [
         row.plan,
-        _percent(row.score),
-        f"{_percent(row.low)} to {_percent(row.high)}",
+        f"{_percent(row.score)} ±{50 * (row.high - row.low):.1f}",
         delta,
         "" if row.f1 is None else _percent(row.f1),
         str(row.n),
         f"{row.visual_tokens_mean:.1f}" if measured else "",
-        f"{row.tflops:.3g}" if measured else "",
+        f"{1000 * row.tflops:,.3g}" if measured else "",
         f"{1000 * row.seconds:.1f}" if measured else "",
     ]
 
