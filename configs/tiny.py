@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         "encoders": ("clip", "convnext", "pix2struct"),
         "image_size": 64,
         "clip": {
-            "image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "num_heads": 2,
+            "image_size": 48, "patch_size": 8, "width": 96, "depth": 3, "num_heads": 4,
             "mlp_dim": 192, "remat": "nothing_saveable",
         },
         "convnext": {
@@ -28,11 +28,11 @@ def get_config() -> ConfigDict:
             "layer_scale_init": 0.5, "remat": "nothing_saveable",
         },
         "pix2struct": {
-            "grid_side": 6, "patch_size": 10, "width": 96, "depth": 3, "num_heads": 2,
-            "mlp_dim": 192, "num_positions": 8, "remat": "nothing_saveable",
+            "grid_side": 8, "patch_size": 8, "width": 96, "depth": 3, "num_heads": 4,
+            "mlp_dim": 192, "num_positions": 10, "remat": "nothing_saveable",
         },
         "llama": {
-            "depth": 4, "width": 96, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 256,
+            "depth": 4, "width": 96, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 256,
             "vocab_size": 384, "max_positions": 512, "tie_embeddings": True, "init_std": 0.1,
             "remat": "nothing_saveable",
         },
@@ -41,17 +41,17 @@ def get_config() -> ConfigDict:
         "sources": ("easy-vqa",), "image_size": 64, "text_length": 104, "questions_per_image": 8,
         "tokenizer": "bpe:384",
     }
-    stage = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 0.05, "weight_decay": 0.01}
+    stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup": 0.05, "weight_decay": 0.01}
     config.train = {
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 16,
-                             "steps": 100},
+                             "steps": 300},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 700, "plans": ("full", "meteor"),
+            "kind": "questions", "template": "qa", "steps": 950, "plans": ("full", "meteor"),
             "before": "calibrate_ranks",
         },
         "log_every": 10,
-        "checkpoint_every": 250,
+        "checkpoint_every": 500,
         "mesh": {"data": -1},
     }
     config.plans = {
