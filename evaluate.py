@@ -9,7 +9,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from meteor_jax.checkpoint import restore_params
+from meteor_jax.checkpoint import FOLDER, CheckpointError, restore_params, restore_parts
 from meteor_jax.evaluation.config import check_request
 from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
 from meteor_jax.parallel import make_mesh
@@ -28,7 +28,8 @@ NUM_QUESTIONS = flags.DEFINE_integer(
     "num_questions", None, "Questions of each task (default: config.eval)."
 )
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Folder of another run, whose checkpoint is evaluated (default: workdir)."
+    "checkpoint", None,
+    "Folder of a run whose checkpoint is evaluated (default: workdir, or config.init_from).",
 )
 
 
@@ -52,6 +53,10 @@ def evaluate(experiment: Experiment) -> None:
     """
     workdir = Path(WORKDIR.value)
     source_dir = Path(CHECKPOINT.value or workdir)
+    init_from = ()
+    if CHECKPOINT.value is None and not (workdir / FOLDER).is_dir():
+        init_from = experiment.init_from
+        source_dir = Path(init_from[0]) if init_from else workdir
     tasks = None
     if TASKS.value is not None:
         tasks = [name.strip() for name in TASKS.value.split(",") if name.strip()]
@@ -65,7 +70,13 @@ def evaluate(experiment: Experiment) -> None:
     check_request(experiment, source_dir=source_dir, **request)
     mesh = make_mesh(experiment.train.mesh)
     with jax.set_mesh(mesh):
-        params = restore_params(source_dir, param_shapes(experiment, mesh=mesh))
+        like = param_shapes(experiment, mesh=mesh)
+        if init_from:
+            params = restore_parts(init_from, like)
+            if missing := sorted(like.keys() - params.keys()):
+                raise CheckpointError(f"init_from: nothing there holds {', '.join(missing)}.")
+        else:
+            params = restore_params(source_dir, like)
         evaluate_checkpoint(
             experiment, params, workdir=workdir, source_dir=source_dir, **request
         )

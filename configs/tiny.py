@@ -1,8 +1,8 @@
 """easy-vqa on two CPU cores in a quarter of an hour: captions first, then questions.
 
 The three encoders have the architectures of the large ones and start from nothing, so everything
-trains in both stages. Of 116 visual tokens METEOR
-lets 40 into the decoder, whose layers see 28 on average.
+trains in both stages. Of 116 visual tokens METEOR lets 40 into the decoder, whose layers see 28 on
+average.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
                              "steps": 300},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 950, "plans": ("full", "meteor"),
+            "kind": "questions", "template": "qa", "steps": 650, "plans": ("full", "meteor"),
             "before": "calibrate_ranks",
         },
         "log_every": 10,

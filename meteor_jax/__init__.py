@@ -6,6 +6,8 @@ Names are imported when first used, so that `import meteor_jax` is quick.
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Batch": "types",
     "Calibration": "pruning.plan",

@@ -2,13 +2,15 @@
 
 A checkpoint holds, as separate items, so that evaluation reads no more than it needs:
 `params`, `ema` (where there is one), `progress` (optimizer, step, random key), `data` (the
-iterator's state, one file a process) and `config` (the whole config as JSON).
+iterator's state, one file a process) and `config` (the whole config as JSON). One that was
+converted from PyTorch (`meteor_jax.convert`) has no progress and no data, but `source` (where it
+comes from, as JSON) and `unused` (tensors that the model has no parameter for).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ def open_checkpoints(
             "progress": ocp.StandardCheckpointHandler(),
             "data": grain.checkpoint.CheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
+            "source": ocp.JsonCheckpointHandler(),
+            "unused": ocp.StandardCheckpointHandler(),
         },
     )
 
@@ -127,10 +131,45 @@ def restore_params(workdir: Path, like: Any) -> Any:
     """
     with open_checkpoints(workdir, read_only=True) as checkpoints:
         step = _newest(checkpoints)
-        name = "ema" if (_path(checkpoints, step) / "ema").exists() else "params"
+        name = _params_item(checkpoints, step)
         _check_fit(checkpoints, step, {name: like})
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
         return checkpoints.restore(step, args=args)[name]
+
+
+def restore_parts(workdirs: Sequence[str | Path], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of `like` ("llama", "clip", …) that the newest checkpoints of some workdirs hold.
+
+    Every array goes straight into its shards.
+
+    Args:
+        like: a model's parameters as ShapeDtypeStructs with shardings.
+
+    Raises:
+        CheckpointError: no checkpoint, a part that the model lacks, one that two workdirs have, or
+            one of other shapes, with its paths.
+    """
+    parts: dict[str, Any] = {}
+    for workdir in workdirs:
+        with open_checkpoints(Path(workdir), read_only=True) as checkpoints:
+            step = _newest(checkpoints)
+            name = _params_item(checkpoints, step)
+            held = checkpoints.item_metadata(step)[name].tree.keys()
+            if strange := sorted(held - like.keys()):
+                raise CheckpointError(
+                    f"init_from: {workdir} holds {', '.join(strange)}, but the model has "
+                    f"{', '.join(like)}; set model.encoders and model.fusion to match it."
+                )
+            if twice := sorted(held & parts.keys()):
+                raise CheckpointError(
+                    f"init_from: {workdir} holds {', '.join(twice)}, which came before; name one "
+                    "source for each part."
+                )
+            wanted = {part: like[part] for part in held}
+            _check_fit(checkpoints, step, {name: wanted})
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(wanted)})
+            parts |= checkpoints.restore(step, args=args)[name]
+    return parts
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -154,6 +193,10 @@ def _newest(checkpoints: ocp.CheckpointManager) -> int:
             f"no checkpoint in {checkpoints.directory.parent}: train first, or correct --workdir."
         )
     return step
+
+
+def _params_item(checkpoints: ocp.CheckpointManager, step: int) -> str:
+    return "ema" if (_path(checkpoints, step) / "ema").exists() else "params"
 
 
 def _path(checkpoints: ocp.CheckpointManager, step: int) -> Path:

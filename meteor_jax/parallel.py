@@ -25,11 +25,13 @@ BATCH_AXES = ("data", "fsdp")
 # those named, such as the stacked layers, stay whole. Kernels are [in, out].
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(bias|scale)$", ()),
-    (r"(query|key|value|gate|up|fc1|head)/kernel$", ("fsdp", "tensor")),
-    (r"(out|down|fc2)/kernel$", ("tensor", "fsdp")),
+    (r"(query|key|value|qkv|gate|up|fc1|head)/kernel$", ("fsdp", "tensor")),
+    (r"(out|down|fc2|neck)/kernel$", ("tensor", "fsdp")),
     (r"llama/embedding/embedding$", ("tensor", "fsdp")),
     (r"(stem|downsample\d+|patch_embedding|depthwise)/kernel$", ("fsdp",)),
     (r"_embedding$", ("fsdp",)),
+    (r"/tables/", ("fsdp", None)),
+    (r"relative_(window|global)/", ()),  # small
 )
 
 

@@ -16,6 +16,7 @@ from meteor_jax.checkpoint import (
     open_checkpoints,
     restore,
     restore_params,
+    restore_parts,
     save,
     write_config,
 )
@@ -85,6 +86,25 @@ def test_restores_to_another_mesh(workdir):
     params = restore_params(workdir, like)
     assert params["llama"]["head"].sharding == sharding
     np.testing.assert_array_equal(params["llama"]["head"], make_state().ema["llama"]["head"])
+
+
+def test_parts_come_from_several_workdirs(tmp_path):
+    params = make_state().params
+    for part in params:
+        state = make_state(ema=False).replace(params={part: params[part]})
+        with open_checkpoints(tmp_path / part) as checkpoints:
+            save(checkpoints, state, step=0, data=make_data(), config={})
+    like = abstract(params)
+    both = restore_parts([tmp_path / "llama", tmp_path / "clip"], like)
+    jax.tree.map(np.testing.assert_array_equal, both, params)
+    assert restore_parts([tmp_path / "clip"], like).keys() == {"clip"}
+    assert restore_parts([], like) == {}
+    with pytest.raises(CheckpointError, match=r"holds clip, which came before"):
+        restore_parts([tmp_path / "clip", tmp_path / "clip"], like)
+    with pytest.raises(CheckpointError, match=r"holds clip, but the model has llama"):
+        restore_parts([tmp_path / "clip"], {"llama": like["llama"]})
+    with pytest.raises(CheckpointError, match=r"params/clip: checkpoint \(2,\), config \(3,\)"):
+        restore_parts([tmp_path / "clip"], {"clip": jax.ShapeDtypeStruct((3,), jnp.float32)})
 
 
 def test_another_config_is_named_by_path_and_shapes(workdir):

@@ -11,6 +11,8 @@ import pytest
 
 from meteor_jax.models.cost import count_cost, count_traced
 from meteor_jax.models.meteor import Meteor
+from meteor_jax.models.projector import Projector
+from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IMAGE_TOKEN
 from tests import tiny_model as tiny
@@ -248,6 +250,36 @@ def test_pre_projection_joins_channels_on_one_grid():
     assert tokens.x.shape == (3, 16, 32)
     with pytest.raises(ValueError, match="fusion='post'"):
         model.apply({"params": params}, batch, plan=tiny.plan(tiny.METEOR))
+
+
+def test_pre_projection_is_pruned_place_by_place_without_training():
+    """What runs on EAGLE's own weights: places that the encoders agree on go, then stage 3."""
+    model, batch = Meteor(dataclasses.replace(tiny.CONFIG, fusion="pre")), tiny.make_batch()
+    params = jax.jit(model.init, static_argnames="plan")(
+        jax.random.key(0), batch, plan=PrunePlan()
+    )["params"]
+
+    @functools.partial(jax.jit, static_argnames="text")
+    def encode(params, text):
+        return model.apply(
+            {"params": params}, batch.images[:, 0], plan=parse_plan(text), method="encode_images"
+        )
+
+    whole, cut = encode(params, "full").tokens, encode(params, "meteor(fuse=6)").tokens
+    assert cut.x.shape == (3, 6, 32)
+    assert (np.diff(cut.raster, axis=1) > 0).all()
+    places = np.asarray(cut.raster)[..., None]
+    np.testing.assert_array_equal(cut.x, np.take_along_axis(np.asarray(whole.x), places, axis=1))
+    np.testing.assert_array_equal(encode(params, "meteor(fuse=16)").tokens.x, whole.x)
+
+    def projected_parts(module):
+        features = [jnp.ones((1, 2, 4)), jnp.full((1, 2, 3), 2.0)]
+        return sum(module.parts(features)), module.fc1(jnp.concatenate(features, -1))
+
+    projector = Projector(8)
+    variables = projector.init(jax.random.key(1), jnp.zeros((1, 2, 7)))
+    parts, first_layer = projector.apply(variables, method=projected_parts)
+    np.testing.assert_allclose(parts, first_layer, atol=1e-6)  # the bias starts at 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.isotonic import isotonic_regression
 
+from meteor_jax import __version__
 from meteor_jax.evaluation.results import (
     BLIND,
     COMBINED,
@@ -32,7 +33,7 @@ from meteor_jax.pruning.plan import PrunePlan
 EVAL_FILE = "eval.json"
 CURVE_FILE = "accuracy_vs_tokens.png"
 PREDICTIONS_FOLDER = "predictions"
-PACKAGES = ("meteor-jax", "jax", "flax", "numpy")
+PACKAGES = ("jax", "flax", "numpy")
 LABEL_WIDTH, LABEL_HEIGHT = 0.15, 0.048  # of a name in the picture, as shares of the axes
 INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#2563eb"
 
@@ -89,7 +90,8 @@ def write_eval(
         "step": step,
         "config": config,
         "plans": {plan.name: dataclasses.asdict(plan) for plan in plans},
-        "versions": {package: version(package) for package in PACKAGES},
+        # Our own from the source: a clone runs without being installed.
+        "versions": {"meteor_jax": __version__} | {name: version(name) for name in PACKAGES},
         "rows": [dataclasses.asdict(row) for row in rows],
         "averages": averages(rows),
     }

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from meteor_jax.models.layers import (
     Stack,
+    StackOutput,
     attend,
     attention_received,
     constrain,
@@ -24,14 +25,21 @@ from meteor_jax.models.layers import (
     segment_bounds,
 )
 from meteor_jax.models.resize import patchify, resize
-from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut, EncoderOutput, encode_segments
+from meteor_jax.models.sizes import TransformerSizes, check_multiple
+from meteor_jax.pruning.encode import (
+    NUM_SEGMENTS,
+    EncoderCut,
+    EncoderOutput,
+    LiveTokens,
+    encode_segments,
+)
 from meteor_jax.types import Array
 
 EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(TransformerSizes):
     """Sizes; the defaults are ViT-L/14 at 336 pixels.
 
     Attributes:
@@ -51,37 +59,13 @@ class ClipConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size: expected a multiple of patch_size {self.patch_size}, "
-                f"got {self.image_size}."
-            )
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width: expected a multiple of num_heads {self.num_heads}, got {self.width}."
-            )
+        check_multiple("image_size", self.image_size, of="patch_size", factor=self.patch_size)
+        check_multiple("width", self.width, of="num_heads", factor=self.num_heads)
 
     @property
     def grid(self) -> int:
         """Side of the output grid."""
         return self.image_size // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        return self.grid**2
-
-    @property
-    def cuttable(self) -> tuple[bool, bool, bool]:
-        """At which boundaries tokens can be dropped."""
-        return (True, True, True)
-
-    @property
-    def num_windows(self) -> int:
-        return 1
-
-    @property
-    def has_attention(self) -> bool:
-        return True
 
 
 class Attention(nn.Module):
@@ -171,13 +155,12 @@ class Clip(nn.Module):
         x = self._embed(images)
         stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
 
-        def run(x: Array, start: int, stop: int) -> tuple[Array, Array]:
-            out = stack(x, start=start, stop=stop)
-            return out.x, out.last_input
+        def run(tokens: LiveTokens, start: int, stop: int) -> StackOutput:
+            return stack(tokens.x, start=start, stop=stop)
 
-        def attention(block: int, x: Array, criterion: str) -> Array:
-            q, k = stack.layer(block, x, method="query_key")
-            rows = jnp.ones(x.shape[:2])
+        def attention(block: int, tokens: LiveTokens, criterion: str) -> Array:
+            q, k = stack.layer(block, tokens.x, method="query_key")
+            rows = jnp.ones(q.shape[:2])
             if criterion == "cls":
                 rows = rows.at[:, 1:].set(0.0)
             return attention_received(q, k, row_weight=rows).mean(1)[:, num_prefix:]

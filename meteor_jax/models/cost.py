@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ from rich.table import Table
 
 from meteor_jax.config import build
 from meteor_jax.models.convnext import KERNEL, STEM, ConvNextConfig
+from meteor_jax.models.eva02 import Eva02Config
 from meteor_jax.models.layers import segment_bounds
 from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.models.pix2struct import Pix2StructConfig
+from meteor_jax.models.sam import GROUP, SamConfig
 from meteor_jax.pruning.baselines import parse_plan, split_plans
 from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
 from meteor_jax.pruning.fuse import Span, pooled_grids
 from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.windows import window_order, window_quotas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,8 @@ def count_cost(
     for name in names:
         encoder = shapes[name]
         resizing += resize_flops(config.image_size, encoder.image_size)
+        if isinstance(encoder, Eva02Config):  # its position embedding
+            resizing += resize_flops(encoder.position_side, encoder.grid, channels=encoder.width)
         rows.append((name, encoder_flops(encoder, cuts[name])))
         scores += encoder_score_flops(encoder, cuts[name])
         sizes[name] = cuts[name][-1].keep if cuts[name] else encoder.num_tokens
@@ -106,33 +111,61 @@ def count_cost(
 
 
 def encoder_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
-    """Patch embedding and blocks of one encoder; cut tokens leave at the segment ends."""
+    """Patch embedding, blocks and neck of one encoder; cut tokens leave at the segment ends."""
     if isinstance(encoder, ConvNextConfig):
         return _convnext_flops(encoder)
-    gated = isinstance(encoder, Pix2StructConfig)
-    patch = encoder.patch_size**2 * 3
-    prefix = int(getattr(encoder, "keep_cls", False))
-    total = 2.0 * encoder.num_tokens * patch * encoder.width
-    tokens, start = encoder.num_tokens, 0
-    for boundary, stop in enumerate(segment_bounds(encoder.depth, NUM_SEGMENTS)):
-        total += (stop - start) * _block_flops(
-            tokens + prefix, width=encoder.width, kv_width=encoder.width, mlp_dim=encoder.mlp_dim,
-            num_matrices=3 if gated else 2,
-        )
-        tokens, start = cuts[boundary].keep if cuts else tokens, stop
+    if isinstance(encoder, SamConfig):
+        return _sam_flops(encoder, cuts)
+    gated = isinstance(encoder, (Pix2StructConfig, Eva02Config))
+    total = 2.0 * encoder.num_tokens * encoder.patch_size**2 * 3 * encoder.width
+    for blocks, sizes in _segments(encoder, cuts):
+        for block in blocks:
+            tokens, keys = _tokens_and_keys(encoder, block, sizes)
+            total += _block_flops(
+                tokens, width=encoder.width, kv_width=encoder.width, mlp_dim=encoder.mlp_dim,
+                num_matrices=3 if gated else 2, keys=keys,
+            )
     return total
 
 
 def encoder_score_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
     """Queries, keys and attention recomputed where a cut asks for attention received."""
-    total, tokens = 0.0, encoder.num_tokens
-    for cut in cuts or ():
-        if cut.criterion in ("attention", "cls") and cut.keep < tokens:
-            rows = tokens + int(getattr(encoder, "keep_cls", False))
-            total += 2.0 * rows * encoder.width * 2 * encoder.width
-            total += 2.0 * rows * rows * (encoder.width + encoder.num_heads)
-        tokens = cut.keep
+    if isinstance(encoder, ConvNextConfig) or cuts is None:
+        return 0.0
+    total = 0.0
+    for cut, (blocks, sizes) in zip(cuts, _segments(encoder, cuts), strict=True):
+        if cut.criterion not in ("attention", "cls") or cut.keep == sum(sizes):
+            continue
+        block = blocks[-1] if blocks else min(blocks.start, encoder.depth - 1)
+        if isinstance(encoder, SamConfig):
+            total += _sam_score_flops(encoder, block, sizes)
+        else:
+            tokens, keys = _tokens_and_keys(encoder, block, sizes)
+            total += 2.0 * tokens * encoder.width * 2 * encoder.width
+            total += 2.0 * tokens * keys * (encoder.width + encoder.num_heads)
     return total
+
+
+def _segments(
+    encoder: Any, cuts: tuple[EncoderCut, ...] | None
+) -> Iterator[tuple[range, tuple[int, ...]]]:
+    """The blocks of each segment, and how many tokens are in each of its attention windows."""
+    sizes, start = (encoder.num_tokens,), 0
+    if isinstance(encoder, Eva02Config):
+        _, sizes = window_order(encoder.grid, encoder.window)
+    elif isinstance(encoder, SamConfig):
+        _, sizes = window_order(encoder.grid, encoder.window // GROUP)
+    for boundary, stop in enumerate(segment_bounds(encoder.depth, NUM_SEGMENTS)):
+        yield range(start, stop), sizes
+        sizes, start = window_quotas(cuts[boundary].keep, sizes) if cuts else sizes, stop
+
+
+def _tokens_and_keys(encoder: Any, block: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """A block's tokens, and how many of them each attends to; windows are equal here."""
+    tokens = sum(sizes) + int(getattr(encoder, "keep_cls", False))
+    if len(sizes) == 1 or block in encoder.global_blocks:
+        return tokens, tokens
+    return tokens, sizes[0]
 
 
 def fuse_flops(
@@ -198,11 +231,45 @@ def resize_flops(size_in: int, size_out: int, *, channels: int = 3) -> float:
 
 
 def _block_flops(
-    tokens: float, *, width: int, kv_width: int, mlp_dim: int, num_matrices: int
+    tokens: float, *, width: int, kv_width: int, mlp_dim: int, num_matrices: int,
+    keys: float | None = None,
 ) -> float:
-    """One transformer block: projections, attention over all pairs, MLP."""
+    """One transformer block: projections, attention of every token to `keys` (default: all), MLP.
+    """
+    keys = tokens if keys is None else keys
     projections = width * (2 * width + 2 * kv_width)
-    return 2.0 * tokens * (projections + num_matrices * width * mlp_dim + 2 * tokens * width)
+    return 2.0 * tokens * (projections + num_matrices * width * mlp_dim + 2 * keys * width)
+
+
+def _sam_flops(encoder: SamConfig, cuts: tuple[EncoderCut, ...] | None) -> float:
+    width, heads, inner = encoder.block_width, encoder.num_heads, GROUP**2
+    total = 2.0 * inner * encoder.num_tokens * encoder.patch_size**2 * 3 * width
+    for blocks, sizes in _segments(encoder, cuts):
+        for block in blocks:
+            windows, slots, side = _sam_windows(encoder, block, sizes)
+            total += 2.0 * windows * slots * (3 * width**2 + 2 * side * width)
+            total += 2.0 * windows * slots**2 * (2 * width + 2 * side * heads)
+            total += 2.0 * inner * sum(sizes) * (width**2 + 2 * width * encoder.mlp_dim)
+    kept = cuts[-1].keep if cuts else encoder.num_tokens
+    return total + 2.0 * inner * kept * width * encoder.neck_width
+
+
+def _sam_score_flops(encoder: SamConfig, block: int, sizes: tuple[int, ...]) -> float:
+    width, heads = encoder.block_width, encoder.num_heads
+    windows, slots, side = _sam_windows(encoder, block, sizes)
+    total = 2.0 * windows * slots * (3 * width**2 + 2 * side * width)
+    return total + 2.0 * windows * slots**2 * (width + 2 * side * heads + heads)
+
+
+def _sam_windows(
+    encoder: SamConfig, block: int, sizes: tuple[int, ...]
+) -> tuple[int, int, int]:
+    """Windows of a block, slots of a window, rows of a window; `sizes` count groups."""
+    if block in encoder.global_blocks:
+        return 1, GROUP**2 * sum(sizes), GROUP * encoder.grid
+    whole = sum(sizes) == encoder.num_tokens
+    slots = encoder.window**2 if whole else GROUP**2 * max(sizes)
+    return len(sizes), slots, encoder.window
 
 
 def _convnext_flops(encoder: ConvNextConfig) -> float:

@@ -54,18 +54,18 @@ def number_through(tokens: VisualTokens) -> VisualTokens:
     )
 
 
-def concatenate_channels(features: Seq[Array], *, grids: Seq[int], grid: int) -> Array:
+def to_common_grid(features: Seq[Array], *, grids: Seq[int], grid: int) -> list[Array]:
     """Pre-projection fusion, as EAGLE does it: every grid resized to the common one (bilinear,
-    aligned corners, float32), channels joined.
+    aligned corners, float32), so that channels can be joined place by place.
 
     Shapes:
-        features: float[I, grid_l², E_l] an encoder; returns float[I, grid², Σ E_l].
+        features: float[I, grid_l², E_l] an encoder; returns float[I, grid², E_l] an encoder.
     """
     resized = []
     for x, side in zip(features, grids, strict=True):
         square = x.reshape(x.shape[0], side, side, -1)
         resized.append(resize(square, size=grid).reshape(x.shape[0], grid * grid, -1))
-    return jnp.concatenate(resized, axis=-1)
+    return resized
 
 
 def splice(

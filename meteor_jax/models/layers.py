@@ -124,9 +124,9 @@ def attend(
     invalid entries stand last.
 
     Shapes:
-        q: float[B, T, H, d]; k, v: float[B, S, K, d], H a multiple of K.
+        q: float[B, T, H, d]; k, v: float[B, S, K, d], H a multiple of K; v may have another d.
         mask: bool[B, T, S] or bool[B, 1, S], True where a query may look.
-        returns: float[B, T, H, d].
+        returns: float[B, T, H, d], with the d of v.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv = k.shape[2]
@@ -140,7 +140,7 @@ def attend(
     if mask is not None:
         bias = bias + jnp.where(mask[:, None, None], 0.0, MASKED)
     out = _weighted_values(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), bias)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, v.shape[-1])
 
 
 def attention_received(

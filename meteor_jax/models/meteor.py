@@ -16,12 +16,13 @@ import jax.numpy as jnp
 
 from meteor_jax.models.clip import Clip, ClipConfig
 from meteor_jax.models.convnext import ConvNext, ConvNextConfig
+from meteor_jax.models.eva02 import Eva02, Eva02Config
 from meteor_jax.models.fusion import (
-    concatenate_channels,
     concatenate_sequence,
     entry_of_slot,
     number_through,
     splice,
+    to_common_grid,
 )
 from meteor_jax.models.layers import constrain
 from meteor_jax.models.llama import Llama, LlamaConfig
@@ -29,8 +30,9 @@ from meteor_jax.models.pix2struct import Pix2Struct, Pix2StructConfig
 from meteor_jax.models.prefill import SegmentRun, new_position, run_segments
 from meteor_jax.models.projector import Projector
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD
+from meteor_jax.models.sam import Sam, SamConfig
 from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
-from meteor_jax.pruning.fuse import Span, fuse
+from meteor_jax.pruning.fuse import Span, fuse, position_redundancy
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import (
     Array,
@@ -42,7 +44,13 @@ from meteor_jax.types import (
     VisualTokens,
 )
 
-ENCODERS = {"clip": Clip, "convnext": ConvNext, "pix2struct": Pix2Struct}
+ENCODERS = {
+    "clip": Clip,
+    "convnext": ConvNext,
+    "sam": Sam,
+    "eva02": Eva02,
+    "pix2struct": Pix2Struct,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +69,8 @@ class MeteorConfig:
     encoders: tuple[str, ...] = ("clip", "convnext", "pix2struct")
     clip: ClipConfig = ClipConfig()
     convnext: ConvNextConfig = ConvNextConfig()
+    sam: SamConfig = SamConfig()
+    eva02: Eva02Config = Eva02Config()
     pix2struct: Pix2StructConfig = Pix2StructConfig()
     llama: LlamaConfig = LlamaConfig()
     fusion: Literal["post", "pre"] = "post"
@@ -163,7 +173,10 @@ class Meteor(nn.Module):
         return Forward(logits=logits, trace=encoded.trace.replace(cuts=run.cuts))
 
     def encode_images(self, images: Array, *, plan: PrunePlan) -> Encoded:
-        """Stages 1 and 2: raw RGB uint8[I, H, W, 3] to the visual tokens that enter the LLM."""
+        """Stages 1 and 2: raw RGB uint8[I, H, W, 3] to the visual tokens that enter the LLM.
+
+        Images of a float dtype are taken as they are: normalised with CLIP's mean and deviation.
+        """
         config = self.config
         names = config.active_encoders(plan)
         if self.is_initializing():
@@ -186,14 +199,18 @@ class Meteor(nn.Module):
                     f"plan '{plan.name}' cuts inside the encoders, but fusion='pre' needs all "
                     "their grids whole; use fusion='post'."
                 )
-            joined = concatenate_channels(
+            features = to_common_grid(
                 [outputs[name].x for name in names], grids=grids, grid=config.grid
             )
-            tokens = _on_common_grid(self.projector(joined))
+            tokens = _on_common_grid(self.projector(jnp.concatenate(features, axis=-1)))
             spans = (Span(encoder="all", start=0, size=config.grid**2, grid=config.grid),)
         if plan.fuse is not None:
+            scores = None
+            if config.fusion == "pre" and plan.fuse.criterion == "cooperative":
+                parts = self.projector.parts(features)
+                scores = -position_redundancy(parts, similarity=plan.fuse.similarity)
             seed = _hash_images(images)
-            tokens = fuse(tokens, plan=plan.fuse, spans=spans, image_seed=seed)
+            tokens = fuse(tokens, plan=plan.fuse, spans=spans, image_seed=seed, scores=scores)
             if plan.positions == "compact":
                 tokens = number_through(tokens)
         return Encoded(
@@ -265,6 +282,8 @@ class Meteor(nn.Module):
                 f"expected images of {size}×{size}×3, got {'×'.join(map(str, images.shape[1:]))}; "
                 "set model.image_size or resize the data."
             )
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return images.astype(self.config.dtype)
         pixels = (images / jnp.float32(255) - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
         return pixels.astype(self.config.dtype)
 
@@ -273,7 +292,7 @@ class Meteor(nn.Module):
         plan: PrunePlan, num_new: int,
     ) -> SegmentRun:
         longest = tokens.shape[1] + image_valid.shape[1] * visual.span + num_new
-        if longest > self.config.llama.max_positions:
+        if longest > self.config.llama.max_positions and not self.is_initializing():
             raise ValueError(
                 f"a row of {tokens.shape[1]} text places, {image_valid.shape[1]} × {visual.span} "
                 f"positions of images and {num_new} new tokens needs {longest} positions, but "
@@ -315,6 +334,8 @@ def _on_common_grid(x: Array) -> VisualTokens:
 
 def _hash_images(images: Array) -> Array:
     """uint32[I]: a hash of the pixels, exact, so the same on every device and in every batch."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        images = jax.lax.bitcast_convert_type(images.astype(jnp.float32), jnp.uint32)
     flat = images.reshape(images.shape[0], -1).astype(jnp.uint32)
     weight = jnp.arange(flat.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
     return (flat * weight).sum(1, dtype=jnp.uint32)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from meteor_jax.models.layers import (
     Stack,
+    StackOutput,
     attend,
     attention_received,
     constrain,
@@ -23,7 +24,14 @@ from meteor_jax.models.layers import (
     segment_bounds,
 )
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
-from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut, EncoderOutput, encode_segments
+from meteor_jax.models.sizes import TransformerSizes, check_multiple
+from meteor_jax.pruning.encode import (
+    NUM_SEGMENTS,
+    EncoderCut,
+    EncoderOutput,
+    LiveTokens,
+    encode_segments,
+)
 from meteor_jax.types import Array
 
 EPSILON = 1e-6
@@ -31,7 +39,7 @@ ATTENTION_SCALE = 1.0  # as in T5, the usual 1/√d is in the initialiser instea
 
 
 @dataclass(frozen=True)
-class Pix2StructConfig:
+class Pix2StructConfig(TransformerSizes):
     """Sizes; the defaults are Pix2Struct-Large with the 45×45 patches that EAGLE gives it.
 
     Attributes:
@@ -50,10 +58,7 @@ class Pix2StructConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width: expected a multiple of num_heads {self.num_heads}, got {self.width}."
-            )
+        check_multiple("width", self.width, of="num_heads", factor=self.num_heads)
         if self.num_positions <= self.grid_side:
             raise ValueError(
                 f"num_positions: expected more than grid_side {self.grid_side} (ids count from "
@@ -68,23 +73,6 @@ class Pix2StructConfig:
     def grid(self) -> int:
         """Side of the output grid."""
         return self.grid_side
-
-    @property
-    def num_tokens(self) -> int:
-        return self.grid**2
-
-    @property
-    def cuttable(self) -> tuple[bool, bool, bool]:
-        """At which boundaries tokens can be dropped."""
-        return (True, True, True)
-
-    @property
-    def num_windows(self) -> int:
-        return 1
-
-    @property
-    def has_attention(self) -> bool:
-        return True
 
 
 class Attention(nn.Module):
@@ -179,13 +167,12 @@ class Pix2Struct(nn.Module):
         x = self._embed(images)
         stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
 
-        def run(x: Array, start: int, stop: int) -> tuple[Array, Array]:
-            out = stack(x, start=start, stop=stop)
-            return out.x, out.last_input
+        def run(tokens: LiveTokens, start: int, stop: int) -> StackOutput:
+            return stack(tokens.x, start=start, stop=stop)
 
-        def attention(block: int, x: Array, criterion: str) -> Array:
-            q, k = stack.layer(block, x, method="query_key")
-            rows = jnp.ones(x.shape[:2])
+        def attention(block: int, tokens: LiveTokens, criterion: str) -> Array:
+            q, k = stack.layer(block, tokens.x, method="query_key")
+            rows = jnp.ones(q.shape[:2])
             return attention_received(q, k, row_weight=rows, scale=ATTENTION_SCALE).mean(1)
 
         out = encode_segments(

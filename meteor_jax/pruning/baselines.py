@@ -23,15 +23,15 @@ def full() -> PrunePlan:
 
 def meteor(
     *,
-    encode: tuple[int, int, int],
     fuse: int,
+    encode: tuple[int, int, int] | None = None,
     layers: tuple[int, ...] = (),
     keep: tuple[int, ...] = (),
 ) -> PrunePlan:
-    """METEOR's three stages; without `layers`, the first two."""
+    """METEOR's three stages; without `encode` not the first, without `layers` not the third."""
     return PrunePlan(
         name="meteor",
-        encode=EncodePlan(keep=encode),
+        encode=EncodePlan(keep=encode) if encode else None,
         fuse=FusePlan(keep=fuse),
         decode=DecodePlan(layers=layers, keep=keep) if layers else None,
     )

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.pruning.select import keep_topk
+from meteor_jax.pruning.windows import window_order, window_quotas, window_slots
 from meteor_jax.types import Array
 
 NUM_SEGMENTS = 3
@@ -65,7 +66,8 @@ class EncoderOutput:
         raster: int32[I, N]; row-major place of each token in the encoder's own output grid.
         kept: int32[I, K] a boundary: the tokens alive after it, in the same numbering; empty where
             the encoder ran without cuts.
-        features: float[I, K, E] a boundary: what those tokens held there; empty without cuts.
+        features: float[I, K, E] a boundary: what those tokens held there; empty without cuts. Its E
+            is that of the blocks.
     """
 
     x: Array
@@ -74,48 +76,91 @@ class EncoderOutput:
     features: tuple[Array, ...] = ()
 
 
+@flax.struct.dataclass
+class LiveTokens:
+    """An encoder's tokens between two blocks.
+
+    Shapes:
+        x: float[I, P + N, E]; the first P (a CLS) are never cut and do not come out.
+        raster: int32[I, N]; as in `EncoderOutput`.
+        window_sizes: how many of the N are in each attention window, window after window
+            (static); one number where the encoder has no windows.
+    """
+
+    x: Array
+    raster: Array
+    window_sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
 def encode_segments(
     x: Array,
     *,
     cuts: tuple[EncoderCut, ...] | None,
     bounds: tuple[int, ...],
-    run: Callable[[Array, int, int], tuple[Array, Array]],
-    attention: Callable[[int, Array, str], Array],
+    run: Callable[[LiveTokens, int, int], Any],
+    attention: Callable[[int, LiveTokens, str], Array],
     num_prefix: int = 0,
+    window: int | None = None,
 ) -> EncoderOutput:
     """Runs blocks segment by segment and cuts at the end of each.
+
+    With a `window`, the blocks see the tokens window by window, in raster order inside each; what
+    comes out is in raster order again.
 
     Args:
         x: float[I, P + N, E], in raster order; the first `num_prefix` = P tokens (a CLS) are never
             cut and do not come out.
         cuts: one a segment, or None to run all blocks at once.
         bounds: the block at which each segment ends.
-        run: (x, start, stop) → x after those blocks, and the input of the last of them.
-        attention: (block, its input, criterion) → float32[I, N], the attention that the tokens
-            receive there. A segment without blocks, in an encoder of fewer blocks than segments,
-            asks the next block.
+        run: (tokens, start, stop) → what those blocks give: `x`, and `last_input`, the input of
+            the last of them.
+        attention: (block, tokens at its input, criterion) → float32[I, N], the attention that the
+            tokens receive there. A segment without blocks, in an encoder of fewer blocks than
+            segments, asks the next block.
+        window: side of an attention window of an encoder that has such; P must be 0.
 
     Raises:
         ValueError: if there is not one cut a segment, or a cut keeps more than there is.
     """
     num_tokens = x.shape[1] - num_prefix
-    raster = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (x.shape[0], num_tokens))
+    order, sizes = np.arange(num_tokens), (num_tokens,)
+    if window is not None:
+        order, sizes = window_order(math.isqrt(num_tokens), window)
+        x = x[:, order]
+    raster = jnp.broadcast_to(jnp.asarray(order, jnp.int32), (x.shape[0], num_tokens))
+    tokens = LiveTokens(x=x, raster=raster, window_sizes=sizes)
     if cuts is None:
-        x, _ = run(x, 0, bounds[-1])
-        return EncoderOutput(x=x[:, num_prefix:], raster=raster)
+        tokens = tokens.replace(x=run(tokens, 0, bounds[-1]).x)
+        x, raster = _in_raster_order(tokens, num_prefix=num_prefix)
+        return EncoderOutput(x=x, raster=raster)
     check_cuts(cuts)
-    start, kept, features = 0, [], []
+    start, boundaries = 0, []
     for cut, stop in zip(cuts, bounds, strict=True):
-        x, last_input = run(x, start, stop)
+        out = run(tokens, start, stop)
         block = min(max(start, stop - 1), bounds[-1] - 1)
-        received = functools.partial(attention, block, last_input, cut.criterion)
-        tokens, raster = cut_tokens(x[:, num_prefix:], raster, cut=cut, attention=received)
-        x = jnp.concatenate([x[:, :num_prefix], tokens], axis=1) if num_prefix else tokens
-        kept.append(raster)
-        features.append(tokens)
+        seen = tokens.replace(x=out.last_input)
+        received = functools.partial(attention, block, seen, cut.criterion)
+        x, raster = cut_tokens(
+            out.x[:, num_prefix:], tokens.raster, cut=cut, attention=received, window_sizes=sizes
+        )
+        sizes = window_quotas(x.shape[1], sizes)
+        if num_prefix:
+            x = jnp.concatenate([out.x[:, :num_prefix], x], axis=1)
+        tokens = LiveTokens(x=x, raster=raster, window_sizes=sizes)
+        boundaries.append(_in_raster_order(tokens, num_prefix=num_prefix))
         start = stop
-    return EncoderOutput(
-        x=x[:, num_prefix:], raster=raster, kept=tuple(kept), features=tuple(features)
+    features, kept = zip(*boundaries, strict=True)
+    return EncoderOutput(x=features[-1], raster=kept[-1], kept=kept, features=features)
+
+
+def _in_raster_order(tokens: LiveTokens, *, num_prefix: int) -> tuple[Array, Array]:
+    x, raster = tokens.x[:, num_prefix:], tokens.raster
+    if len(tokens.window_sizes) == 1:
+        return x, raster
+    order = jnp.argsort(raster, axis=1)
+    return (
+        jnp.take_along_axis(x, order[..., None], axis=1),
+        jnp.take_along_axis(raster, order, axis=1),
     )
 
 
@@ -126,9 +171,17 @@ def check_cuts(cuts: tuple[EncoderCut, ...]) -> None:
 
 
 def cut_tokens(
-    x: Array, raster: Array, *, cut: EncoderCut, attention: Callable[[], Array] | None = None
+    x: Array,
+    raster: Array,
+    *,
+    cut: EncoderCut,
+    attention: Callable[[], Array] | None = None,
+    window_sizes: tuple[int, ...] | None = None,
 ) -> tuple[Array, Array]:
     """Keeps the `cut.keep` tokens with the largest scores, in the order in which they came.
+
+    Where the tokens lie in windows, one after the other, each keeps a quota that is fixed by its
+    size, so that every shape is static (METEOR is silent on windows: our reading).
 
     Shapes:
         x: float[I, N, E]; raster: int32[I, N].
@@ -141,15 +194,44 @@ def cut_tokens(
     num_tokens = x.shape[1]
     if cut.keep == num_tokens:
         return x, raster
-    scores = jax.lax.stop_gradient(_score(x, cut, attention))
-    idx = keep_topk(scores, keep=cut.keep).idx
+    sizes = window_sizes or (num_tokens,)
+    quotas = window_quotas(cut.keep, sizes)
+    scores = jax.lax.stop_gradient(_score(x, cut, attention, sizes=sizes, quotas=quotas))
+    idx = _keep_in_windows(scores, sizes=sizes, quotas=quotas)
     return (
         jnp.take_along_axis(x, idx[..., None], axis=1),
         jnp.take_along_axis(raster, idx, axis=1),
     )
 
 
-def _score(x: Array, cut: EncoderCut, attention: Callable[[], Array] | None) -> Array:
+def _keep_in_windows(
+    scores: Array, *, sizes: tuple[int, ...], quotas: tuple[int, ...]
+) -> Array:
+    """int32[I, K]: the places of each window's `quotas` largest of float[I, N]."""
+    if len(sizes) == 1:
+        return keep_topk(scores, keep=quotas[0]).idx
+    slots, real = window_slots(sizes, length=max(sizes))
+    scores = scores[:, slots]
+    selection = keep_topk(
+        scores,
+        keep=max(quotas),
+        valid=jnp.broadcast_to(real, scores.shape),
+        num_keep=jnp.broadcast_to(jnp.asarray(quotas), scores.shape[:2]),
+    )
+    idx = selection.idx + slots[:, :1]
+    # How many of a window's places are filled is known, so the gaps go without a mask.
+    filled = np.flatnonzero(np.arange(max(quotas)) < np.asarray(quotas)[:, None])
+    return idx.reshape(idx.shape[0], -1)[:, filled]
+
+
+def _score(
+    x: Array,
+    cut: EncoderCut,
+    attention: Callable[[], Array] | None,
+    *,
+    sizes: tuple[int, ...],
+    quotas: tuple[int, ...],
+) -> Array:
     num_images, num_tokens, _ = x.shape
     if cut.criterion == "mean_token":
         return -mean_token_similarity(x)
@@ -163,8 +245,12 @@ def _score(x: Array, cut: EncoderCut, attention: Callable[[], Array] | None) -> 
     if cut.criterion == "random":
         scores = jax.random.uniform(jax.random.key(cut.seed), (num_tokens,))
     else:
-        # The middles of `keep` equal stretches.
-        places = (2 * np.arange(cut.keep) + 1) * num_tokens // (2 * cut.keep)
+        # The middles of as many equal stretches as are kept, window by window.
+        starts = np.cumsum(sizes) - sizes
+        places = np.concatenate([
+            start + (2 * np.arange(quota) + 1) * size // (2 * quota)
+            for start, size, quota in zip(starts, sizes, quotas, strict=True)
+        ])
         scores = jnp.zeros(num_tokens).at[places].set(1.0)
     return jnp.broadcast_to(scores, (num_images, num_tokens))
 
@@ -273,22 +359,21 @@ def _fill(
 
 
 def numerical_rank(
-    features: Array, *, mode: RankMode = "tolerance", energy: float = 0.99
-) -> Array:
-    """How many singular values of a feature map count.
+    features: np.ndarray, *, mode: RankMode = "tolerance", energy: float = 0.99
+) -> int:
+    """How many singular values of a feature map count; computed on the host, offline.
 
     "tolerance" counts those above max(N, D) · eps · σ₁, in float32; "energy" counts the fewest
     largest whose squares make up the share `energy` of all.
 
     Shapes:
         features: float[N, D].
-        returns: int32[].
     """
-    singular = jnp.linalg.svd(features.astype(jnp.float32), compute_uv=False)
+    singular = np.linalg.svd(np.asarray(features, np.float32), compute_uv=False)
     if mode == "tolerance":
-        tolerance = max(features.shape) * jnp.finfo(jnp.float32).eps * singular[0]
-        return (singular > tolerance).sum()
+        tolerance = max(features.shape) * np.finfo(np.float32).eps * singular[0]
+        return int((singular > tolerance).sum())
     if mode == "energy":
-        share = jnp.cumsum(singular**2) / jnp.maximum((singular**2).sum(), 1e-30)
-        return jnp.minimum((share < energy).sum() + 1, singular.size)
+        share = np.cumsum(singular**2) / max((singular**2).sum(), 1e-30)
+        return int(min((share < energy).sum() + 1, singular.size))
     raise ValueError(f"mode: expected 'tolerance' or 'energy', got {mode!r}.")

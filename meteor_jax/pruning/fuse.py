@@ -6,6 +6,7 @@ I images, N tokens of all encoders in (encoder, raster) order, D width of the LL
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,15 @@ class Span:
 
 
 def fuse(
-    tokens: VisualTokens, *, plan: FusePlan, spans: tuple[Span, ...], image_seed: Array
+    tokens: VisualTokens, *, plan: FusePlan, spans: tuple[Span, ...], image_seed: Array,
+    scores: Array | None = None,
 ) -> VisualTokens:
     """The `plan.keep` tokens that enter the LLM, in (encoder, raster) order.
 
     Shapes:
         tokens: VisualTokens of [I, N, D]; `spans` say which encoder holds which.
         image_seed: uint32[I]; a hash of each image, so that "random" does not depend on the batch.
+        scores: float32[I, N]; ranks the tokens instead of `fuse_scores`.
 
     Raises:
         ValueError: if the budget is larger than N, or pooling meets tokens cut before.
@@ -57,7 +60,8 @@ def fuse(
     if plan.criterion == "independent":
         idx = _keep_in_each(tokens.x, keep=plan.keep, spans=spans)
     else:
-        scores = fuse_scores(tokens.x, plan=plan, spans=spans, image_seed=image_seed)
+        if scores is None:
+            scores = fuse_scores(tokens.x, plan=plan, spans=spans, image_seed=image_seed)
         scores = _raise_floor(scores, keep=plan.keep, floor=plan.floor, spans=spans)
         idx = keep_topk(scores, keep=plan.keep).idx
     return take_tokens(tokens, idx)
@@ -111,6 +115,24 @@ def mutual_redundancy(
         for unit, own in zip(units, sums, strict=True)
     ]
     return jnp.concatenate(redundancy, axis=1)
+
+
+def position_redundancy(parts: Sequence[Array], *, similarity: str = "cosine") -> Array:
+    """Σ_j R_i^j over the encoders: how much they repeat one another at a place of a common grid.
+
+    For models that join channels, where a token is a place and holds every encoder; with it,
+    unmodified EAGLE weights can be pruned. Our reading, not METEOR's.
+
+    Shapes:
+        parts: float[I, N, D] an encoder, all in one space (`Projector.parts`).
+        returns: float32[I, N].
+    """
+    size = parts[0].shape[1]
+    spans = tuple(Span(str(i), start=i * size, size=size, grid=0) for i in range(len(parts)))
+    redundancy = mutual_redundancy(
+        jnp.concatenate(parts, axis=1), spans=spans, similarity=similarity
+    )
+    return redundancy.reshape(redundancy.shape[0], len(parts), size).sum(1)
 
 
 def _raise_floor(

@@ -10,6 +10,7 @@ I images, N tokens, E encoder width, B prompts, K kept tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,17 +88,22 @@ def calibrate_ranks(
         images: uint8[I, H, W, 3]; a few dozen are enough, the rank hardly varies (METEOR).
     """
 
-    @jax.jit
-    def ranks(params: Any, images: Array) -> dict[str, dict[str, tuple[Array, ...]]]:
-        features = model.apply({"params": params}, images, method="boundary_features")
+    features = jax.device_get(
+        jax.jit(functools.partial(model.apply, method="boundary_features"))(
+            {"params": params}, images
+        )
+    )
 
-        def mean_ranks(mode: RankMode) -> dict[str, tuple[Array, ...]]:
-            rank = jax.vmap(lambda x: numerical_rank(x, mode=mode))
-            return jax.tree.map(lambda x: rank(x).astype(jnp.float32).mean(), features)
+    def mean_rank(of_images: np.ndarray, mode: RankMode) -> float:
+        return float(np.mean([numerical_rank(x, mode=mode) for x in of_images]))
 
-        return {mode: mean_ranks(mode) for mode in get_args(RankMode)}
-
-    return jax.tree.map(float, jax.device_get(ranks(params, images)))
+    return {
+        mode: {
+            name: tuple(mean_rank(x, mode) for x in boundaries)
+            for name, boundaries in features.items()
+        }
+        for mode in get_args(RankMode)
+    }
 
 
 def calibrate_scales(

@@ -75,8 +75,6 @@ class TrainConfig:
         pretrain, finetune: the stages, in this order.
         ema: decay of the moving average of the parameters, which is then what is evaluated;
             0 keeps none.
-        initial_checkpoint: workdir of a run whose parameters this one starts from; "" starts
-            from nothing.
         log_every: steps between fetches of the metrics from the device.
         eval_every: steps between evaluations; 0 evaluates at the end only.
         eval_questions: of each task, in evaluations before the end.
@@ -87,7 +85,6 @@ class TrainConfig:
     pretrain: StageConfig = StageConfig(kind="caption")
     finetune: StageConfig = StageConfig()
     ema: float = 0.0
-    initial_checkpoint: str = ""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log_every: int = 10
     eval_every: int = 0
@@ -138,6 +135,8 @@ class Experiment:
     Attributes:
         plans: plan texts by name; see `pruning.baselines.parse_plan`.
         eval: fields of the evaluation, which builds its own dataclass from them.
+        init_from: workdirs, of runs or converted, whose parameters this run starts from: each
+            fills the parts of the model that it holds, what none holds starts from nothing.
         seed: of the parameters' start.
     """
 
@@ -146,6 +145,7 @@ class Experiment:
     train: TrainConfig
     plans: dict[str, str] = dataclasses.field(default_factory=dict)
     eval: Any = dataclasses.field(default_factory=dict)
+    init_from: tuple[str, ...] = ()
     seed: int = 0
 
 

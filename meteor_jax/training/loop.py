@@ -119,6 +119,8 @@ def train(
                         mesh=mesh, saved=saved, calibration=_load_calibration(workdir),
                     )
                     checkpoint.write_config(workdir, config)
+                    if experiment.init_from and not first_step:
+                        bar.say(f"parameters from {', '.join(experiment.init_from)}")
                     if first_step:
                         bar.say(f"resumed at step {first_step} of {stages[-1].stop} in {workdir}")
                 else:
@@ -195,7 +197,7 @@ def _first_state(
     optimizer: optax.GradientTransformation, data: grain.DatasetIterator, mesh: Mesh,
     saved: Any, calibration: Calibration,
 ) -> TrainState:
-    """The state to begin with: from the newest checkpoint, another run's parameters, or nothing."""
+    """The state to begin with: from the newest checkpoint, `init_from`'s parameters, or nothing."""
     settings = experiment.train
     beginning = data.get_state()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(data))
@@ -207,25 +209,28 @@ def _first_state(
             rng=jax.random.PRNGKey(experiment.seed), use_ema=settings.ema > 0,
         )
 
-    def fresh() -> TrainState:
+    def fresh_params() -> Any:
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return with_params(init_params(model, batch, seed=experiment.seed))
+        return init_params(model, batch, seed=experiment.seed)
 
-    like = jax.eval_shape(fresh)
+    like = jax.eval_shape(lambda: with_params(fresh_params()))
     _check_whole_run(
         experiment, model=model, params=like.params, batch=shapes, calibration=calibration
     )
     shardings = parameter_shardings(like, mesh)
-    if saved.latest_step() is None and not settings.initial_checkpoint:
-        return jax.jit(fresh, out_shardings=shardings)()
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         like, shardings,
     )
-    if saved.latest_step() is None:
-        params = checkpoint.restore_params(Path(settings.initial_checkpoint), like.params)
-        return jax.jit(with_params, out_shardings=shardings)(params)
-    return checkpoint.restore(saved, like, data=data)
+    if saved.latest_step() is not None:
+        return checkpoint.restore(saved, like, data=data)
+    restored = checkpoint.restore_parts(experiment.init_from, like.params)
+
+    def begin(restored: dict[str, Any]) -> TrainState:
+        # Of the fresh parameters only those are computed that nothing replaces.
+        return with_params(fresh_params() | restored)
+
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(restored)
 
 
 def _check_whole_run(

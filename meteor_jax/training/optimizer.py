@@ -13,13 +13,16 @@ from meteor_jax.config import ConfigError
 from meteor_jax.training.experiment import StageConfig
 from meteor_jax.types import Array
 
+CONSTANTS = "tables"  # what stands under this name in a parameter tree never trains
+
 
 def split_trainable(
     params: dict[str, Any], patterns: tuple[str, ...]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """(trainable, frozen) parameters, each a flat dict by path ("llama/blocks/…").
 
-    A parameter trains if one of the regular expressions `patterns` is found in its path.
+    A parameter trains if one of the regular expressions `patterns` is found in its path, unless
+    it is a constant (under "tables": a checkpoint's rotary tables).
 
     Raises:
         ConfigError: if a pattern matches no parameter.
@@ -29,7 +32,7 @@ def split_trainable(
     trainable = {
         path: leaf
         for path, leaf in flat.items()
-        if any(re.search(pattern, path) for pattern in patterns)
+        if CONSTANTS not in path.split("/") and any(re.search(p, path) for p in patterns)
     }
     return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 

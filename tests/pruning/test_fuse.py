@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.pruning.fuse import Span, fuse, mutual_redundancy, pooled_grids
+from meteor_jax.pruning.fuse import (
+    Span,
+    fuse,
+    mutual_redundancy,
+    pooled_grids,
+    position_redundancy,
+)
 from meteor_jax.pruning.plan import FusePlan
 from meteor_jax.types import VisualTokens
 
@@ -29,6 +35,14 @@ def test_mutual_redundancy_by_hand():
     half = np.sqrt(0.5)
     expected = [[2, -1, half, 1 + half, -1 - half, 1 + half]]
     np.testing.assert_allclose(mutual_redundancy(X, spans=SPANS), expected, atol=1e-5)
+
+
+def test_position_redundancy_sums_over_the_encoders_at_a_place():
+    # The encoders' tokens at a place are columns of test_mutual_redundancy_by_hand's row.
+    half = np.sqrt(0.5)
+    expected = [[2 + 1 + half, -1 - 1 - half, half + 1 + half]]
+    parts = [X[:, :3], X[:, 3:]]
+    np.testing.assert_allclose(position_redundancy(parts), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "abs_cosine", "centered_cosine"])

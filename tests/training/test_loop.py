@@ -1,5 +1,6 @@
 """The loop from outside: what it writes, how it ends, and that it resumes to the same numbers."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -97,13 +98,12 @@ def test_nan_stops_with_step_and_examples(tmp_path):
     assert [line["step"] for line in read_steps(tmp_path)] == [0]
 
 
-def test_initial_checkpoint_gives_parameters_only(tmp_path):
+def test_init_from_gives_parameters_only(tmp_path):
     first = run(tmp_path / "first", make_experiment()).state
     experiment = make_experiment(
-        initial_checkpoint=str(tmp_path / "first"),
-        pretrain={"steps": 1, "learning_rate": 0.0},
-        finetune={"steps": 0},
+        pretrain={"steps": 1, "learning_rate": 0.0}, finetune={"steps": 0}
     )
+    experiment = dataclasses.replace(experiment, init_from=(str(tmp_path / "first"),))
     second = run(tmp_path / "second", experiment).state
     assert int(second.step) == 1
     jax.tree.map(np.testing.assert_array_equal, second.params, first.params)

@@ -1,0 +1,285 @@
+"""Back to PyTorch: a workdir becomes a folder of safetensors under EAGLE's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.table import Table as Grid
+from safetensors.numpy import save_file
+from tqdm.auto import tqdm
+
+from meteor_jax.checkpoint import CONFIG_FILE, CheckpointError, open_checkpoints
+from meteor_jax.config import ConfigError, build
+from meteor_jax.convert.loading import AS_IS, TOKENIZER_FOLDER, copy_tokenizer
+from meteor_jax.convert.matching import param_shapes, tables_of
+from meteor_jax.convert.rules import Rule
+from meteor_jax.convert.sizes import TOWERS
+from meteor_jax.convert.sources import ConversionError
+from meteor_jax.convert.writing import whole_or_nothing
+from meteor_jax.models.meteor import MeteorConfig
+
+GIGABYTE = 10**9
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def export_checkpoint(
+    workdir: Path,
+    output: Path,
+    *,
+    dtype: str = AS_IS,
+    shard_bytes: int = 2 * GIGABYTE,
+    console: Console | None = None,
+) -> None:
+    """Writes the newest checkpoint of `workdir` as an EAGLE folder.
+
+    A converted checkpoint that has not been trained gives back what it was made of, bit for bit:
+    it remembers each tensor's dtype, and keeps the tensors that the model does not use. Of one that
+    was trained, those tensors are missing, which EAGLE's code never reads.
+
+    Args:
+        dtype: of the tensors, out of `loading.DTYPES`; "as-is" is what each had before it was
+            converted, or has in the checkpoint.
+        shard_bytes: the most that one file holds, unless a single tensor is larger.
+
+    Raises:
+        ConversionError: all parameters that are not what the config says.
+        ConfigError, OSError: in one line, what else is wrong. Then nothing is left behind.
+    """
+    with whole_or_nothing(output) as folder:
+        checkpoint = _open(Path(workdir))
+        checkpoint.check()
+        shards = _Shards(folder, shard_bytes)
+        names = checkpoint.tensor_names()
+        with tqdm(total=len(names), desc="Writing", unit="tensor", disable=console is None) as bar:
+            for name, tensor in checkpoint.tensors(names):
+                stored = checkpoint.dtypes.get(name, tensor.dtype.name)
+                tensor = tensor.astype(jnp.dtype(stored if dtype == AS_IS else dtype))
+                shards.add(name, tensor)
+                bar.update()
+        shards.finish()
+        (folder / CONFIG_FILE).write_text(json.dumps(checkpoint.torch_config(), indent=2) + "\n")
+        copy_tokenizer(Path(workdir) / TOKENIZER_FOLDER, folder)
+    if console is not None:
+        checkpoint.report(names, console)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """What a checkpoint holds, unread.
+
+    Attributes:
+        folder: of the parameters (or their moving average).
+        shapes: nested dict of ShapeDtypeStructs.
+        unused: the same, by tensor name, for tensors without a parameter.
+        source: what the conversion noted; empty for one that was trained.
+    """
+
+    config: MeteorConfig
+    folder: Path
+    shapes: dict[str, Any]
+    unused: dict[str, Any]
+    source: dict[str, Any]
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Each tensor's dtype before it was converted."""
+        return self.source.get("dtypes", {})
+
+    @property
+    def rules(self) -> list[Rule]:
+        """One parameter after the other."""
+        rules = tables_of(self.config, tuple(self.shapes)).rules
+        return [rule for rule in rules if not rule.whole]
+
+    def tensor_names(self) -> list[str]:
+        """All that the folder will hold; of an EAGLE checkpoint, what it held before."""
+        names = dict.fromkeys(name for rule in self.rules for name, _ in rule.expand())
+        names |= dict.fromkeys(self.unused)
+        if self.source.get("part") == "eagle":
+            return [name for name in names if name in self.dtypes]
+        return list(names)
+
+    def check(self) -> None:
+        """Raises ConversionError unless the checkpoint is what its config says."""
+        have = {
+            path: leaf.shape
+            for path, leaf in flax.traverse_util.flatten_dict(self.shapes, sep="/").items()
+        }
+        want = param_shapes(self.config, tuple(self.shapes))
+        problems = [
+            f"{path}: config {want.get(path, 'has none')}, checkpoint {have.get(path, 'has none')}"
+            for path in sorted(have.keys() | want.keys())
+            if have.get(path) != want.get(path)
+        ]
+        if self.source.get("part") == "eagle":
+            lost = self.dtypes.keys() - set(self.tensor_names())
+            problems += [f"{name}: it was kept aside and is not there" for name in sorted(lost)]
+        if problems:
+            raise ConversionError(problems)
+
+    def report(self, names: list[str], console: Console) -> None:
+        """Prints how many tensors came from where."""
+        grid = Grid("part", "tensors", "from")
+        written = set(names)
+        counts = Counter(
+            rule.target.split("/")[0]
+            for rule in self.rules for name, _ in rule.expand() if name in written
+        )
+        for part, count in counts.items():
+            grid.add_row(part, str(count), "the parameters")
+        grid.add_row("", str(len(names) - counts.total()), "what was kept aside")
+        grid.add_row("", "0", "missing")
+        console.print(grid)
+
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Each tensor with its name; one parameter is in memory at a time."""
+        wanted = set(names)
+        for rule in self.rules:
+            param = _read(self.folder, self.shapes, rule.target.split("/"))
+            for name, row in rule.expand():
+                tensor = rule.transform.save(param if row is None else param[row])
+                if rule.unused_rows:
+                    tensor = self._with_dropped_rows(name, rule, tensor)
+                if name in wanted:
+                    yield name, tensor
+                    wanted.remove(name)
+        for name in sorted(wanted):
+            yield name, self._unused(name)
+
+    def _with_dropped_rows(self, name: str, rule: Rule, tensor: np.ndarray) -> np.ndarray:
+        rows = np.zeros((rule.unused_rows, *tensor.shape[1:]), tensor.dtype)
+        if name in self.unused:
+            rows = self._unused(name)
+        dtype = jnp.promote_types(rows.dtype, tensor.dtype)
+        return np.concatenate([rows.astype(dtype), tensor.astype(dtype)])
+
+    def _unused(self, name: str) -> np.ndarray:
+        return _read(self.folder.parent / "unused", self.unused, [name])
+
+    def torch_config(self) -> dict[str, Any]:
+        """config.json as it came with the whole model, or written anew."""
+        if self.source.get("part") in ("eagle", "llama") and self.source["config"]:
+            return self.source["config"]
+        return eagle_config_json(self.config)
+
+
+def _open(workdir: Path) -> _Checkpoint:
+    with open_checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {workdir}: correct --source.")
+        metadata = checkpoints.item_metadata(step)
+        item = "ema" if metadata.get("ema") is not None else "params"
+        source, unused = {}, {}
+        if (Path(checkpoints.directory) / str(step) / "source").exists():
+            args = ocp.args.Composite(source=ocp.args.JsonRestore())
+            source = checkpoints.restore(step, args=args)["source"]
+        if metadata.get("unused") is not None:
+            unused = _structs(metadata["unused"].tree)
+        folder = Path(checkpoints.directory) / str(step) / item
+        shapes = _structs(metadata[item].tree)
+    values = json.loads((workdir / CONFIG_FILE).read_text())["model"]
+    config = build(MeteorConfig, values, where="model")
+    split = [name for name in shapes if name.startswith("projector_")]
+    if split:
+        raise ConfigError(
+            f"{workdir} has {', '.join(split)}: METEOR's projectors have no place in an EAGLE "
+            "checkpoint, whose one projector takes all channels."
+        )
+    return _Checkpoint(config, folder, shapes, unused, source)
+
+
+def _structs(tree: Any) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _read(folder: Path, tree: Mapping[str, Any], path: list[str]) -> np.ndarray:
+    """One array of an item."""
+    for name in path:
+        tree = tree[name]
+    like: Any = tree
+    for name in reversed(path):
+        like = {name: like}
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    restore = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(folder, args=restore)
+    return jax.tree.leaves(restored)[0]
+
+
+class _Shards:
+    """Files of at most so many bytes, and their index."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._waiting: dict[str, np.ndarray] = {}
+        self._waiting_bytes = self._total_bytes = 0
+        self._files: list[list[str]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._files)
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        if self._waiting and self._waiting_bytes + tensor.nbytes > self._shard_bytes:
+            self._flush()
+        # A copy, so that a row does not hold the whole stacked parameter in memory.
+        self._waiting[name] = np.array(tensor, order="C")
+        self._waiting_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        save_file(self._waiting, self._folder / f"{len(self._files)}", metadata={"format": "pt"})
+        self._files.append(list(self._waiting))
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Gives the files their names, which tell how many there are."""
+        self._flush()
+        places = {}
+        for index, names in enumerate(self._files):
+            file = f"model-{index + 1:05d}-of-{self.count:05d}.safetensors"
+            (self._folder / str(index)).rename(self._folder / file)
+            (self._folder / file).chmod(0o644)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
+        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def eagle_config_json(config: MeteorConfig) -> dict[str, Any]:
+    """What EAGLE's code must be told of a model."""
+    llama, theirs = config.llama, {ours: name for name, ours in TOWERS.items()}
+    sizes = dict.fromkeys(config.encoders, config.image_size) | {"clip": 448}
+    return {
+        "architectures": ["EagleLlamaForCausalLM"],
+        "model_type": "eagle_llama",
+        "hidden_act": "silu",
+        "hidden_size": llama.width,
+        "intermediate_size": llama.mlp_dim,
+        "max_position_embeddings": llama.max_positions,
+        "num_attention_heads": llama.num_heads,
+        "num_hidden_layers": llama.depth,
+        "num_key_value_heads": llama.num_kv_heads,
+        "rms_norm_eps": llama.norm_eps,
+        "rope_theta": llama.rope_theta,
+        "tie_word_embeddings": llama.tie_embeddings,
+        "vocab_size": llama.vocab_size,
+        "mm_hidden_size": sum(config.encoder(name).width for name in config.encoders),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": ";".join(f"{theirs[n]}-{sizes[n]}" for n in config.encoders),
+        "image_aspect_ratio": "pad",
+        "tokenizer_model_max_length": 2048,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+    }
