@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meteor_jax.models import convnext
 from meteor_jax.models.cost import count_cost, count_traced
+from meteor_jax.models.fusion import splice
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.models.projector import Projector
 from meteor_jax.pruning.baselines import parse_plan
@@ -102,7 +104,6 @@ def _forward_over_kept(batch, new, plan, visual):
         visual, image_valid=batch.image_valid, tokens=batch.tokens, text_valid=batch.text_valid,
         plan=plan, num_new=0,
     )
-    from meteor_jax.models.fusion import splice
 
     text = model.llama.embed(jnp.maximum(batch.tokens, 0))
     start = splice(
@@ -211,8 +212,6 @@ def test_two_images_and_text_alone_share_a_batch():
      "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.budget=fixed)"],
 )
 def test_the_counted_cost_is_that_of_the_traced_program(text, monkeypatch):
-    from meteor_jax.models import convnext
-
     monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
     plan, batch = tiny.plan(PLANS.get(text, text)), row(tiny.make_batch(), 0)
 
@@ -252,8 +251,9 @@ def test_pre_projection_joins_channels_on_one_grid():
         model.apply({"params": params}, batch, plan=tiny.plan(tiny.METEOR))
 
 
-def test_pre_projection_is_pruned_place_by_place_without_training():
+def test_pre_projection_is_pruned_place_by_place_without_training(monkeypatch):
     """What runs on EAGLE's own weights: places that the encoders agree on go, then stage 3."""
+    monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
     model, batch = Meteor(dataclasses.replace(tiny.CONFIG, fusion="pre")), tiny.make_batch()
     params = jax.jit(model.init, static_argnames="plan")(
         jax.random.key(0), batch, plan=PrunePlan()
@@ -272,6 +272,13 @@ def test_pre_projection_is_pruned_place_by_place_without_training():
     np.testing.assert_array_equal(cut.x, np.take_along_axis(np.asarray(whole.x), places, axis=1))
     np.testing.assert_array_equal(encode(params, "meteor(fuse=16)").tokens.x, whole.x)
 
+    program = functools.partial(encode.__wrapped__, text="meteor(fuse=6)")
+    cost = count_cost(model.config, parse_plan("meteor(fuse=6)"))
+    of_one_image = cost.total_flops - dict(cost.rows)["llm"]
+    assert count_traced(program, params) == len(batch.images) * of_one_image
+
+
+def test_projector_parts_sum_to_the_first_layer():
     def projected_parts(module):
         features = [jnp.ones((1, 2, 4)), jnp.full((1, 2, 3), 2.0)]
         return sum(module.parts(features)), module.fc1(jnp.concatenate(features, -1))

@@ -101,7 +101,13 @@ def count_cost(
 
     fused = sum(sizes.values())
     if plan.fuse is not None:
-        fuse_scores, fused = fuse_flops(plan, sizes=sizes, grids=grids, width=width)
+        if config.fusion == "pre" and plan.fuse.criterion == "cooperative":
+            # Each encoder's part of the projector's first layer, one "token" a place.
+            scores += 2.0 * sizes["all"] * width * sum(s.width for s in shapes.values())
+            compared = dict.fromkeys(names, sizes["all"])
+        else:
+            compared = sizes
+        fuse_scores, fused = fuse_flops(plan, sizes=compared, grids=grids, width=width)
         scores += fuse_scores
     llm, llm_scores, mean = llama_flops(
         config, plan, fused=fused, text_tokens=text_tokens, decode_tokens=decode_tokens

