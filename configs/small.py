@@ -64,15 +64,14 @@ def get_config() -> ConfigDict:
         "checkpoint_every": 250,
         "mesh": {"data": -1},
     }
-    cuts = "layers=(2, 3, 5), keep=(60, 36, 24), decode.heads=1"
-    stages = f"encode=(140, 110, 120), fuse=96, {cuts}"
     config.plans = {
-        "meteor": f"meteor({stages})",
-        "meteor_uniform_ranks": f"meteor({stages}, encode.assignment=uniform)",
-        "meteor_inverse_ranks": f"meteor({stages}, encode.assignment=inverse_rank)",
-        "meteor_fixed": f"meteor({stages}, decode.budget=fixed)",
-        "meteor_all_heads": f"meteor({stages}, decode.heads=0)",
-        "meteor_no_decode": f"meteor(encode=(140, 110, 120), fuse={BUDGET})",
+        "meteor": "meteor(encode=(140, 110, 120), fuse=96, layers=(2, 3, 5), keep=(60, 36, 24), "
+        "decode.heads=1)",
+        "meteor_uniform_ranks": "meteor(encode.assignment=uniform)",
+        "meteor_inverse_ranks": "meteor(encode.assignment=inverse_rank)",
+        "meteor_fixed": "meteor(decode.budget=fixed)",
+        "meteor_all_heads": "meteor(decode.heads=0)",
+        "meteor_no_decode": f"meteor(decode=None, fuse.keep={BUDGET})",
         "random": f"random(keep={BUDGET})",
         "uniform": f"uniform(keep={BUDGET})",
         "pool": f"pool(keep={BUDGET})",
