@@ -41,7 +41,7 @@ def test_a_room_imports_only_rooms_before_it(path):
     assert not any(name.split(".")[0] in ("torch", "tensorflow") for name in looked_at)
     if parts == ("__init__",):
         return
-    for name in names:
+    for name in names - {"meteor_jax.__version__"}:
         if name.startswith("meteor_jax."):
             room = name.split(".")[1]
             assert room == parts[0] or RANK[room] <= RANK[parts[0]], f"{path.name} imports {name}"

@@ -46,6 +46,9 @@ class ClipConfig(TransformerSizes):
         image_size: pixels that the encoder sees; the image is resized to it.
         keep_cls: keeps a CLS token beside the patches, so that the criterion "cls" can ask it.
             It is not among the tokens that come out. EAGLE's checkpoints run without it.
+        position_side: side of the grid that the position embedding was trained on, resampled to
+            the grid in use (bicubic, antialiased); 0 where they are the same. EAGLE's tower called
+            "clip-448" runs at 336; image_size=448 with position_side=24 is what its name says.
         remat: see `Stack`.
     """
 
@@ -56,6 +59,7 @@ class ClipConfig(TransformerSizes):
     num_heads: int = 16
     mlp_dim: int = 4096
     keep_cls: bool = False
+    position_side: int = 0
     remat: str = "none"
 
     def __post_init__(self) -> None:
@@ -187,9 +191,18 @@ class Clip(nn.Module):
             cls = self.param("class_embedding", init, (config.width,)).astype(self.dtype)
             cls = jnp.broadcast_to(cls, (x.shape[0], 1, config.width))
             x = jnp.concatenate([cls, x], axis=1)
-        position = self.param("position_embedding", init, x.shape[1:])
+        position = self._position(init)
         x = layer_norm(self.dtype, name="pre_norm")(x + position.astype(self.dtype))
         return constrain(x, "btd")
+
+    def _position(self, init: Any) -> Array:
+        """float32[P + N, E], of P = 1 CLS token if there is one, and the N patches."""
+        config = self.config
+        side, num_prefix = config.position_side or config.grid, int(config.keep_cls)
+        table = self.param("position_embedding", init, (num_prefix + side**2, config.width))
+        square = table[num_prefix:].reshape(side, side, -1)
+        patches = resize(square, size=config.grid, method="bicubic_antialias")
+        return jnp.concatenate([table[:num_prefix], patches.reshape(-1, config.width)])
 
 
 def quick_gelu(x: Array) -> Array:

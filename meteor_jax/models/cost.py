@@ -82,8 +82,8 @@ def count_cost(
     for name in names:
         encoder = shapes[name]
         resizing += resize_flops(config.image_size, encoder.image_size)
-        if isinstance(encoder, Eva02Config):  # its position embedding
-            resizing += resize_flops(encoder.position_side, encoder.grid, channels=encoder.width)
+        if side := getattr(encoder, "position_side", 0):  # of the position embedding
+            resizing += resize_flops(side, encoder.grid, channels=encoder.width)
         rows.append((name, encoder_flops(encoder, cuts[name])))
         scores += encoder_score_flops(encoder, cuts[name])
         sizes[name] = cuts[name][-1].keep if cuts[name] else encoder.num_tokens

@@ -220,7 +220,11 @@ class Stack(nn.Module):
             keys = jax.random.split(key, self.depth)
             return jax.vmap(lambda key: template.init(key, x, *aux)["params"])(keys)
 
-        stack = self.param("stack", init)
+        # `param` would trace `init` again at every call, to compare shapes.
+        if self.has_variable("params", "stack"):
+            stack = self.get_variable("params", "stack")
+        else:
+            stack = self.param("stack", init)
         stop = self.depth if stop is None else stop
         if start == stop:
             return StackOutput(x=x, last_input=x, extras=None)

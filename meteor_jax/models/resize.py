@@ -2,7 +2,7 @@
 
 A separable resize is two matrix products, rows then columns. The matrices reproduce PyTorch's
 `interpolate` and Pillow-like antialiasing to rounding, which `jax.image.resize` does not: it has
-no `align_corners` and its cubic has a = −0.5 where PyTorch's has −0.75.
+no `align_corners`, and its cubic always has a = −0.5, PyTorch's only with antialiasing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from meteor_jax.types import Array
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-Method = Literal["bilinear_align_corners", "bilinear_antialias", "bicubic"]
+Method = Literal["bilinear_align_corners", "bilinear_antialias", "bicubic", "bicubic_antialias"]
 
 
 def resize(images: Array, *, size: int, method: Method = "bilinear_align_corners") -> Array:
@@ -77,22 +77,37 @@ def bilinear_antialias(size_in: int, size_out: int) -> np.ndarray:
 def bicubic(size_in: int, size_out: int) -> np.ndarray:
     """float32[out, in]: Keys' cubic with a = −0.75, half-pixel centres, no antialiasing, edge
     pixels repeated outwards."""
-    a = -0.75
     source = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
     first = np.floor(source).astype(int) - 1
     matrix = np.zeros((size_out, size_in))
     for tap in range(4):
         index = first + tap
-        t = np.abs(source - index)
-        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
-        far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
-        weight = np.where(t <= 1, near, far)
+        weight = _keys_cubic(np.abs(source - index), a=-0.75)
         np.add.at(matrix, (np.arange(size_out), np.clip(index, 0, size_in - 1)), weight)
     return matrix.astype(np.float32)
+
+
+@functools.cache
+def bicubic_antialias(size_in: int, size_out: int) -> np.ndarray:
+    """float32[out, in]: Keys' cubic with a = −0.5, half-pixel centres, as wide as the scale,
+    renormalised at the edges."""
+    scale = size_in / size_out
+    centre = (np.arange(size_out) + 0.5) * scale
+    distance = np.abs(np.arange(size_in)[None] + 0.5 - centre[:, None]) / max(scale, 1.0)
+    weight = _keys_cubic(distance, a=-0.5)
+    return (weight / weight.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def _keys_cubic(t: np.ndarray, *, a: float) -> np.ndarray:
+    """Keys' convolution kernel at distances t ≥ 0."""
+    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+    far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
 
 
 _MATRICES: dict[str, Callable[[int, int], np.ndarray]] = {
     "bilinear_align_corners": bilinear_align_corners,
     "bilinear_antialias": bilinear_antialias,
     "bicubic": bicubic,
+    "bicubic_antialias": bicubic_antialias,
 }

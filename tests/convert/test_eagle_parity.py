@@ -12,6 +12,7 @@ from meteor_jax.convert.matching import param_shapes, parts_of
 from meteor_jax.inference.generate import generate
 from meteor_jax.models.fusion import to_common_grid
 from meteor_jax.models.meteor import Meteor
+from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import PrunePlan
 from tests.convert import eagle_tiny
 
@@ -115,3 +116,19 @@ def test_greedy(converted, encoded, golden):
         text_valid=jnp.ones(ids.shape, bool), plan=FULL, max_new_tokens=8, eos_id=2,
     )
     np.testing.assert_array_equal(out.tokens, golden["greedy8"])
+
+
+@pytest.mark.parametrize("keep", [1024, 64])
+def test_stage_3_runs_on_the_weights_as_they_are(converted, encoded, golden, keep):
+    model, params = converted
+    ids = jnp.asarray(golden["input_ids"], jnp.int32)
+    visual = jax.tree.map(lambda array: array[:, None], encoded[1])
+    plan = parse_plan(f"meteor(fuse=1024, layers=(1,), keep=({keep},), decode.budget=fixed)")
+    out = generate(
+        model, params, visual, image_valid=jnp.ones((1, 1), bool), tokens=ids,
+        text_valid=jnp.ones(ids.shape, bool), plan=plan, max_new_tokens=8, eos_id=2,
+    )
+    (cut,) = out.cuts
+    assert int(cut.num_kept[0]) == keep
+    if keep == 1024:
+        np.testing.assert_array_equal(out.tokens, golden["greedy8"])

@@ -93,3 +93,21 @@ def test_bad_sizes():
         ClipConfig(image_size=300)
     with pytest.raises(ValueError, match="multiple of num_heads 3"):
         ClipConfig(num_heads=3)
+
+
+def test_positions_are_resampled_to_a_larger_grid():
+    """A table of 2×2 places, all equal, says the same everywhere on the 4×4 grid."""
+    model = Clip(ClipConfig(**SIZES, position_side=2))
+    variables = model.init(jax.random.key(1), images())
+    assert variables["params"]["position_embedding"].shape == (4, 8)
+
+    def run(table):
+        params = variables["params"] | {"position_embedding": jnp.asarray(table)}
+        return model.apply({"params": params}, images()).x
+
+    equal = run(np.full((4, 8), 0.3, np.float32))
+    own = Clip(ClipConfig(**SIZES))
+    params = variables["params"] | {"position_embedding": jnp.full((16, 8), 0.3)}
+    np.testing.assert_allclose(equal, own.apply({"params": params}, images()).x, atol=1e-5)
+    ramp = np.repeat(np.arange(4.0, dtype=np.float32)[:, None], 8, axis=1) * np.arange(8)
+    assert np.abs(np.asarray(run(ramp) - equal)).max() > 1e-3

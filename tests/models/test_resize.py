@@ -8,7 +8,7 @@ import pytest
 from meteor_jax.models import resize as resize_lib
 from meteor_jax.models.resize import patchify, resize
 
-METHODS = ("bilinear_align_corners", "bilinear_antialias", "bicubic")
+METHODS = ("bilinear_align_corners", "bilinear_antialias", "bicubic", "bicubic_antialias")
 
 
 def test_align_corners_by_hand():
@@ -93,6 +93,7 @@ def test_equals_torch(method, sizes):
         "bilinear_align_corners": {"mode": "bilinear", "align_corners": True},
         "bilinear_antialias": {"mode": "bilinear", "align_corners": False, "antialias": True},
         "bicubic": {"mode": "bicubic", "align_corners": False},
+        "bicubic_antialias": {"mode": "bicubic", "align_corners": False, "antialias": True},
     }[method]
     # In float64, because PyTorch's float32 also rounds the coordinates.
     theirs = torch.nn.functional.interpolate(
