@@ -9,10 +9,10 @@ import meteor_jax
 
 ROOT = Path(meteor_jax.__file__).parent
 ORDER = [
-    ("types", "config"),
+    ("types", "config", "chips"),
     ("pruning",),
     ("models",),
-    ("parallel", "checkpoint", "data", "convert"),
+    ("parallel", "distributed", "checkpoint", "data", "convert"),
     ("training", "inference"),
     ("evaluation",),
     ("tools",),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +10,9 @@ import pytest
 
 from meteor_jax.models import convnext
 from meteor_jax.models.cost import count_cost, count_traced
-from meteor_jax.models.fusion import splice
-from meteor_jax.models.meteor import Meteor
-from meteor_jax.models.projector import Projector
-from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IMAGE_TOKEN
 from tests import tiny_model as tiny
-
-PLANS = {
-    "full": "full",
-    "stage 1": "meteor(encode=(26, 22, 30), fuse=30)",
-    "stage 2": "meteor(encode=(32, 32, 48), fuse=20)",
-    "stage 3": "fastv(layer=2, keep=7)",
-    "meteor": tiny.METEOR,
-    "pyramiddrop": "pyramiddrop(layers=(1, 2, 3), keep=(24, 12, 6))",
-    "random": "random(keep=9)",
-}
-
-
-def row(batch, i):
-    return jax.tree.map(lambda x: x[i : i + 1], batch)
 
 
 @pytest.mark.parametrize("stage", ["encode", "fuse", "decode", "all"])
@@ -48,10 +29,10 @@ def test_keeping_everything_changes_no_logit(stage):
 
 @pytest.mark.parametrize("text", ["meteor", "random", "pyramiddrop"])
 def test_an_example_does_not_depend_on_its_batch_mates(text):
-    plan, batch = tiny.plan(PLANS[text]), tiny.make_batch()
+    plan, batch = tiny.plan(tiny.PLANS[text]), tiny.make_batch()
     together = tiny.forward(tiny.params(), batch, plan=plan)
     for i in range(3):
-        alone = tiny.forward(tiny.params(), row(batch, i), plan=plan)
+        alone = tiny.forward(tiny.params(), tiny.row(batch, i), plan=plan)
         valid = np.asarray(batch.text_valid[i])
         np.testing.assert_allclose(
             alone.logits[0][valid], together.logits[i][valid], rtol=0, atol=2e-5
@@ -80,70 +61,19 @@ def test_an_example_does_not_depend_on_its_padding():
         np.testing.assert_array_equal(cut.visual, padded_cut.visual)
 
 
-@pytest.mark.parametrize("text", ["full", "stage 2", "stage 3", "meteor", "pyramiddrop"])
-def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
-    """The cuts are made once, by the prompt. So the reference runs the longer row through the
-    layers by hand, over the entries that the prefill kept in each segment."""
-    plan, batch = tiny.plan(PLANS[text]), tiny.make_batch()
-    visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
-    new = jnp.asarray(np.random.default_rng(1).integers(3, tiny.VOCAB, (3, 5)), jnp.int32)
-    prefilled = tiny.prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=6)
-    first = tiny.extend(tiny.params(), prefilled.cache, new[:, :3])
-    second = tiny.extend(tiny.params(), first.cache, new[:, 3:])
-    stepwise = np.concatenate([first.logits, second.logits], axis=1)
-    for i in range(3):
-        reference = _forward_over_kept(row(batch, i), new[i], plan, row(visual, i))
-        np.testing.assert_allclose(stepwise[i], reference, rtol=0, atol=3e-5)
-
-
-def _forward_over_kept(batch, new, plan, visual):
-    """Logits of `new` behind one prompt, without any cache: whole rows, dense attention."""
-    variables = {"params": tiny.params()}
-    model = Meteor(tiny.CONFIG).bind(variables)
-    prompt = model._run_segments(
-        visual, image_valid=batch.image_valid, tokens=batch.tokens, text_valid=batch.text_valid,
-        plan=plan, num_new=0,
-    )
-
-    text = model.llama.embed(jnp.maximum(batch.tokens, 0))
-    start = splice(
-        text, tokens=batch.tokens, text_valid=batch.text_valid, visual=visual,
-        image_valid=batch.image_valid,
-    )
-    layers = plan.decode.layers if plan.decode else ()
-    bounds = (0, *layers, tiny.CONFIG.llama.depth)
-    kept = np.flatnonzero(np.asarray(start.valid[0]))
-    x = jnp.concatenate([start.x[:, kept], model.llama.embed(new[None])], axis=1)
-    index = np.asarray(start.visual[0])[kept]
-    position = np.asarray(start.position[0])[kept]
-    after = position[-1] + 1
-    for segment, (first, last) in enumerate(itertools.pairwise(bounds)):
-        if segment:
-            alive = np.asarray(prompt.cuts[segment - 1].visual[0])
-            stay = (index < 0) | np.isin(index, alive[alive >= 0])
-            rows = np.concatenate([np.flatnonzero(stay), index.size + np.arange(new.size)])
-            x, index, position = x[:, rows], index[stay], position[stay]
-            if plan.decode.positions == "renumber":
-                position = np.arange(index.size)
-                after = index.size
-        where = np.concatenate([position, after + np.arange(new.size)])[None]
-        x = model.llama.run(x, jnp.asarray(where), start=first, stop=last).x
-    return np.asarray(model.llama.logits(x))[0, -new.size :]
-
-
 def test_the_parameter_tree_does_not_depend_on_the_plan():
     batch = tiny.make_batch()
     init = functools.partial(tiny.MODEL.init, jax.random.key(0))
     shapes = [
         jax.eval_shape(functools.partial(init, plan=tiny.plan(text)), batch)
-        for text in [*PLANS.values(), "only(encoders=clip)"]
+        for text in [*tiny.PLANS.values(), "only(encoders=clip)"]
     ]
     assert all(shape == shapes[0] for shape in shapes)
 
 
 @pytest.mark.parametrize("text", ["meteor", "pyramiddrop", "stage 3"])
 def test_kept_tokens_stay_in_order_and_invalid_ones_stand_last(text):
-    trace = tiny.forward(tiny.params(), tiny.make_batch(), plan=tiny.plan(PLANS[text])).trace
+    trace = tiny.forward(tiny.params(), tiny.make_batch(), plan=tiny.plan(tiny.PLANS[text])).trace
     for encode in trace.encode.values():
         assert all((np.diff(kept, axis=1) > 0).all() for kept in encode.kept)
     place = np.asarray(trace.fused_encoder) * 1000 + np.asarray(trace.fused_raster)
@@ -155,28 +85,6 @@ def test_kept_tokens_stay_in_order_and_invalid_ones_stand_last(text):
             assert set(visual[:count]) <= before[i]
         before = [set(visual) for visual in np.asarray(cut.visual)]
         assert cut.num_kept[2] == 0  # the row without an image
-
-
-def test_shapes_are_static():
-    plan = tiny.plan(tiny.METEOR)
-
-    # Functions of their own: jitted twins of one function share a cache.
-    @jax.jit
-    def prefill(params, visual, batch):
-        return tiny.prefill.__wrapped__(params, visual, batch, plan=plan, max_new_tokens=4)
-
-    @jax.jit
-    def extend(params, cache, tokens):
-        return tiny.extend.__wrapped__(params, cache, tokens)
-
-    for seed in range(10):
-        lengths = tuple(np.random.default_rng(seed).integers(4, 13, 3).tolist())
-        batch = tiny.make_batch(lengths=lengths, with_image=(True, seed % 2 > 0, False), seed=seed)
-        visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
-        prefilled = prefill(tiny.params(), visual, batch)
-        extend(tiny.params(), prefilled.cache, batch.tokens[:, :1] * 0 + seed)
-    assert prefill._cache_size() == 1
-    assert extend._cache_size() == 1
 
 
 def test_the_example_decides_how_many_tokens_it_keeps():
@@ -213,7 +121,7 @@ def test_two_images_and_text_alone_share_a_batch():
 )
 def test_the_counted_cost_is_that_of_the_traced_program(text, monkeypatch):
     monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
-    plan, batch = tiny.plan(PLANS.get(text, text)), row(tiny.make_batch(), 0)
+    plan, batch = tiny.plan(tiny.PLANS.get(text, text)), tiny.row(tiny.make_batch(), 0)
 
     def program(params, batch):
         visual = tiny.encode.__wrapped__(params, batch.images, plan=plan).tokens
@@ -234,59 +142,6 @@ def test_gradients_are_finite_and_reach_every_part():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     for part, tree in gradients.items():
         assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree)), part
-
-
-def test_pre_projection_joins_channels_on_one_grid():
-    config = dataclasses.replace(tiny.CONFIG, fusion="pre")
-    model, batch = Meteor(config), tiny.make_batch()
-    params = jax.jit(model.init, static_argnames="plan")(
-        jax.random.key(0), batch, plan=PrunePlan()
-    )["params"]
-    assert "projector" in params and "projector_clip" not in params
-    tokens = model.apply(
-        {"params": params}, batch.images[:, 0], plan=PrunePlan(), method="encode_images"
-    ).tokens
-    assert tokens.x.shape == (3, 16, 32)
-    with pytest.raises(ValueError, match="fusion='post'"):
-        model.apply({"params": params}, batch, plan=tiny.plan(tiny.METEOR))
-
-
-def test_pre_projection_is_pruned_place_by_place_without_training(monkeypatch):
-    """What runs on EAGLE's own weights: places that the encoders agree on go, then stage 3."""
-    monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
-    model, batch = Meteor(dataclasses.replace(tiny.CONFIG, fusion="pre")), tiny.make_batch()
-    params = jax.jit(model.init, static_argnames="plan")(
-        jax.random.key(0), batch, plan=PrunePlan()
-    )["params"]
-
-    @functools.partial(jax.jit, static_argnames="text")
-    def encode(params, text):
-        return model.apply(
-            {"params": params}, batch.images[:, 0], plan=parse_plan(text), method="encode_images"
-        )
-
-    whole, cut = encode(params, "full").tokens, encode(params, "meteor(fuse=6)").tokens
-    assert cut.x.shape == (3, 6, 32)
-    assert (np.diff(cut.raster, axis=1) > 0).all()
-    places = np.asarray(cut.raster)[..., None]
-    np.testing.assert_array_equal(cut.x, np.take_along_axis(np.asarray(whole.x), places, axis=1))
-    np.testing.assert_array_equal(encode(params, "meteor(fuse=16)").tokens.x, whole.x)
-
-    program = functools.partial(encode.__wrapped__, text="meteor(fuse=6)")
-    cost = count_cost(model.config, parse_plan("meteor(fuse=6)"))
-    of_one_image = cost.total_flops - dict(cost.rows)["llm"]
-    assert count_traced(program, params) == len(batch.images) * of_one_image
-
-
-def test_projector_parts_sum_to_the_first_layer():
-    def projected_parts(module):
-        features = [jnp.ones((1, 2, 4)), jnp.full((1, 2, 3), 2.0)]
-        return sum(module.parts(features)), module.fc1(jnp.concatenate(features, -1))
-
-    projector = Projector(8)
-    variables = projector.init(jax.random.key(1), jnp.zeros((1, 2, 7)))
-    parts, first_layer = projector.apply(variables, method=projected_parts)
-    np.testing.assert_allclose(parts, first_layer, atol=1e-6)  # the bias starts at 0
 
 
 @pytest.mark.parametrize(

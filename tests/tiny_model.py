@@ -45,6 +45,20 @@ METEOR = (
     "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 2, 3), keep=(14, 10, 6), decode.heads=2, "
     "decode.scale=(9.0, 7.0, 5.0))"
 )
+PLANS = {
+    "full": "full",
+    "stage 1": "meteor(encode=(26, 22, 30), fuse=30)",
+    "stage 2": "meteor(encode=(32, 32, 48), fuse=20)",
+    "stage 3": "fastv(layer=2, keep=7)",
+    "meteor": METEOR,
+    "pyramiddrop": "pyramiddrop(layers=(1, 2, 3), keep=(24, 12, 6))",
+    "random": "random(keep=9)",
+}
+
+
+def row(batch: Any, i: int) -> Any:
+    """Row `i` alone, still a batch."""
+    return jax.tree.map(lambda x: x[i : i + 1], batch)
 
 
 def plan(text: str) -> PrunePlan:

@@ -1,0 +1,85 @@
+"""Prefill and extend: what the cache answers equals what the whole row answers."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.models.fusion import splice
+from meteor_jax.models.meteor import Meteor
+from tests import tiny_model as tiny
+
+
+@pytest.mark.parametrize("text", ["full", "stage 2", "stage 3", "meteor", "pyramiddrop"])
+def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
+    """The cuts are made once, by the prompt. So the reference runs the longer row through the
+    layers by hand, over the entries that the prefill kept in each segment."""
+    plan, batch = tiny.plan(tiny.PLANS[text]), tiny.make_batch()
+    visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
+    new = jnp.asarray(np.random.default_rng(1).integers(3, tiny.VOCAB, (3, 5)), jnp.int32)
+    prefilled = tiny.prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=6)
+    first = tiny.extend(tiny.params(), prefilled.cache, new[:, :3])
+    second = tiny.extend(tiny.params(), first.cache, new[:, 3:])
+    stepwise = np.concatenate([first.logits, second.logits], axis=1)
+    for i in range(3):
+        reference = _forward_over_kept(tiny.row(batch, i), new[i], plan, tiny.row(visual, i))
+        np.testing.assert_allclose(stepwise[i], reference, rtol=0, atol=3e-5)
+
+
+def _forward_over_kept(batch, new, plan, visual):
+    """Logits of `new` behind one prompt, without any cache: whole rows, dense attention."""
+    variables = {"params": tiny.params()}
+    model = Meteor(tiny.CONFIG).bind(variables)
+    prompt = model._run_segments(
+        visual, image_valid=batch.image_valid, tokens=batch.tokens, text_valid=batch.text_valid,
+        plan=plan, num_new=0,
+    )
+
+    text = model.llama.embed(jnp.maximum(batch.tokens, 0))
+    start = splice(
+        text, tokens=batch.tokens, text_valid=batch.text_valid, visual=visual,
+        image_valid=batch.image_valid,
+    )
+    layers = plan.decode.layers if plan.decode else ()
+    bounds = (0, *layers, tiny.CONFIG.llama.depth)
+    kept = np.flatnonzero(np.asarray(start.valid[0]))
+    x = jnp.concatenate([start.x[:, kept], model.llama.embed(new[None])], axis=1)
+    index = np.asarray(start.visual[0])[kept]
+    position = np.asarray(start.position[0])[kept]
+    after = position[-1] + 1
+    for segment, (first, last) in enumerate(itertools.pairwise(bounds)):
+        if segment:
+            alive = np.asarray(prompt.cuts[segment - 1].visual[0])
+            stay = (index < 0) | np.isin(index, alive[alive >= 0])
+            rows = np.concatenate([np.flatnonzero(stay), index.size + np.arange(new.size)])
+            x, index, position = x[:, rows], index[stay], position[stay]
+            if plan.decode.positions == "renumber":
+                position = np.arange(index.size)
+                after = index.size
+        where = np.concatenate([position, after + np.arange(new.size)])[None]
+        x = model.llama.run(x, jnp.asarray(where), start=first, stop=last).x
+    return np.asarray(model.llama.logits(x))[0, -new.size :]
+
+
+def test_shapes_are_static():
+    plan = tiny.plan(tiny.METEOR)
+
+    # Functions of their own: jitted twins of one function share a cache.
+    @jax.jit
+    def prefill(params, visual, batch):
+        return tiny.prefill.__wrapped__(params, visual, batch, plan=plan, max_new_tokens=4)
+
+    @jax.jit
+    def extend(params, cache, tokens):
+        return tiny.extend.__wrapped__(params, cache, tokens)
+
+    for seed in range(10):
+        lengths = tuple(np.random.default_rng(seed).integers(4, 13, 3).tolist())
+        batch = tiny.make_batch(lengths=lengths, with_image=(True, seed % 2 > 0, False), seed=seed)
+        visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
+        prefilled = prefill(tiny.params(), visual, batch)
+        extend(tiny.params(), prefilled.cache, batch.tokens[:, :1] * 0 + seed)
+    assert prefill._cache_size() == 1
+    assert extend._cache_size() == 1
