@@ -1,5 +1,6 @@
 """Prefill and extend: what the cache answers equals what the whole row answers."""
 
+import functools
 import itertools
 
 import jax
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 
 from meteor_jax.models.fusion import splice
-from meteor_jax.models.meteor import Meteor
 from tests import tiny_model as tiny
 
 
@@ -24,43 +24,58 @@ def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
     second = tiny.extend(tiny.params(), first.cache, new[:, 3:])
     stepwise = np.concatenate([first.logits, second.logits], axis=1)
     for i in range(3):
-        reference = _forward_over_kept(tiny.row(batch, i), new[i], plan, tiny.row(visual, i))
+        cuts = [np.asarray(cut.visual[i]) for cut in prefilled.cuts]
+        reference = _forward_over_kept(
+            tiny.row(batch, i), new[i], tiny.row(visual, i), cuts, plan=plan
+        )
         np.testing.assert_allclose(stepwise[i], reference, rtol=0, atol=3e-5)
 
 
-def _forward_over_kept(batch, new, plan, visual):
-    """Logits of `new` behind one prompt, without any cache: whole rows, dense attention."""
-    variables = {"params": tiny.params()}
-    model = Meteor(tiny.CONFIG).bind(variables)
-    prompt = model._run_segments(
-        visual, image_valid=batch.image_valid, tokens=batch.tokens, text_valid=batch.text_valid,
-        plan=plan, num_new=0,
+@functools.partial(jax.jit, static_argnames=("start", "stop"))
+def _layers(params, x, position, *, start, stop):
+    return tiny.MODEL.apply(
+        {"params": params},
+        method=lambda model: model.llama.run(x, position, start=start, stop=stop).x,
     )
 
-    text = model.llama.embed(jnp.maximum(batch.tokens, 0))
-    start = splice(
-        text, tokens=batch.tokens, text_valid=batch.text_valid, visual=visual,
-        image_valid=batch.image_valid,
-    )
+
+@jax.jit
+def _join(params, batch, new, visual):
+    """The prompt with its image, and the embedded new tokens."""
+    def join(model):
+        start = splice(
+            model.llama.embed(jnp.maximum(batch.tokens, 0)), tokens=batch.tokens,
+            text_valid=batch.text_valid, visual=visual, image_valid=batch.image_valid,
+        )
+        return start, model.llama.embed(new[None])
+
+    return tiny.MODEL.apply({"params": params}, method=join)
+
+
+def _forward_over_kept(batch, new, visual, cuts, *, plan):
+    """Logits of `new` behind one prompt, without any cache: whole rows, dense attention."""
+    params = tiny.params()
+    start, embedded = _join(params, batch, new, visual)
     layers = plan.decode.layers if plan.decode else ()
     bounds = (0, *layers, tiny.CONFIG.llama.depth)
     kept = np.flatnonzero(np.asarray(start.valid[0]))
-    x = jnp.concatenate([start.x[:, kept], model.llama.embed(new[None])], axis=1)
+    x = np.concatenate([np.asarray(start.x)[:, kept], np.asarray(embedded)], axis=1)
     index = np.asarray(start.visual[0])[kept]
     position = np.asarray(start.position[0])[kept]
     after = position[-1] + 1
     for segment, (first, last) in enumerate(itertools.pairwise(bounds)):
         if segment:
-            alive = np.asarray(prompt.cuts[segment - 1].visual[0])
+            alive = cuts[segment - 1]
             stay = (index < 0) | np.isin(index, alive[alive >= 0])
             rows = np.concatenate([np.flatnonzero(stay), index.size + np.arange(new.size)])
-            x, index, position = x[:, rows], index[stay], position[stay]
+            x, index, position = np.asarray(x)[:, rows], index[stay], position[stay]
             if plan.decode.positions == "renumber":
                 position = np.arange(index.size)
                 after = index.size
         where = np.concatenate([position, after + np.arange(new.size)])[None]
-        x = model.llama.run(x, jnp.asarray(where), start=first, stop=last).x
-    return np.asarray(model.llama.logits(x))[0, -new.size :]
+        x = _layers(params, x, where, start=first, stop=last)
+    logits = tiny.MODEL.apply({"params": params}, method=lambda model: model.llama.logits(x))
+    return np.asarray(logits)[0, -new.size :]
 
 
 def test_shapes_are_static():
