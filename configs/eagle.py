@@ -3,8 +3,10 @@
     --config=configs/eagle.py:x4_7b             EAGLE: channels joined, one projector
     --config=configs/eagle.py:meteor_x4_7b      METEOR: a projector an encoder, tokens joined
 
-x4 or x5 encoders; 7b and 13b (Vicuna), 8b (Llama 3), 34b (Yi). Start from converted weights with
---config.init_from=FOLDER, and set data.tokenizer to the tokenizer's folder.
+x4 or x5 encoders; 7b and 13b (Vicuna), 8b (Llama 3), 34b (Yi). The first stage trains projectors
+on 558K captions, the second everything on 1.8M conversations, one epoch each; docs/data.md says how
+the two are prepared, docs/convert.md how the folders in `converted` are made, docs/launch.md how a
+run is started. (EAGLE itself trained the 34b on other data, with batches of 1,024.)
 """
 
 import dataclasses
@@ -23,11 +25,20 @@ REMAT = "nothing_saveable"
 KEEP_IN_ENCODERS = {"x4": (4000, 2000, 1193), "x5": (4600, 2300, 1193)}
 KEEP_IN_LLM = (256, 104, 32)
 
+CAPTIONS, CONVERSATIONS = "llava:llava_pretrain_558k", "llava:eagle_sft_1m8"
+EXAMPLES = {CAPTIONS: 558_128, CONVERSATIONS: 1_800_000}
+HELD_OUT = 256  # of each
+BATCH_SIZE = {CAPTIONS: 256, CONVERSATIONS: 128}
+# Converted checkpoints that a run starts from, the decoder's with its tokenizer.
+CONVERTED = "converted"
+DECODERS = {"7b": "vicuna_7b", "13b": "vicuna_13b", "8b": "llama3_8b", "34b": "yi_34b"}
+
 
 def get_config(name: str = "x4_7b") -> ConfigDict:
     model_name = name.removeprefix(METEOR)
     is_meteor = model_name != name
     model = eagle_config(model_name, fusion="post" if is_meteor else "pre", remat=REMAT)
+    vision, _, size = model_name.partition("_")
     quarter = model.llama.depth // 4
     stages = (
         f"fuse=576, layers=({quarter}, {2 * quarter}, {3 * quarter}), keep={KEEP_IN_LLM}"
@@ -35,32 +46,45 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
     if is_meteor:
         # All tokens together have more places than the decoder has rotary positions, so those
         # that stay are numbered through; "full" does not fit this form.
-        encode = KEEP_IN_ENCODERS[model_name.partition("_")[0]]
-        stages = f"encode={encode}, {stages}, positions=compact"
+        stages = f"encode={KEEP_IN_ENCODERS[vision]}, {stages}, positions=compact"
 
     config = ConfigDict()
     config.model = dataclasses.asdict(model)
+    decoder = f"{CONVERTED}/{DECODERS[size]}"
+    config.init_from = (*(f"{CONVERTED}/{encoder}" for encoder in model.encoders), decoder)
     config.data = {
-        "sources": ("easy-vqa",), "image_size": model.image_size, "text_length": 1024,
-        "tokenizer": "byte",
+        "sources": (CAPTIONS, CONVERSATIONS), "kinds": ("caption", "questions"),
+        "held_out": HELD_OUT, "image_size": model.image_size, "text_length": 1024,
+        "tokenizer": f"{decoder}/tokenizer", "num_workers": 4, "prefetch": 2, "kept_records": 0,
     }
     stage = {"warmup": 0.03, "adam_b2": 0.999, "plans": ("meteor",) if is_meteor else ("full",)}
     config.train = {
-        "pretrain": stage
+        "pretrain": stage | _one_epoch(CAPTIONS)
         | {
-            "kind": "caption", "template": "plain", "trainable": ("projector",), "steps": 2180,
-            "batch_size": 256, "learning_rate": 1e-3,
+            "kind": "caption", "template": "plain", "trainable": ("projector",),
+            "learning_rate": 1e-3, "text_length": 256,
             "before": "calibrate_ranks" if is_meteor else "nothing",
         },
-        "finetune": stage
+        # EAGLE's 2,048 places hold the 1,024 tokens of an image too. Here they are all text, so
+        # nothing is cut that EAGLE keeps; 1025 leaves rows with an image exactly EAGLE's.
+        "finetune": stage | _one_epoch(CONVERSATIONS)
         | {
-            "kind": "questions", "template": template_of(model_name), "steps": 14100,
-            "batch_size": 128, "learning_rate": 2e-5,
+            "kind": "questions", "template": template_of(model_name), "learning_rate": 2e-5,
+            "text_length": 2048,
         },
-        "checkpoint_every": 500,
-        "mesh": {"fsdp": -1},
+        "checkpoint_every": 500, "held_out_every": 500,
+        "mesh": {"data": 1, "fsdp": -1},
     }
     config.plans = {"meteor": f"meteor({stages})"}
-    plans = ("meteor",) if is_meteor else ("full", "meteor")
-    config.eval = dataclasses.asdict(EvalConfig(plans=plans, max_new_tokens=16))
+    config.eval = dataclasses.asdict(
+        EvalConfig(
+            tasks=("easyvqa_all", "reading_all"), num_questions=200, max_new_tokens=16,
+            plans=("meteor",) if is_meteor else ("full", "meteor"),
+        )
+    )
     return complete(config)
+
+
+def _one_epoch(source: str) -> dict[str, int]:
+    batch_size = BATCH_SIZE[source]
+    return {"batch_size": batch_size, "steps": (EXAMPLES[source] - HELD_OUT) // batch_size}

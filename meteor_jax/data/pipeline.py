@@ -1,104 +1,29 @@
-"""Examples to batches: a grain pipeline of static shapes that resumes exactly.
-
-A record is what a source holds: {"image": encoded bytes, "caption": str, "image_id": int,
-"qa": [{"question": str, "answer": str, …}, …]}.
-"""
+"""Examples to batches: a grain pipeline of static shapes that resumes exactly."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import grain
 import numpy as np
 
 from meteor_jax.config import suggest
 from meteor_jax.data import sources
+from meteor_jax.data.config import DataConfig, Kind
+from meteor_jax.data.examples import Example, ExampleMaker, Record, RecordReader
 from meteor_jax.data.templates import (
+    IMAGE_MARKER,
     Conversation,
     Rendered,
-    Template,
     get_template,
     render,
-    render_turn,
     with_images,
 )
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.types import IGNORE_LABEL, Batch
-
-Kind = Literal["caption", "questions"]
-Record = Mapping[str, Any]
-SKIPPED_ID = -1  # the example_id of a row that could not be read; sum `example_id < 0` to count
-
-logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on, and how it is laid out.
-
-    Fields:
-        sources: names of data sources, mixed by `weights` (equal where empty).
-        num_images: images of each source's training split; empty, or None for one, takes all.
-        image_size: pixels a side. text_length: T, an image counts as one token.
-        questions_per_image: turns at most in a training conversation.
-        tokenizer: "byte", "bpe:SIZE" or a folder. template: see `templates.TEMPLATES`.
-        caption_question: what asks for a caption, in templates that keep the question.
-        num_workers: processes that prepare batches (absl flags must be parsed, and the launcher
-            have a `__main__` guard); 0 prepares them in threads.
-        prefetch: batches prepared ahead (by each worker).
-        seed: of the order of examples and questions. source_seed: of generated pictures.
-        kept_records: encoded records that stay in memory once read (in each worker), which
-            halves the time that later epochs take; 0 keeps none.
-        data_dir: where sources keep their files.
-    """
-
-    sources: tuple[str, ...]
-    weights: tuple[float, ...] = ()
-    num_images: tuple[int | None, ...] = ()
-    image_size: int = 64
-    text_length: int = 256
-    questions_per_image: int = 8
-    max_images: int = 1
-    tokenizer: str = "byte"
-    template: str = "qa"
-    caption_question: str = "Describe the image."
-    seed: int = 0
-    source_seed: int = 0
-    num_workers: int = 0
-    prefetch: int = 4
-    kept_records: int = 16384
-    data_dir: str = "~/tensorflow_datasets"
-
-    def __post_init__(self):
-        get_template(self.template)
-        if not self.sources:
-            raise ValueError("sources: expected at least one name.")
-        for name in ("weights", "num_images"):
-            given = getattr(self, name)
-            if given and len(given) != len(self.sources):
-                raise ValueError(
-                    f"{name}: expected one for each of {len(self.sources)} sources, "
-                    f"got {len(given)}."
-                )
-        if any(weight <= 0 for weight in self.weights):
-            raise ValueError(f"weights: expected positive numbers, got {self.weights}.")
-        for name in ("image_size", "text_length", "questions_per_image", "max_images", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One row before it is padded: `images` are uint8[H, W, 3], lists hold at most T ids."""
-
-    images: tuple[np.ndarray, ...]
-    tokens: list[int]
-    labels: list[int]
-    example_id: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +32,6 @@ class Prompts:
 
     tokens: np.ndarray
     text_valid: np.ndarray
-
-
-class NothingFits(ValueError):
-    """An example without a turn that fits the text length. The message is one line."""
 
 
 def open_sources(config: DataConfig, *, split: str = "train") -> list[Sequence[Record]]:
@@ -130,9 +51,31 @@ def training_texts(records: Sequence[Sequence[Record]], *, limit: int = 2000) ->
     for source in records:
         for index in range(min(limit, len(source))):
             record = source[index]
+            if "turns" in record:
+                yield from (text for turn in record["turns"] for text in turn)
+                continue
             for item in record["qa"]:
                 yield f"{item['question']}: {item['answer']}"
             yield record["caption"]
+
+
+def first_questions(
+    records: Sequence[Sequence[Record]], *, count: int
+) -> list[tuple[str, bytes]]:
+    """Of each source, the first `count` records about one image: a question, the encoded image."""
+    return [
+        found
+        for source in records
+        for found in itertools.islice(filter(None, map(_first_question, source)), count)
+    ]
+
+
+def _first_question(record: Record) -> tuple[str, bytes] | None:
+    if "turns" not in record:
+        return record["qa"][0]["question"], record["image"]
+    if len(record["images"]) != 1:
+        return None
+    return record["turns"][0][0].replace(IMAGE_MARKER, "").strip(), record["images"][0]
 
 
 def make_train_iterator(
@@ -145,96 +88,163 @@ def make_train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     records: Sequence[Sequence[Record]] | None = None,
-) -> grain.DatasetIterator:
+    start_batch: int = 0,
+) -> TrainIterator:
     """An endless iterator of `Batch`es of NumPy arrays, reshuffled every epoch.
 
     What it gives depends on the config and the position only: the processes' batches together
     are the same examples however many processes there are. `get_state` and `set_state` resume it
-    exactly; `grain.checkpoint.CheckpointSave` puts the state into an Orbax checkpoint.
+    exactly, on any number of processes and workers; `grain.checkpoint.CheckpointSave` puts the
+    state into an Orbax checkpoint.
 
     An example that cannot be read or that does not fit becomes a row with example_id
     `SKIPPED_ID`, no image, every label ignored and one valid pad token (so that attention has
     something to look at), and its error is logged in one line.
 
+    Conversations are cut at `text_length`, an image counting as one token there; a row whose
+    image would be cut, or that has no answer left, is skipped. (EAGLE cuts at 2,048 tokens with
+    an image counting as all of its own, in the middle of it if need be.)
+
     Args:
         kind: "caption" or "questions": a conversation of up to `questions_per_image` turns,
             chosen and ordered anew every epoch; turns that do not fit whole are left out.
+            Sources of conversations give these as they stand for either.
         batch_size: rows of this process.
         template: of this stage; the config's where None.
         records: the sources, opened; the config's training splits where None.
+        start_batch: begins there, as if so many batches had been taken.
 
     Raises:
-        ValueError: an unknown kind or template, or questions in a template that drops them.
+        ValueError: an unknown kind or template, questions in a template that drops them, a kind
+            that no source serves, or a source with nothing beside what is held out.
     """
-    layout = get_template(template or config.template)
+    make_example = _example_maker(config, tokenizer, kind, template, records)
+    served = _served(config, kind)
+    # grain looks into whatever passes through it, so only indices do until the example is made.
+    streams = []
+    for index in served:
+        rows = make_example.reader.training(index)
+        stream = grain.MapDataset.range(rows.start, rows.stop).seed(config.seed + index)
+        streams.append(stream.shuffle().repeat())
+    weights = [config.weights[index] for index in served] if config.weights else None
+    batches = (
+        grain.MapDataset.mix(streams, weights)
+        .random_map(make_example, seed=config.seed)[process_index::process_count]
+        .batch(batch_size, drop_remainder=True, batch_fn=_Collate(config, tokenizer.pad_id))
+    )
+    return TrainIterator(
+        batches, prefetch=config.prefetch, num_workers=config.num_workers, start=start_batch
+    )
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Batches prepared ahead, whose state is nothing but the number of the next one."""
+
+    def __init__(
+        self, batches: grain.MapDataset, *, prefetch: int, num_workers: int, start: int = 0
+    ):
+        super().__init__()
+        self._batches, self._next = batches, start
+        self._prefetch, self._num_workers = prefetch, num_workers
+        self._iterator: grain.DatasetIterator | None = None  # opened when first asked
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        self._stop()
+        self._next = int(state["next_index"])
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def start_prefetch(self) -> None:
+        if self._iterator is None:
+            self._iterator = self._open()
+            self._iterator.start_prefetch()
+
+    def _open(self) -> grain.DatasetIterator:
+        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(2, self._prefetch))
+        batches = self._batches[self._next :].to_iter_dataset(ahead)
+        if self._num_workers:
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._num_workers, per_worker_buffer_size=self._prefetch
+                )
+            )
+        return iter(batches)
+
+
+def make_held_out_batches(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    batch_size: int,
+    template: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    records: Sequence[Sequence[Record]] | None = None,
+) -> list[Batch]:
+    """This process's rows of the `held_out` records of every source that serves `kind`.
+
+    Always the same rows, and with as many rows a step the same whole batches however many
+    processes there are. The last batch is filled up with rows as skipped examples have them.
+
+    Args:
+        batch_size: rows of this process. The rest as in `make_train_iterator`, which raises the
+            same.
+    """
+    make_example = _example_maker(config, tokenizer, kind, template, records)
+    collate_rows = _Collate(config, tokenizer.pad_id)
+    served = _served(config, kind)
+    rows = [row for index in served for row in make_example.reader.held_out(index)]
+    step, batches = batch_size * process_count, []
+    for start in range(0, len(rows), step):
+        mine = rows[start + process_index : start + step : process_count]
+        examples = [make_example(row, np.random.default_rng([config.seed, row])) for row in mine]
+        examples += [make_example.skipped()] * (batch_size - len(examples))
+        batches.append(collate_rows(examples))
+    return batches
+
+
+def _example_maker(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    template: str | None,
+    records: Sequence[Sequence[Record]] | None,
+) -> ExampleMaker:
+    name = template or config.template
+    layout = get_template(name)
     if kind not in get_args(Kind):
         raise ValueError(f"kind: no such kind '{kind}'.{suggest(kind, get_args(Kind))}")
     if kind == "questions" and not layout.keeps_question:
-        raise ValueError(
-            f"template: '{template or config.template}' drops questions, use it for captions only."
-        )
-    records = open_sources(config) if records is None else records
-    # grain looks into whatever passes through it, so only indices do until the example is made.
-    ends = [0, *itertools.accumulate(len(source) for source in records)]
-    streams = [
-        grain.MapDataset.range(start, stop).seed(config.seed + index).shuffle().repeat()
-        for index, (start, stop) in enumerate(itertools.pairwise(ends))
-    ]
-    reader = _RecordReader(tuple(records), config.kept_records)
-    make_example = _MakeExample(config, tokenizer, layout, kind, reader)
-    batches = (
-        grain.MapDataset.mix(streams, config.weights or None)
-        .random_map(make_example, seed=config.seed)[process_index::process_count]
-        .batch(batch_size, drop_remainder=True, batch_fn=_Collate(config, tokenizer.pad_id))
-        .to_iter_dataset(
-            grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(2, config.prefetch))
-        )
-    )
-    if config.num_workers:
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=config.num_workers, per_worker_buffer_size=config.prefetch
-            )
-        )
-    return iter(batches)
+        raise ValueError(f"template: '{name}' drops questions, use it for captions only.")
+    reader = RecordReader(config, tuple(open_sources(config) if records is None else records))
+    return ExampleMaker(config, tokenizer, layout, kind, reader)
 
 
-def pack_questions(
-    pairs: Sequence[tuple[str, str]],
-    *,
-    num_images: int,
-    max_turns: int,
-    template: Template,
-    tokenizer: Tokenizer,
-    text_length: int,
-) -> Rendered:
-    """A conversation of the first `max_turns` of `pairs` that fit whole, in their order.
-
-    Raises:
-        NothingFits: not even one does.
-    """
-    if not pairs:
-        raise NothingFits("it has no questions.")
-    tokens, labels, shortest, turns = [], [], None, 0
-    for question, answer in pairs:
-        if turns == 0:
-            question = with_images(question, num_images, template=template)
-        turn = render_turn(
-            question, answer, first=turns == 0, template=template, tokenizer=tokenizer
-        )
-        length = len(turn.tokens)
-        if len(tokens) + length <= text_length:
-            tokens, labels, turns = tokens + turn.tokens, labels + turn.labels, turns + 1
-        elif turns == 0:
-            shortest = length if shortest is None else min(shortest, length)
-        if turns == max_turns:
-            break
-    if not turns:
-        raise NothingFits(
-            f"the shortest of {len(pairs)} questions with its answer takes {shortest} tokens, "
-            f"text_length is {text_length}; raise text_length or shorten the answers."
-        )
-    return Rendered(tokens, labels)
+def _served(config: DataConfig, kind: Kind) -> list[int]:
+    """The numbers of the sources that serve a kind."""
+    kinds = config.kinds or ("any",) * len(config.sources)
+    found = [index for index, name in enumerate(kinds) if name in (kind, "any")]
+    if not found:
+        raise ValueError(f"kinds: no source serves '{kind}', they serve {', '.join(kinds)}.")
+    return found
 
 
 def collate(
@@ -325,64 +335,6 @@ def _pad_rows(
         tokens[index, : len(row)] = row
         text_valid[index, : len(row)] = True
     return tokens, text_valid
-
-
-@dataclasses.dataclass(frozen=True)
-class _RecordReader:
-    """All sources one after the other; the first `limit` records that are read stay in memory."""
-
-    sources: tuple[Sequence[Record], ...]
-    limit: int
-    kept: dict[int, Record] = dataclasses.field(default_factory=dict)
-
-    def read(self, index: int) -> Record:
-        if index in self.kept:
-            return self.kept[index]
-        within = index
-        for source in self.sources:
-            if within < len(source):
-                record = source[within]
-                if len(self.kept) < self.limit:
-                    self.kept[index] = record
-                return record
-            within -= len(source)
-        raise IndexError(f"no record {index} past the last source.")
-
-
-@dataclasses.dataclass(frozen=True)
-class _MakeExample:
-    """The n-th record of all sources to an `Example`; a class, so that workers can unpickle it."""
-
-    config: DataConfig
-    tokenizer: Tokenizer
-    template: Template
-    kind: Kind
-    reader: _RecordReader
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Example:
-        record = self.reader.read(index)
-        try:
-            image = sources.decode_image(record["image"], size=self.config.image_size)
-            text = self._text(record, rng)
-        except (sources.CorruptImage, NothingFits) as error:
-            logger.error("example %d skipped: %s", record["image_id"], error)
-            return Example((), [self.tokenizer.pad_id], [IGNORE_LABEL], SKIPPED_ID)
-        return Example((image,), text.tokens, text.labels, record["image_id"])
-
-    def _text(self, record: Record, rng: np.random.Generator) -> Rendered:
-        if self.kind == "caption":
-            pairs = [(self.config.caption_question, record["caption"])]
-        else:
-            order = rng.permutation(len(record["qa"]))
-            pairs = [(record["qa"][i]["question"], record["qa"][i]["answer"]) for i in order]
-        return pack_questions(
-            pairs,
-            num_images=1,
-            max_turns=self.config.questions_per_image,
-            template=self.template,
-            tokenizer=self.tokenizer,
-            text_length=self.config.text_length,
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ import functools
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits
 
 COLORS = {
     "red": (215, 25, 30),
@@ -225,7 +225,7 @@ def text_mask(text: str, font: str, size: int) -> Image.Image:
 @functools.cache
 def digit_samples(split: str) -> tuple[tuple[int, ...], ...]:
     """By digit, the rows of scikit-learn's handwritten digits that belong to the split."""
-    labels = load_digits().target
+    labels = _load_digits().target
     in_test = np.arange(len(labels)) % TEST_SHARE == 0
     mine = in_test if split == "test" else ~in_test
     return tuple(
@@ -247,11 +247,17 @@ def digit_mask(sample: int, size: int, degrees: float) -> Image.Image:
     )
 
 
+def _load_digits() -> Any:
+    from sklearn.datasets import load_digits  # slower to import than all of the rest together
+
+    return load_digits()
+
+
 @functools.cache
 def _digit_images() -> tuple[Image.Image, ...]:
     """The 8×8 samples (16 grays) enlarged, their soft edges drawn tighter around the strokes."""
     enlarged = []
-    for pixels in load_digits().images:
+    for pixels in _load_digits().images:
         small = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         big = np.asarray(small.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC))
         sharp = np.clip((big.astype(np.float32) - 80) * 2, 0, 255)

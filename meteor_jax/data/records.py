@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from typing import Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-Group = Literal["knowledge", "general", "reading"]
-Metric = Literal["exact_match", "yes_no", "anls", "relaxed_accuracy"]
+Group = Literal["knowledge", "general", "reading", "ocr", "grounding"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """One kind of question: where it comes from, which ability it asks for, how it is scored."""
+    """One kind of question: where it comes from, which ability it asks for, how it is scored.
+
+    Attributes:
+        metric: how one answer is scored, a name in `evaluation.metrics.METRICS` or
+            `evaluation.benchmarks.scoring.SCORERS`.
+        max_new_tokens: where an answer is cut off; None leaves it to the evaluation's config.
+        aggregation: from scores to the headline, a name in
+            `evaluation.benchmarks.aggregate.AGGREGATIONS`.
+        split: of the source that it asks.
+    """
 
     name: str
     source: str
     group: Group
-    metric: Metric
+    metric: str
+    max_new_tokens: int | None = None
+    aggregation: str = "mean"
+    split: str = "test"
 
 
 def record_features() -> tfds.features.FeaturesDict:
@@ -54,3 +67,13 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self, description=self.__doc__, features=record_features()
         )
+
+
+def prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Writes the builder's files as array_record, where they are not there yet."""
+    tfds.disable_progress_bar()  # the builders show one with a total, and so a time left
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads; there are none
+            builder.download_and_prepare(file_format="array_record")
+    finally:
+        tfds.enable_progress_bar()

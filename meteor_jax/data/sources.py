@@ -1,17 +1,16 @@
 """The data sources by name: building them once, reading them at random, decoding their images.
 
 A record is one image: `image` (encoded bytes, decoded by `decode_image` in the pipeline, so that a
-corrupt one is met there), `caption`, `image_id` and `qa`, all questions asked of that image.
+corrupt one is met there), `caption`, `image_id` and `qa`, all questions asked of that image. Or it
+is a conversation (`llava:NAME`): `images`, `turns` and `image_id`.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import io
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from PIL import Image
 
 from meteor_jax.config import suggest
 from meteor_jax.data import easy_vqa, reading
-from meteor_jax.data.records import TaskSpec
+from meteor_jax.data.conversations import FAMILY, ConversationSource, open_prepared
+from meteor_jax.data.records import TaskSpec, prepare
 
 TASKS: dict[str, TaskSpec] = {task.name: task for task in easy_vqa.TASKS + reading.TASKS}
 SOURCES = (easy_vqa.SOURCE, reading.SOURCE)
@@ -77,11 +77,12 @@ def open_source(
     num_images: int | None = None,
     seed: int = 0,
     canvas_side: int = reading.DEFAULT_SIDE,
-) -> RecordSource:
+) -> RecordSource | ConversationSource:
     """Opens a split, building it below `data_dir` where it is not there yet.
 
     Args:
-        name: one of `SOURCES`.
+        name: one of `SOURCES`; or `llava:NAME` or a folder's path, conversations that
+            `python -m meteor_jax.data.llava` prepared, which have the split `train` only.
         split: `train` or `test`.
         data_dir: where datasets are kept between runs. Each is written under another name and
             moved into place when whole.
@@ -91,14 +92,19 @@ def open_source(
         canvas_side: pixels, 96 to 128, of the generated pictures.
 
     Raises:
-        ValueError: an unknown name or split, or a number of images that there cannot be.
+        ValueError: an unknown name or split, a number of images that there cannot be, or
+            conversations that are not prepared.
     """
-    if name not in SOURCES:
-        raise ValueError(f"no data source '{name}'.{suggest(name, SOURCES)}")
-    if split not in SPLITS:
-        raise ValueError(f"no split '{split}' of '{name}'.{suggest(split, SPLITS)}")
+    prepared = name.startswith(f"{FAMILY}:") or "/" in name
+    if not prepared and name not in SOURCES:
+        raise ValueError(f"no data source '{name}'.{suggest(name, (*SOURCES, f'{FAMILY}:NAME'))}")
+    splits = ("train",) if prepared else SPLITS
+    if split not in splits:
+        raise ValueError(f"no split '{split}' of '{name}'.{suggest(split, splits)}")
     if num_images is not None and num_images < 1:
         raise ValueError(f"{name}: num_images must be at least 1, got {num_images}.")
+    if prepared:
+        return open_prepared(name, data_dir=data_dir, num_examples=num_images)
     data_dir = Path(data_dir).expanduser()
     if name == reading.SOURCE:
         config = reading.ReadingConfig.make(
@@ -108,7 +114,7 @@ def open_source(
     else:
         builder = easy_vqa.EasyVqa(data_dir=data_dir)
         instruction = split if num_images is None else f"{split}[:{num_images}]"
-    _prepare(builder)
+    prepare(builder)
     available = builder.info.splits[split].num_examples
     if num_images is not None and num_images > available:
         raise ValueError(f"{name} {split} has {available} images; num_images asks {num_images}.")
@@ -124,13 +130,11 @@ def decode_image(encoded: bytes, *, size: int) -> np.ndarray:
     Raises:
         CorruptImage: the bytes are cut off, damaged, or no image at all.
     """
-    try:
-        with Image.open(io.BytesIO(encoded)) as check:
-            check.verify()  # the checksums of a PNG; what follows would accept damaged pixels
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise CorruptImage(f"cannot decode an image of {len(encoded)} bytes: {reason}") from error
+    return square_image(_open_image(encoded, load=lambda image: image.convert("RGB")), size=size)
+
+
+def square_image(image: Image.Image, *, size: int) -> np.ndarray:
+    """uint8[size, size, 3] of an RGB image: padded around the centre, then resized (bicubic)."""
     if image.width != image.height:
         side = max(image.size)
         square = Image.new("RGB", (side, side), PAD_COLOR)
@@ -139,6 +143,31 @@ def decode_image(encoded: bytes, *, size: int) -> np.ndarray:
     if image.width != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def check_image(encoded: bytes) -> None:
+    """Reads an image to its end; a JPEG at an eighth of its size, which is faster.
+
+    Raises:
+        CorruptImage: the bytes are cut off, damaged, or no image at all.
+    """
+
+    def load(image: Image.Image) -> Image.Image:
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+        return image
+
+    _open_image(encoded, load=load)
+
+
+def _open_image(encoded: bytes, *, load: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(encoded)) as check:
+            check.verify()  # the checksums of a PNG; what follows would accept damaged pixels
+        return load(Image.open(io.BytesIO(encoded)))
+    except Exception as error:  # whatever a damaged file makes the library raise
+        reason = " ".join(str(error).split())
+        raise CorruptImage(f"cannot decode an image of {len(encoded)} bytes: {reason}") from error
 
 
 def chance_level(task: str, source: RecordSource) -> float:
@@ -150,11 +179,3 @@ def chance_level(task: str, source: RecordSource) -> float:
         raise ValueError(f"no question of task '{task}' in {source.name} {source.split}.")
     return answers.most_common(1)[0][1] / answers.total()
 
-
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    tfds.disable_progress_bar()  # the builders show one with a total, and so a time left
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads; there are none
-            builder.download_and_prepare(file_format="array_record")
-    finally:
-        tfds.enable_progress_bar()

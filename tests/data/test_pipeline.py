@@ -8,15 +8,13 @@ from absl import flags
 from PIL import Image
 
 from meteor_jax.config import ConfigError, build
+from meteor_jax.data.examples import SKIPPED_ID, Example, NothingFits, pack_questions
 from meteor_jax.data.pipeline import (
-    SKIPPED_ID,
     DataConfig,
-    Example,
-    NothingFits,
     collate,
     collate_prompts,
+    make_held_out_batches,
     make_train_iterator,
-    pack_questions,
     training_texts,
 )
 from meteor_jax.data.templates import Conversation, get_template, render, with_images
@@ -188,6 +186,50 @@ def test_the_number_of_processes_does_not_change_what_a_step_sees():
             np.testing.assert_array_equal(half.images, whole.images[index::2])
 
 
+def test_a_batch_number_is_a_position_on_any_number_of_processes():
+    alone = take(make(batch_size=6), 7)
+    for index in range(2):
+        options = {"batch_size": 3, "process_index": index, "process_count": 2}
+        started = make(start_batch=5, **options)
+        assert started.get_state() == {"next_index": 5}
+        resumed = make(**options)
+        take(resumed, 1)
+        resumed.set_state({"next_index": 5})
+        for whole, half, other in zip(alone[5:], take(started, 2), take(resumed, 2), strict=True):
+            np.testing.assert_array_equal(half.tokens, whole.tokens[index::2])
+            assert_equal(half, other)
+        assert started.get_state() == resumed.get_state() == {"next_index": 7}
+
+
+def test_a_start_far_away_reads_nothing_before_it():
+    class Counting(FakeSource):
+        read = ()
+
+        def __getitem__(self, index):
+            Counting.read += (index,)
+            return super().__getitem__(index)
+
+    iterator = make(dataclasses.replace(CONFIG, prefetch=1), source=Counting(12), start_batch=999)
+    assert not Counting.read
+    next(iterator)
+    assert len(Counting.read) <= 4 * 4  # this batch, and what is prepared ahead
+
+
+def test_held_out_questions_are_the_same_each_time():
+    config = dataclasses.replace(CONFIG, held_out=3)
+    options = {"tokenizer": TOKENIZER, "kind": "questions", "batch_size": 2}
+    one, other = (
+        make_held_out_batches(config, records=[FakeSource(12)], **options) for _ in range(2)
+    )
+    for batch, again in zip(one, other, strict=True):
+        assert_equal(batch, again)
+    assert np.concatenate([batch.example_id for batch in one]).tolist() == [9, 10, 11, SKIPPED_ID]
+    assert all(supervised(row) for row in one[0].labels)
+    trained = take(make(config), 9)
+    assert set(np.concatenate([batch.example_id for batch in trained])) == set(range(9))
+    assert make_held_out_batches(CONFIG, records=[FakeSource(12)], **options) == []
+
+
 def test_sources_are_mixed_by_weight():
     config = dataclasses.replace(CONFIG, sources=("one", "two"), weights=(3.0, 1.0))
     records = [FakeSource(10), FakeSource(10, first_id=100)]
@@ -353,10 +395,11 @@ def test_worker_processes_resume_exactly():
     take(iterator, 3)
     state = iterator.get_state()
     expected = take(iterator, 3)
-    resumed = make(config)
-    resumed.set_state(state)
-    for batch, other in zip(expected, take(resumed, 3), strict=True):
-        assert_equal(batch, other)
+    for resumed in (make(config), make()):  # with workers again, and without
+        take(resumed, 1)
+        resumed.set_state(state)
+        for batch, other in zip(expected, take(resumed, 3), strict=True):
+            assert_equal(batch, other)
 
 
 @pytest.mark.parametrize(

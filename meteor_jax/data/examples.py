@@ -1,0 +1,191 @@
+"""From a record to one row: the text that fits, and the images.
+
+A record is what a source holds: {"image": encoded bytes, "caption": str, "image_id": int,
+"qa": [{"question": str, "answer": str, …}, …]}, or a conversation: {"images": encoded bytes of
+each, "turns": [(question, answer), …], "image_id": int}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from meteor_jax.data import sources
+from meteor_jax.data.config import DataConfig, Kind
+from meteor_jax.data.conversations import place_images
+from meteor_jax.data.templates import (
+    Conversation,
+    Rendered,
+    Template,
+    render,
+    render_turn,
+    with_images,
+)
+from meteor_jax.data.tokenizers import Tokenizer
+from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN
+
+Record = Mapping[str, Any]
+SKIPPED_ID = -1  # the example_id of a row that could not be read; sum `example_id < 0` to count
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row before it is padded: `images` are uint8[H, W, 3], lists hold at most T ids."""
+
+    images: tuple[np.ndarray, ...]
+    tokens: list[int]
+    labels: list[int]
+    example_id: int
+
+
+class NothingFits(ValueError):
+    """An example without a turn that fits the text length. The message is one line."""
+
+
+def pack_questions(
+    pairs: Sequence[tuple[str, str]],
+    *,
+    num_images: int,
+    max_turns: int,
+    template: Template,
+    tokenizer: Tokenizer,
+    text_length: int,
+) -> Rendered:
+    """A conversation of the first `max_turns` of `pairs` that fit whole, in their order.
+
+    Raises:
+        NothingFits: not even one does.
+    """
+    if not pairs:
+        raise NothingFits("it has no questions.")
+    tokens, labels, shortest, turns = [], [], None, 0
+    for question, answer in pairs:
+        if turns == 0:
+            question = with_images(question, num_images, template=template)
+        turn = render_turn(
+            question, answer, first=turns == 0, template=template, tokenizer=tokenizer
+        )
+        length = len(turn.tokens)
+        if len(tokens) + length <= text_length:
+            tokens, labels, turns = tokens + turn.tokens, labels + turn.labels, turns + 1
+        elif turns == 0:
+            shortest = length if shortest is None else min(shortest, length)
+        if turns == max_turns:
+            break
+    if not turns:
+        raise NothingFits(
+            f"the shortest of {len(pairs)} questions with its answer takes {shortest} tokens, "
+            f"text_length is {text_length}; raise text_length or shorten the answers."
+        )
+    return Rendered(tokens, labels)
+
+
+def cut_text(text: Rendered, *, text_length: int) -> Rendered:
+    """The first `text_length` ids of a conversation.
+
+    Raises:
+        NothingFits: an image, or every answer, lies past them.
+    """
+    cut = Rendered(text.tokens[:text_length], text.labels[:text_length])
+    if IMAGE_TOKEN in text.tokens[text_length:] or all(x == IGNORE_LABEL for x in cut.labels):
+        raise NothingFits(
+            f"of its {len(text.tokens)} tokens text_length={text_length} would cut "
+            f"{'an image' if cut.num_images < text.num_images else 'every answer'} off."
+        )
+    return cut
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordReader:
+    """All sources one after the other; the first that are read stay in memory."""
+
+    config: DataConfig
+    sources: tuple[Sequence[Record], ...]
+    kept: dict[int, Record] = dataclasses.field(default_factory=dict)
+
+    def training(self, source: int) -> range:
+        """The numbers of a source's records that train."""
+        start, held_out = sum(map(len, self.sources[:source])), self.config.held_out
+        count = len(self.sources[source])
+        if held_out >= count:
+            raise ValueError(
+                f"held_out: {held_out} of the {count} records of '{self.config.sources[source]}' "
+                "leave none to train on."
+            )
+        return range(start, start + count - held_out)
+
+    def held_out(self, source: int) -> range:
+        """The numbers of those that do not."""
+        stop = self.training(source).stop
+        return range(stop, stop + self.config.held_out)
+
+    def read(self, index: int) -> Record:
+        if index in self.kept:
+            return self.kept[index]
+        within = index
+        for source in self.sources:
+            if within < len(source):
+                record = source[within]
+                if len(self.kept) < self.config.kept_records:
+                    self.kept[index] = record
+                return record
+            within -= len(source)
+        raise IndexError(f"no record {index} past the last source.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleMaker:
+    """The n-th record of all sources to an `Example`; a class, so that workers can unpickle it."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    template: Template
+    kind: Kind
+    reader: RecordReader
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        record = self.reader.read(index)
+        try:
+            text = self._conversation(record) if "turns" in record else self._text(record, rng)
+            encoded = record["images"] if "turns" in record else (record["image"],)
+            images = tuple(
+                sources.decode_image(image, size=self.config.image_size) for image in encoded
+            )
+        except (sources.CorruptImage, NothingFits) as error:
+            logger.error("example %d skipped: %s", record["image_id"], error)
+            return self.skipped()
+        return Example(images, text.tokens, text.labels, record["image_id"])
+
+    def skipped(self) -> Example:
+        return Example((), [self.tokenizer.pad_id], [IGNORE_LABEL], SKIPPED_ID)
+
+    def _text(self, record: Record, rng: np.random.Generator) -> Rendered:
+        if self.kind == "caption":
+            pairs = [(self.config.caption_question, record["caption"])]
+        else:
+            order = rng.permutation(len(record["qa"]))
+            pairs = [(record["qa"][i]["question"], record["qa"][i]["answer"]) for i in order]
+        return pack_questions(
+            pairs,
+            num_images=1,
+            max_turns=self.config.questions_per_image,
+            template=self.template,
+            tokenizer=self.tokenizer,
+            text_length=self.config.text_length,
+        )
+
+    def _conversation(self, record: Record) -> Rendered:
+        num_images = len(record["images"])
+        if num_images > self.config.max_images:
+            raise NothingFits(f"it has {num_images} images, max_images={self.config.max_images}.")
+        if not num_images and not self.template.keeps_question:
+            raise NothingFits("it has no image, and this template drops its question.")
+        turns = place_images(record["turns"], num_images, template=self.template)
+        whole = render(Conversation(turns), template=self.template, tokenizer=self.tokenizer)
+        return cut_text(whole, text_length=self.config.text_length)
