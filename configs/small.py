@@ -78,6 +78,10 @@ def get_config() -> ConfigDict:
         "independent": f"independent(keep={BUDGET})",
         "fastv": "fastv(layer=1, keep=21)",
         "pyramiddrop": "pyramiddrop(layers=(1, 2, 4), keep=(45, 18, 13))",
+        "sparsevlm": "sparsevlm(layers=(1, 2, 4), keep=(45, 18, 13))",
+        "visionzip": f"visionzip(keep={BUDGET})",
+        "divprune": f"divprune(keep={BUDGET})",
+        "dart": "dart(layer=1, keep=21)",
         "no_clip": "only(encoders=('convnext', 'pix2struct'))",
     }
     config.eval = dataclasses.asdict(

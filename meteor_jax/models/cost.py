@@ -135,10 +135,13 @@ def encoder_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
 
 
 def encoder_score_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
-    """Queries, keys and attention recomputed where a cut asks for attention received."""
-    if isinstance(encoder, ConvNextConfig) or cuts is None:
+    """Queries, keys and attention recomputed where a cut asks for attention received, and what
+    merging at the output costs."""
+    if cuts is None:
         return 0.0
-    total = 0.0
+    total = _merge_flops(encoder, cuts)
+    if isinstance(encoder, ConvNextConfig):
+        return total
     for cut, (blocks, sizes) in zip(cuts, _segments(encoder, cuts), strict=True):
         if cut.criterion not in ("attention", "cls") or cut.keep == sum(sizes):
             continue
@@ -150,6 +153,13 @@ def encoder_score_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> fl
             total += 2.0 * tokens * encoder.width * 2 * encoder.width
             total += 2.0 * tokens * keys * (encoder.width + encoder.num_heads)
     return total
+
+
+def _merge_flops(encoder: Any, cuts: tuple[EncoderCut, ...]) -> float:
+    """Likeness of the dropped tokens to those that gather them, and their sums."""
+    dropped = cuts[-2].keep - cuts[-1].keep
+    width = GROUP**2 * encoder.block_width if isinstance(encoder, SamConfig) else encoder.width
+    return 2 * 2.0 * dropped * cuts[-1].merged * width
 
 
 def _segments(
@@ -191,6 +201,8 @@ def fuse_flops(
     if plan.fuse.criterion == "cooperative":
         against = total if plan.fuse.similarity == "abs_cosine" else 1
         flops = 2.0 * total * against * width
+    elif plan.fuse.criterion == "max_min":
+        flops = 2.0 * total**2 * width
     return flops, plan.fuse.keep
 
 
@@ -210,6 +222,8 @@ def llama_flops(
     visual = (fused, *kept)
     bounds = (0, *layers, llama.depth)
     flops = scores = mean = 0.0
+    if decode and decode.queries == "raters":
+        scores += 2.0 * (fused + text_tokens) * text_tokens * llama.width
     for segment, (start, stop) in enumerate(itertools.pairwise(bounds)):
         tokens = visual[segment] + text_tokens
         flops += (stop - start) * _block_flops(
@@ -221,6 +235,11 @@ def llama_flops(
             scores += 2.0 * tokens * llama.width * (llama.width + kv_width)
             scores += 2.0 * queries * tokens * (llama.width + llama.num_heads)
             scores += 2.0 * tokens * llama.num_heads
+        elif segment < len(layers) and decode.criterion == "pivots":
+            scores += 2.0 * tokens * llama.width * sum(min(n, tokens) for n in decode.pivots)
+        if segment < len(layers):
+            recycled, clusters = decode.recycling(segment, available=visual[segment])
+            scores += 2.0 * recycled * (recycled + clusters) * llama.width
     return flops, scores, mean
 
 

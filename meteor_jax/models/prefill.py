@@ -19,8 +19,10 @@ from meteor_jax.pruning.decode import (
     cut_scores,
     num_kept,
     query_weights,
+    recycle_dropped,
     select_entries,
     take_entries,
+    text_raters,
     trace_cut,
 )
 from meteor_jax.pruning.plan import DecodePlan
@@ -74,6 +76,9 @@ def run_segments(
     if layers and not 0 < layers[0] <= layers[-1] < depth:
         raise ValueError(f"decode.layers={layers} must lie within 1..{depth - 1}.")
     bounds = (0, *layers, depth)
+    raters = None
+    if plan and plan.queries == "raters":
+        raters = text_raters(sequence, num_text=num_text)
     segment = _run(llama, variables, sequence, start=0, stop=bounds[1])
     segments = [_cache(segment, num_new=num_new)]
     cuts, available = [], visual_per_image
@@ -87,7 +92,8 @@ def run_segments(
         segment, trace = _cut_and_run(
             llama, variables, segment, plan=plan, cut=cut, start=start, stop=bounds[cut + 2],
             buckets=tuple(size * max_images for size in buckets), num_text=num_text,
-            num_images=num_images,
+            num_images=num_images, max_images=max_images, raters=raters,
+            recycling=plan.recycling(cut, available=available),
         )
         available = buckets[-1]
         segments.append(_cache(segment, num_new=num_new))
@@ -102,14 +108,15 @@ def new_position(cache: SegmentCache, num_new: Array, *, count: int) -> Array:
 
 def _cut_and_run(
     llama: Llama, variables: Any, before: _Segment, *, plan: DecodePlan, cut: int, start: int,
-    stop: int, buckets: tuple[int, ...], num_text: int, num_images: Array,
+    stop: int, buckets: tuple[int, ...], num_text: int, num_images: Array, max_images: int,
+    raters: Array | None, recycling: tuple[int, int],
 ) -> tuple[_Segment, CutTrace]:
     """Chooses K for every example, then packs the batch into the smallest bucket that holds all:
     each bucket is one branch of a `lax.switch`, so that fewer tokens really cost less time."""
     sequence = before.sequence
     received = None
     if plan.criterion == "text_attention":
-        weights = query_weights(sequence, plan=plan)
+        weights = query_weights(sequence, plan=plan, raters=raters)
         num_rows = 1 if plan.queries == "last" else min(num_text, weights.shape[1])
         rows = keep_topk(weights, keep=num_rows).idx
         previous = plan.score_layer == "previous"
@@ -119,9 +126,15 @@ def _cut_and_run(
             row_weight=jnp.take_along_axis(weights, rows, axis=1), method="text_attention",
         )
     scores, mass, vav = cut_scores(
-        sequence, plan=plan, cut=cut, received=received, num_images=num_images
+        sequence, plan=plan, cut=cut, num_images=num_images, received=received, keys=before.k[-1]
     )
     kept = num_kept(mass, sequence, plan=plan, cut=cut, num_images=num_images)
+    recycled, clusters = recycling
+    if clusters:
+        sequence, scores = recycle_dropped(
+            sequence, scores, recycled=recycled, clusters=clusters, num_images=num_images,
+            max_images=max_images, num_kept=kept,
+        )
     length = min(num_text + buckets[-1], scores.shape[1])
 
     def run(size: int) -> _Segment:

@@ -80,6 +80,59 @@ def pyramiddrop(*, layers: tuple[int, ...], keep: tuple[int, ...]) -> PrunePlan:
     )
 
 
+def sparsevlm(
+    *, layers: tuple[int, ...], keep: tuple[int, ...], recycle: float = 0.3
+) -> PrunePlan:
+    """SparseVLM (ICML 2025): several cuts, by the attention of the text that the image speaks of,
+    one layer earlier, mean over heads; the best of what is dropped lives on in averages; positions
+    are numbered anew. Its layers 2, 6 and 15 of 32, after which it cuts, are our 3, 7 and 16.
+
+    Our reading: budgets are fixed, as in its public code, where the paper adapts them to the rank
+    of the attention; the averages count among `keep`, where that code adds them; and they stand
+    where their centres stood, not behind all others.
+    """
+    return PrunePlan(
+        name="sparsevlm",
+        decode=DecodePlan(
+            layers=layers, keep=keep, budget="fixed", queries="raters", heads=0,
+            positions="renumber", recycle=recycle,
+        ),
+    )
+
+
+def visionzip(*, keep: int, merged: float = 10 / 64) -> PrunePlan:
+    """VisionZip (CVPR 2025): at each encoder's output, before its projector, the tokens that are
+    looked at most stay, and a share of `keep` averages the rest; 10 of 64 as in the paper.
+
+    Our reading, for several encoders without a CLS token: each keeps its share of `keep`, by how
+    many tokens it has; attention received from all tokens in the last block stands for that of the
+    CLS token (ConvNeXt: least like the mean token); likeness is the cosine of features, not of
+    keys; and tokens stay in raster order. Needs post-projection fusion.
+    """
+    return PrunePlan(
+        name="visionzip",
+        encode=EncodePlan(keep=(0, 0, keep), assignment="tokens", merged=merged),
+    )
+
+
+def divprune(*, keep: int) -> PrunePlan:
+    """DivPrune (CVPR 2025): of the tokens that enter the LLM, those farthest from one another,
+    chosen greedily. Our reading: over the tokens of all encoders at once."""
+    return PrunePlan(name="divprune", fuse=FusePlan(keep=keep, criterion="max_min"))
+
+
+def dart(*, layer: int = 2, keep: int, pivots: tuple[int, int] = (4, 4)) -> PrunePlan:
+    """DART (EMNLP 2025): before `layer`, the tokens least like a few pivots, visual and text, that
+    have the largest keys one layer earlier; positions stay. Our reading: states are compared
+    without the LLM's last norm, and pivots that get one token more than others are the first."""
+    return PrunePlan(
+        name="dart",
+        decode=DecodePlan(
+            layers=(layer,), keep=(keep,), budget="fixed", criterion="pivots", pivots=pivots
+        ),
+    )
+
+
 def only(*, encoders: tuple[str, ...] | str) -> PrunePlan:
     """Some encoders alone, nothing pruned: the rival that drops an encoder."""
     encoders = (encoders,) if isinstance(encoders, str) else tuple(encoders)
@@ -88,7 +141,10 @@ def only(*, encoders: tuple[str, ...] | str) -> PrunePlan:
 
 PRESETS: dict[str, Callable[..., PrunePlan]] = {
     function.__name__: function
-    for function in (full, meteor, random, uniform, pool, independent, fastv, pyramiddrop, only)
+    for function in (
+        full, meteor, random, uniform, pool, independent, fastv, pyramiddrop, sparsevlm, visionzip,
+        divprune, dart, only,
+    )
 }
 
 

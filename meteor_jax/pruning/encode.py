@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meteor_jax.pruning.diversity import merge_rest
 from meteor_jax.pruning.select import keep_topk
 from meteor_jax.pruning.windows import window_order, window_quotas, window_slots
 from meteor_jax.types import Array
@@ -27,7 +28,7 @@ from meteor_jax.types import Array
 NUM_SEGMENTS = 3
 
 Criterion = Literal["mean_token", "attention", "cls", "random", "uniform"]
-Assignment = Literal["rank", "uniform", "inverse_rank"]
+Assignment = Literal["rank", "uniform", "inverse_rank", "tokens"]
 RankMode = Literal["tolerance", "energy"]
 
 
@@ -43,15 +44,23 @@ class EncoderCut:
             so that an image's tokens do not depend on its batch mates; "uniform" keeps an even
             stride.
         seed: of "random".
+        merged: how many of the `keep` gather what is dropped (see `diversity.merge_rest`); then
+            attention windows have no quotas, so it is for an encoder's output.
     """
 
     keep: int
     criterion: Criterion = "mean_token"
     seed: int = 0
+    merged: int = 0
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"keep: expected at least 1 token, got {self.keep}.")
+        if not 0 <= self.merged < self.keep:
+            raise ValueError(
+                f"merged: expected between 0 and {self.keep - 1} of keep={self.keep} tokens, got "
+                f"{self.merged}."
+            )
         if self.criterion not in get_args(Criterion):
             valid = ", ".join(get_args(Criterion))
             raise ValueError(f"criterion: expected one of {valid}, got {self.criterion!r}.")
@@ -197,6 +206,9 @@ def cut_tokens(
     sizes = window_sizes or (num_tokens,)
     quotas = window_quotas(cut.keep, sizes)
     scores = jax.lax.stop_gradient(_score(x, cut, attention, sizes=sizes, quotas=quotas))
+    if cut.merged:
+        x, idx = merge_rest(x, scores, keep=cut.keep, merged=cut.merged)
+        return x, jnp.take_along_axis(raster, idx, axis=1)
     idx = _keep_in_windows(scores, sizes=sizes, quotas=quotas)
     return (
         jnp.take_along_axis(x, idx[..., None], axis=1),
@@ -287,7 +299,7 @@ def allocate(
         keep_total: tokens over all encoders that stay.
         ranks: by encoder, the numerical rank of its features.
         available: by encoder, the tokens that it has at this boundary.
-        assignment: weights by rank, equal weights, or weights by 1 / rank.
+        assignment: weights by rank, equal weights, weights by 1 / rank, or by available tokens.
         quantum: by encoder, what its count must be a multiple of (the number of its attention
             windows); 1 where absent.
 
@@ -297,15 +309,19 @@ def allocate(
     if assignment not in get_args(Assignment):
         valid = ", ".join(get_args(Assignment))
         raise ValueError(f"assignment: expected one of {valid}, got {assignment!r}.")
-    missing = sorted(set(available) - set(ranks))
-    if missing and assignment != "uniform":
-        raise ValueError(f"ranks: none for {', '.join(missing)}; calibrate, or assign uniformly.")
-    low = [name for name in available if assignment != "uniform" and not ranks[name] > 0]
-    if low:
-        raise ValueError(f"ranks: expected more than 0 for {', '.join(low)}.")
     if assignment == "uniform":
         weights = dict.fromkeys(available, 1.0)
+    elif assignment == "tokens":
+        weights = {name: float(count) for name, count in available.items()}
     else:
+        missing = sorted(set(available) - set(ranks))
+        if missing:
+            raise ValueError(
+                f"ranks: none for {', '.join(missing)}; calibrate, or assign uniformly."
+            )
+        low = [name for name in available if not ranks[name] > 0]
+        if low:
+            raise ValueError(f"ranks: expected more than 0 for {', '.join(low)}.")
         power = 1.0 if assignment == "rank" else -1.0
         weights = {name: ranks[name] ** power for name in available}
     if not 0 <= keep_total <= sum(available.values()):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meteor_jax.pruning.diversity import farthest_points
 from meteor_jax.pruning.encode import allocate, mean_token_similarity
 from meteor_jax.pruning.plan import FusePlan
 from meteor_jax.pruning.select import keep_topk
@@ -77,6 +78,8 @@ def fuse_scores(
     if plan.criterion == "random":
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(plan.seed), seed))
         return jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys(image_seed))
+    if plan.criterion == "max_min":
+        return farthest_points(x, keep=plan.keep)
     # "uniform": the tokens in the middle of `keep` equal strides over the joined row.
     kept = (np.arange(plan.keep) + 0.5) * num_tokens / plan.keep
     scores = np.zeros(num_tokens, np.float32)

@@ -40,9 +40,10 @@ class EncodePlan:
 
     Attributes:
         keep: tokens left after each boundary, over all encoders that can drop some there
-            (ConvNeXt only at its output: our reading).
+            (ConvNeXt only at its output: our reading); 0 drops none.
         assignment: how a boundary's tokens are shared among the encoders. "rank" is METEOR's
-            k_b · r / Σ r; the others are its ablations.
+            k_b · r / Σ r, "uniform" and "inverse_rank" are its ablations; "tokens" goes by how
+            many an encoder has.
         rank: what a numerical rank is: singular values above the floating-point "tolerance", or
             those that hold 99 % of the spectral "energy" (our reading; full-rank features, such as
             a small encoder's, differ only in the second).
@@ -52,6 +53,8 @@ class EncodePlan:
             has none, always uses "mean_token"). That the middle segment is "deep", and that
             attention received stands for CLS attention, is our reading; "cls" is there for
             encoders that keep their CLS token.
+        merged: share of an encoder's last tokens that gather what is dropped at its output,
+            instead of having been chosen (VisionZip).
     """
 
     keep: tuple[int, int, int]
@@ -59,6 +62,11 @@ class EncodePlan:
     rank: RankMode = "tolerance"
     ranks: tuple[tuple[str, tuple[float, ...]], ...] = ()
     criteria: tuple[Criterion, Criterion, Criterion] = ("mean_token", "attention", "attention")
+    merged: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.merged < 1:
+            raise ValueError(f"encode.merged: expected a share below 1, got {self.merged}.")
 
     def encoder_cuts(
         self, encoders: Mapping[str, EncoderShape]
@@ -69,7 +77,7 @@ class EncodePlan:
             ValueError: if a budget is larger than the tokens there are, or ranks are missing.
         """
         ranks = dict(self.ranks)
-        if self.assignment != "uniform":
+        if self.assignment in ("rank", "inverse_rank"):
             missing = [name for name in encoders if name not in ranks]
             if missing:
                 raise ValueError(
@@ -80,16 +88,20 @@ class EncodePlan:
         cuts: dict[str, list[EncoderCut]] = {name: [] for name in encoders}
         for boundary in range(NUM_SEGMENTS):
             able = [name for name, shape in encoders.items() if shape.cuttable[boundary]]
-            alive |= allocate(
-                self.keep[boundary],
-                ranks={name: ranks[name][boundary] if ranks else 1.0 for name in able},
-                available={name: alive[name] for name in able},
-                assignment=self.assignment,
-                quantum={name: encoders[name].num_windows for name in able},
-            )
+            if self.keep[boundary]:
+                alive |= allocate(
+                    self.keep[boundary],
+                    ranks={name: ranks[name][boundary] if ranks else 1.0 for name in able},
+                    available={name: alive[name] for name in able},
+                    assignment=self.assignment,
+                    quantum={name: encoders[name].num_windows for name in able},
+                )
+            merged = self.merged if boundary == NUM_SEGMENTS - 1 else 0
             for name, shape in encoders.items():
                 criterion = self.criteria[boundary] if shape.has_attention else "mean_token"
-                cuts[name].append(EncoderCut(alive[name], criterion=criterion))
+                # One token at least is chosen, however few there are.
+                gathering = min(round(merged * alive[name]), alive[name] - 1)
+                cuts[name].append(EncoderCut(alive[name], criterion, merged=gathering))
         return {name: tuple(cut) for name, cut in cuts.items()}
 
 
@@ -101,17 +113,21 @@ class FusePlan:
         keep: visual tokens of one image that enter the LLM.
         criterion: "cooperative" (METEOR: least similar to the other encoders' tokens stay),
             "independent" (each encoder drops what is most like its own mean token), "random",
-            "uniform" (equal strides), "pool" (cells of each encoder's grid are averaged).
-        similarity: S of METEOR's mutual redundancy. "centered_cosine" takes each encoder's mean
-            token away first, "abs_cosine" ignores the sign; projectors that nothing aligns make
-            that sign arbitrary (both are our additions).
+            "uniform" (equal strides), "pool" (cells of each encoder's grid are averaged),
+            "max_min" (those farthest from one another stay, DivPrune).
+        similarity: S of METEOR's mutual redundancy. "cosine" is the plain reading; but what all
+            tokens of an encoder have in common then decides, so that it ranks encoders instead of
+            tokens (measured, see the README). "centered_cosine", our reading, takes each
+            encoder's mean token away first; "abs_cosine" ignores the sign.
         floor: share of `keep` that every encoder is sure of (our addition; 0 is METEOR).
         seed: of "random", which also depends on the image, never on its batch.
     """
 
     keep: int
-    criterion: Literal["cooperative", "independent", "random", "uniform", "pool"] = "cooperative"
-    similarity: Literal["cosine", "centered_cosine", "abs_cosine"] = "cosine"
+    criterion: Literal[
+        "cooperative", "independent", "random", "uniform", "pool", "max_min"
+    ] = "cooperative"
+    similarity: Literal["cosine", "centered_cosine", "abs_cosine"] = "centered_cosine"
     floor: float = 0.0
     seed: int = 0
 
@@ -129,9 +145,11 @@ class DecodePlan:
         scale: λ of each cut, measured offline.
         limits: see `budget`; our reading.
         num_buckets: static sizes between K_min and K_max that a batch is packed into.
-        criterion: "text_attention", or the controls "random" and "uniform".
-        queries: whose attention counts: text "after_image" (METEOR; our reading of which), or
-            the "last" prompt token (FastV, PyramidDrop).
+        criterion: "text_attention", the controls "random" and "uniform", or "pivots" (those
+            least like a few pivot tokens stay, DART).
+        queries: whose attention counts: text "after_image" (METEOR; our reading of which), the
+            "last" prompt token (FastV, PyramidDrop), or "raters", of the text after the image
+            what is closest to it at the decoder's input (SparseVLM).
         heads: how many heads count, those with the highest visual attention value; 0 means all.
         score_layer: the attention of the layer before the cut ("previous"), or of the one after
             ("next", PyramidDrop).
@@ -140,6 +158,10 @@ class DecodePlan:
         positions: kept tokens keep their positions ("original"), or are numbered anew
             ("renumber", PyramidDrop).
         seed: of "random".
+        pivots: how many visual and how many text tokens of a row "pivots" compares with: those
+            with the largest keys in the layer before the cut (L1 norm).
+        recycle: share of a cut's dropped tokens, the best of them, that are averaged into a tenth
+            as many, which count among `keep` (SparseVLM: 0.3); needs a fixed budget.
     """
 
     layers: tuple[int, ...]
@@ -148,13 +170,15 @@ class DecodePlan:
     scale: tuple[float, ...] = ()
     limits: tuple[float, float] = (0.5, 1.5)
     num_buckets: int = 3
-    criterion: Literal["text_attention", "random", "uniform"] = "text_attention"
-    queries: Literal["after_image", "last"] = "after_image"
+    criterion: Literal["text_attention", "random", "uniform", "pivots"] = "text_attention"
+    queries: Literal["after_image", "last", "raters"] = "after_image"
     heads: int = 8
     score_layer: Literal["previous", "next"] = "previous"
     rotary: Literal["with", "without"] = "with"
     positions: Literal["original", "renumber"] = "original"
     seed: int = 0
+    pivots: tuple[int, int] = (4, 4)
+    recycle: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.keep):
@@ -164,6 +188,12 @@ class DecodePlan:
             )
         if any(later <= earlier for earlier, later in itertools.pairwise(self.layers)):
             raise ValueError(f"decode.layers must increase, got {self.layers}.")
+        if min(self.pivots) < 0 or not sum(self.pivots):
+            raise ValueError(f"decode.pivots: expected one pivot at least, got {self.pivots}.")
+        if not 0 <= self.recycle <= 1:
+            raise ValueError(f"decode.recycle: expected a share from 0 to 1, got {self.recycle}.")
+        if self.recycle and self.budget != "fixed":
+            raise ValueError("decode.recycle needs decode.budget='fixed'.")
 
     def bounds(self, cut: int) -> tuple[int, int]:
         """(K_min, K_max): the fewest and the most visual tokens of an image after a cut."""
@@ -171,6 +201,25 @@ class DecodePlan:
             return self.keep[cut], self.keep[cut]
         low, high = (round(limit * self.keep[cut]) for limit in self.limits)
         return max(low, 1), high
+
+    def recycling(self, cut: int, *, available: int) -> tuple[int, int]:
+        """(tokens of an image that are recycled, tokens that they become), as SparseVLM counts
+        them; `available` tokens reach the cut.
+
+        Raises:
+            ValueError: if what they become would fill the whole budget.
+        """
+        dropped = available - self.keep[cut]
+        if not self.recycle or dropped <= 0:
+            return 0, 0
+        recycled = int(self.recycle * dropped) + 1
+        clusters = recycled // 10 + 1
+        if clusters >= self.keep[cut]:
+            raise ValueError(
+                f"decode.recycle={self.recycle} makes {clusters} tokens of {dropped} dropped ones, "
+                f"but decode.keep[{cut}]={self.keep[cut]}; keep more or recycle fewer."
+            )
+        return recycled, clusters
 
     def buckets(self, cut: int, *, available: int) -> tuple[int, ...]:
         """Static sizes, increasing, that hold any K of the cut; `available` tokens at most."""

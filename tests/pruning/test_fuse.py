@@ -1,5 +1,7 @@
 """Stage 2 and its controls, on examples worked by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,13 +64,29 @@ def test_mutual_redundancy_is_the_double_sum(similarity):
 
 
 def test_cooperative_keeps_the_least_redundant():
-    np.testing.assert_array_equal(kept(FusePlan(keep=3)), [[1, 2, 4]])
+    plan = FusePlan(keep=3, similarity="cosine")
+    np.testing.assert_array_equal(kept(plan), [[1, 2, 4]])
+
+
+def test_centred_cosine_ranks_tokens_where_an_encoder_has_a_bias():
+    """Three plain places and an object, seen by both encoders; b's tokens also share a direction
+    that a's object happens to share. The plain cosine drops the object, the centred one plain
+    places."""
+    plain, thing = [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]
+    x = jnp.asarray([[plain, plain, plain, thing] * 2])
+    x = x.at[:, 4:].add(jnp.asarray([9.0, 0.0, 9.0]))
+    spans = (Span("a", 0, 4, 0), Span("b", 4, 4, 0))
+    similarities = ("cosine", "centered_cosine")
+    stays = {s: kept(FusePlan(keep=5, similarity=s), x, spans)[0].tolist() for s in similarities}
+    assert 3 not in stays["cosine"]
+    assert {3, 7} <= set(stays["centered_cosine"])
 
 
 def test_a_floor_keeps_a_share_of_every_encoder():
     x = X.at[:, 3:].set(jnp.asarray([1.0, 1.0]))  # b says throughout what a says
-    share = (kept(FusePlan(keep=2), x) >= 3).sum()
-    floored = (kept(FusePlan(keep=2, floor=0.5), x) >= 3).sum()
+    plan = FusePlan(keep=2, similarity="cosine")
+    share = (kept(plan, x) >= 3).sum()
+    floored = (kept(dataclasses.replace(plan, floor=0.5), x) >= 3).sum()
     assert share == 0 and floored == 1
 
 
