@@ -1,7 +1,11 @@
-"""Evaluates a checkpoint: `python evaluate.py --config=configs/tiny.py --workdir=runs/tiny`."""
+"""Evaluates a checkpoint: `python evaluate.py --checkpoint=runs/tiny --plans=full,meteor`.
+
+docs/evaluate.md says what it reads and writes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,15 +13,22 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from meteor_jax.checkpoint import FOLDER, CheckpointError, restore_params, restore_parts
+from meteor_jax.checkpoint import CheckpointError
+from meteor_jax.distributed import define_process_flags, ending_together, start_from_flags
 from meteor_jax.evaluation.config import check_request
-from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.evaluation.loading import load_params, read_experiment, source_folder
+from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import split_plans
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; results are written there.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment (default: the one that the checkpoint was trained with).",
+    lock_config=True,
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder that results are written to (default: that of the checkpoint)."
+)
 TASKS = flags.DEFINE_string(
     "tasks", None, "Tasks, groups or sources, with commas between, or 'all' (default: config.eval)."
 )
@@ -31,6 +42,12 @@ CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
     "Folder of a run whose checkpoint is evaluated (default: workdir, or config.init_from).",
 )
+STEP = flags.DEFINE_integer("step", None, "Which of its checkpoints (default: the newest).")
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where the folders of benchmarks are (default: config.data.data_dir)."
+)
+
+define_process_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -38,50 +55,56 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
-        evaluate(load_experiment(CONFIG.value))
+        start_from_flags()
+        evaluate()
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def evaluate(experiment: Experiment) -> None:
-    """Restores the parameters onto the config's mesh and evaluates them.
+def evaluate() -> None:
+    """Restores the parameters that the flags name onto the config's mesh and evaluates them.
 
     Raises:
         ValueError, OSError: one line that says what is wrong and what to do.
     """
-    workdir = Path(WORKDIR.value)
-    source_dir = Path(CHECKPOINT.value or workdir)
-    init_from = ()
-    if CHECKPOINT.value is None and not (workdir / FOLDER).is_dir():
-        init_from = experiment.init_from
-        source_dir = Path(init_from[0]) if init_from else workdir
-    tasks = None
-    if TASKS.value is not None:
-        tasks = [name.strip() for name in TASKS.value.split(",") if name.strip()]
+    if WORKDIR.value is None and CHECKPOINT.value is None:
+        raise CheckpointError("name a run with --checkpoint or --workdir.")
+    workdir = Path(WORKDIR.value or CHECKPOINT.value)
+    experiment = find_experiment(Path(CHECKPOINT.value or workdir))
+    folder, init_from = source_folder(experiment, workdir)
+    if CHECKPOINT.value is not None:
+        folder, init_from = Path(CHECKPOINT.value), ()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"workdir {folder} does not exist: train first, or correct it.")
     request = {
-        "tasks": tasks,
-        "plans": None if PLANS.value is None else split_plans(PLANS.value),
+        "tasks": TASKS.value and [name.strip() for name in TASKS.value.split(",") if name.strip()],
+        "plans": PLANS.value and split_plans(PLANS.value),
         "num_questions": NUM_QUESTIONS.value,
     }
-    if not source_dir.is_dir():
-        raise FileNotFoundError(f"workdir {source_dir} does not exist: train first, or correct it.")
-    check_request(experiment, source_dir=source_dir, **request)
+    check_request(experiment, source_dir=folder, **request)
     mesh = make_mesh(experiment.train.mesh)
-    with jax.set_mesh(mesh):
-        like = param_shapes(experiment, mesh=mesh)
-        if init_from:
-            params = restore_parts(init_from, like)
-            if missing := sorted(like.keys() - params.keys()):
-                raise CheckpointError(f"init_from: nothing there holds {', '.join(missing)}.")
-        else:
-            params = restore_params(source_dir, like)
+    with jax.set_mesh(mesh), ending_together():
+        params, step = load_params(
+            experiment, folder, mesh=mesh, step=STEP.value, init_from=init_from
+        )
         evaluate_checkpoint(
-            experiment, params, workdir=workdir, source_dir=source_dir, **request
+            experiment, params, workdir=workdir, source_dir=folder, step=step, **request
         )
 
 
+def find_experiment(folder: Path) -> Experiment:
+    """That of --config, else the folder's own, with --data_dir put in."""
+    if CONFIG.value is not None:
+        experiment = load_experiment(CONFIG.value)
+    else:
+        experiment = read_experiment(folder)
+    if DATA_DIR.value is not None:
+        data = dataclasses.replace(experiment.data, data_dir=DATA_DIR.value)
+        experiment = dataclasses.replace(experiment, data=data)
+    return experiment
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -1,38 +1,43 @@
-"""Asks a model one plan's questions: images encoded once, every question alone.
+"""Asks a model one plan's prompts: images encoded once, every prompt alone.
 
 The host decodes the next images while the device works, and answers are fetched one batch late,
 so that neither waits for the other.
 
-I images, G images of a group, B questions, T prompt tokens, N visual tokens, D width.
+S lanes, I images of a lane in one batch, G images of a lane in a group, b prompts of a lane,
+B = S·b prompts, T prompt tokens, M images of a prompt, N visual tokens, D width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.data.pipeline import Prompts
 from meteor_jax.data.sources import CorruptImage
-from meteor_jax.evaluation.results import Answer, score_answer
-from meteor_jax.evaluation.tasks import Question
+from meteor_jax.evaluation.lanes import ROWS, Lanes
+from meteor_jax.evaluation.schedule import NO_IMAGE, Ask, Group, Schedule, Shape, Step
 from meteor_jax.inference.generate import generate
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, VisualTokens
 
 T = TypeVar("T")
+Read = Callable[[Hashable], Any]
+Decode = Callable[[Any], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Replies:
     """A batch's answers, still on the device.
 
@@ -46,18 +51,29 @@ class Replies:
     kept: tuple[Array, ...] = ()
 
 
+@flax.struct.dataclass
+class Rows:
+    """A batch of prompts: [S, b, ...] as hosts lay them out, [B, ...] as the model takes them.
+
+    Shapes:
+        tokens: int32[..., T]; text_valid: bool[..., T]; image_valid: bool[..., M].
+    """
+
+    tokens: Array
+    text_valid: Array
+    image_valid: Array
+
+
 class Answerer(Protocol):
-    """A model under one plan. Every call has the same shapes, and returns before it is done."""
+    """A model under one plan. Every call returns before it is done."""
 
     sees_images: bool
 
-    def encode(self, images: np.ndarray) -> VisualTokens:
-        """VisualTokens of [I, N, D] for uint8[I, H, W, 3]."""
+    def encode(self, images: Array) -> VisualTokens:
+        """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
 
-    def answer(
-        self, visual: VisualTokens, tokens: np.ndarray, text_valid: np.ndarray
-    ) -> Replies:
-        """Replies to int32[B, T] prompts, each about its image in `visual`, [B, 1, N, D]."""
+    def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
+        """Replies to B prompts about their images in `visual`, [B, M, N, D]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +83,22 @@ class ModelAnswerer:
     model: nn.Module
     params: Any
     plan: PrunePlan
-    max_new_tokens: int
     eos_id: int
     sees_images: bool = True
 
-    def encode(self, images: np.ndarray) -> VisualTokens:
+    def encode(self, images: Array) -> VisualTokens:
         return encode_images(self.params, images, model=self.model, plan=self.plan)
 
-    def answer(
-        self, visual: VisualTokens, tokens: np.ndarray, text_valid: np.ndarray
-    ) -> Replies:
+    def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
         generated = generate(
             self.model,
             self.params,
             visual,
-            image_valid=jnp.full((len(tokens), 1), self.sees_images),
-            tokens=jnp.asarray(tokens),
-            text_valid=jnp.asarray(text_valid),
+            image_valid=rows.image_valid,
+            tokens=rows.tokens,
+            text_valid=rows.text_valid,
             plan=self.plan,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_id=self.eos_id,
         )
         return Replies(
@@ -101,10 +114,10 @@ class BlindAnswerer(ModelAnswerer):
 
     sees_images: bool = False
 
-    def encode(self, images: np.ndarray) -> VisualTokens:
+    def encode(self, images: Array) -> VisualTokens:
         shape = fused_shape(self.model, self.params, plan=self.plan)
         return jax.tree.map(
-            lambda leaf: jnp.zeros((len(images), 1, *leaf.shape[2:]), leaf.dtype), shape
+            lambda leaf: jnp.zeros((*images.shape[:2], 1, *leaf.shape[2:]), leaf.dtype), shape
         )
 
 
@@ -129,152 +142,250 @@ def fused_shape(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualToke
 def encode_images(
     params: Any, images: Array, *, model: nn.Module, plan: PrunePlan
 ) -> VisualTokens:
-    """VisualTokens of [I, N, D] for uint8[I, H, W, 3]."""
-    encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
-    return encoded.tokens
+    """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
+    lanes = images.shape[:2]
+    flat = _by_rows(images.reshape(-1, *images.shape[2:]))
+    encoded = model.apply({"params": params}, flat, plan=plan, method="encode_images")
+    return jax.tree.map(
+        lambda leaf: _by_rows(leaf.reshape(*lanes, *leaf.shape[1:])), encoded.tokens
+    )
 
 
 @jax.jit
 def join(parts: Sequence[VisualTokens]) -> VisualTokens:
-    """[G, N, D] of batches of [I, N, D]."""
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    """[S, G, N, D] of batches of [S, I, N, D]."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
 
 
 @jax.jit
-def look_up(group: VisualTokens, slot: Array) -> VisualTokens:
-    """[B, 1, N, D]: for every question the tokens of its image, int32[B] into the group."""
-    return jax.tree.map(lambda array: jnp.take(array, slot, axis=0)[:, None], group)
+def look_up(group: VisualTokens, slot: Array, rows: Rows) -> tuple[VisualTokens, Rows]:
+    """[B, M, N, D], every prompt's images out of its own lane of [S, G, N, D], and `rows` as B.
+
+    Shapes:
+        slot: int32[S, b, M].
+    """
+
+    def flat(leaf: Array) -> Array:
+        return _by_rows(leaf.reshape(-1, *leaf.shape[2:]))
+
+    visual = jax.tree.map(
+        lambda leaf: flat(jax.vmap(lambda images, places: images[places])(leaf, slot)), group
+    )
+    return visual, jax.tree.map(flat, rows)
+
+
+def _by_rows(x: Array) -> Array:
+    """Keeps the first axis split by lanes, on the mesh in force."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """Some images and all questions about them, as the host prepares them.
+class Answered:
+    """A batch's answers on the host, without the rows that filled it up; n prompts.
+
+    Shapes:
+        index: int64[n] into the prompts.
+        tokens: int32[n, max_new_tokens]; num_tokens: int32[n].
+        kept: int32[n] a cut in the LLM.
+        unreadable: bool[n]; an image could not be decoded, so the answer means nothing.
+    """
+
+    index: np.ndarray
+    tokens: np.ndarray
+    num_tokens: np.ndarray
+    kept: tuple[np.ndarray, ...]
+    unreadable: np.ndarray
+
+
+@dataclasses.dataclass
+class Seconds:
+    """Where the time went, added up while prompts are asked.
 
     Attributes:
-        images: whole batches uint8[I, H, W, 3]; the last is padded by zeros.
-        asked: questions by index; slot: int32, the image of each, counted through the batches.
-        corrupt: questions whose image could not be decoded.
+        compile: before the first prompt, once a shape.
+        wall: from then on. model: of that, calling the model and waiting for its answers.
+        data: reading and decoding images, in a thread beside the model.
     """
 
-    images: list[np.ndarray]
-    asked: np.ndarray
-    slot: np.ndarray
-    corrupt: list[int]
+    compile: float = 0.0
+    wall: float = 0.0
+    model: float = 0.0
+    data: float = 0.0
+
+    @property
+    def host(self) -> float:
+        """Seconds in which the model was not called or waited for."""
+        return self.wall - self.model
+
+    def as_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self) | {"host": self.host}
+
+    @contextlib.contextmanager
+    def adding(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
+
+
+def answer_prompts(
+    asks: Sequence[Ask],
+    answerer: Answerer,
+    *,
+    schedule: Schedule,
+    read_image: Read,
+    decode_image: Decode,
+    image_size: int,
+    seconds: Seconds,
+    lanes: Lanes,
+    warm_up: bool = True,
+) -> Iterator[Answered]:
+    """Asks everything in the schedule, batch by batch; what the caller does meanwhile is host time.
+
+    Args:
+        read_image: what a key stands for; called in one thread.
+        decode_image: uint8[H, W, 3] of that, or `CorruptImage`; called in several.
+        seconds: is added to.
+        warm_up: asks each shape of batch once beforehand, so that compiling is counted apart.
+    """
+    if not schedule.groups:
+        return
+    per_batch = schedule.sizes.images // schedule.lanes
+    zeros = np.zeros((per_batch, image_size, image_size, 3), np.uint8)
+    with seconds.adding("compile"):
+        blank = answerer.encode(lanes.place(dict.fromkeys(lanes.local, zeros)))
+        blanks = [blank] * (schedule.slots // per_batch)
+        warm = join(blanks)
+        steps = [step for group in schedule.groups for step in group.steps]
+        for step in {step.shape: step for step in steps if warm_up}.values():
+            slot, rows = _lay_out(asks, step, lanes=lanes)
+            jax.block_until_ready(_ask(answerer, step, warm, slot=slot, rows=rows))
+
+    begin = time.perf_counter()
+    pending: deque[tuple[Step, Replies, Array]] = deque()
+
+    def settle() -> Answered:
+        step, replies, readable = pending.popleft()
+        with seconds.adding("model"):
+            replies, readable = jax.device_get((replies, readable))
+        seconds.wall = before + time.perf_counter() - begin
+        return _answered(step, replies, readable)
+
+    before = seconds.wall
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+
+        def load(group: Group) -> _Loaded:
+            if not answerer.sees_images:
+                return _Loaded([], dict.fromkeys(lanes.local, np.ones(schedule.slots, bool)))
+            with seconds.adding("data"):
+                return _load(
+                    group, lanes=lanes, slots=schedule.slots, blank=zeros, read_image=read_image,
+                    decode_image=decode_image, pool=pool,
+                )
+
+        for group, loaded in zip(
+            schedule.groups, prefetch(map(load, schedule.groups)), strict=True
+        ):
+            batches = [lanes.place(batch) for batch in loaded.batches]
+            readable = lanes.everywhere(lanes.place(loaded.readable))
+            with seconds.adding("model"):
+                parts = [answerer.encode(batch) for batch in batches]
+                visual = join(parts + blanks[len(parts) :])
+            for step in group.steps:
+                slot, rows = _lay_out(asks, step, lanes=lanes)
+                with seconds.adding("model"):
+                    replies = _ask(answerer, step, visual, slot=slot, rows=rows)
+                pending.append((step, lanes.everywhere(replies), readable))
+                if len(pending) > 1:
+                    yield settle()
+        while pending:
+            yield settle()
+    seconds.wall = before + time.perf_counter() - begin
+
+
+def _ask(
+    answerer: Answerer, step: Step, group: VisualTokens, *, slot: Array, rows: Rows
+) -> Replies:
+    visual, rows = look_up(group, slot, rows)
+    return answerer.answer(visual, rows, max_new_tokens=step.shape.max_new_tokens)
+
+
+def _lay_out(asks: Sequence[Ask], step: Step, *, lanes: Lanes) -> tuple[Array, Rows]:
+    """A step's slots and prompts, [S, b, ...] on their lanes."""
+    rows = pad_prompts(asks, step.asked, shape=step.shape)
+    return jax.tree.map(
+        lambda leaf: lanes.place({lane: leaf[lane] for lane in lanes.local}), (step.slot, rows)
+    )
+
+
+def pad_prompts(asks: Sequence[Ask], index: np.ndarray, *, shape: Shape) -> Rows:
+    """The prompts at `index`, int[...], as arrays of the given shape."""
+    tokens = np.zeros((*index.shape, shape.prompt_length), np.int32)
+    text_valid = np.zeros(tokens.shape, bool)
+    image_valid = np.zeros((*index.shape, shape.num_images), bool)
+    for place in np.ndindex(index.shape):
+        ask = asks[index[place]]
+        tokens[place][: len(ask.tokens)] = ask.tokens
+        text_valid[place][: len(ask.tokens)] = True
+        image_valid[place][: len(ask.images)] = True
+    return Rows(tokens, text_valid, image_valid)
+
+
+def _answered(step: Step, replies: Replies, readable: np.ndarray) -> Answered:
+    counts = step.counts.reshape(-1)
+    lane = np.arange(len(step.slot))[:, None, None]
+    sound = (readable[lane, step.slot] | (step.slot == NO_IMAGE)).all(-1)
+    return Answered(
+        index=step.asked[step.counts],
+        tokens=replies.tokens[counts],
+        num_tokens=replies.num_tokens[counts],
+        kept=tuple(cut[counts] for cut in replies.kept),
+        unreadable=~sound[step.counts],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchSizes:
-    """Static sizes: images encoded together, questions asked together, images kept at once."""
+class _Loaded:
+    """A group's images, as the host prepares them.
 
-    images: int
-    questions: int
-    group: int
-
-
-def make_groups(
-    questions: Sequence[Question],
-    *,
-    load_image: Callable[[Question], np.ndarray],
-    sizes: BatchSizes,
-) -> Iterator[Group]:
-    """The questions, group by group, with their images; questions about one image are adjacent.
-
-    `load_image` raises `CorruptImage` where there is none to be had.
+    Attributes:
+        batches: by local lane, uint8[I, H, W, 3], padded by zeros.
+        readable: by local lane, bool[G].
     """
-    of_image: dict[tuple[str, int], list[int]] = {}
-    for index, question in enumerate(questions):
-        of_image.setdefault(question.image, []).append(index)
-    members = list(of_image.values())
-    for start in range(0, len(members), sizes.group):
-        images, asked, slot, corrupt = [], [], [], []
-        for indices in members[start : start + sizes.group]:
-            try:
-                image = load_image(questions[indices[0]])
-            except CorruptImage:
-                corrupt += indices
-                continue
-            asked += indices
-            slot += [len(images)] * len(indices)
-            images.append(image)
-        yield Group(
-            images=_batches(images, size=sizes.images),
-            asked=np.array(asked, np.int64),
-            slot=np.array(slot, np.int32),
-            corrupt=corrupt,
-        )
+
+    batches: list[dict[int, np.ndarray]]
+    readable: dict[int, np.ndarray]
 
 
-def answer_questions(
-    questions: Sequence[Question],
-    prompts: Prompts,
-    answerer: Answerer,
+def _load(
+    group: Group,
     *,
-    decode: Callable[[Sequence[int]], str],
-    load_image: Callable[[Question], np.ndarray],
-    sizes: BatchSizes,
-    image_size: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> tuple[list[Answer], float]:
-    """Asks everything; returns the answers in order, and the seconds a question took.
+    lanes: Lanes,
+    slots: int,
+    blank: np.ndarray,
+    read_image: Read,
+    decode_image: Decode,
+    pool: ThreadPoolExecutor,
+) -> _Loaded:
+    def decode(encoded: Any) -> np.ndarray | None:
+        with contextlib.suppress(CorruptImage):
+            return decode_image(encoded)
+        return None
 
-    A first batch of zeros compiles every program; its time is not counted. Rows that only fill
-    up a batch are dropped again.
-
-    Args:
-        prompts: one row a question.
-        decode: token ids to text.
-        advance: told how many more questions have their answer.
-    """
-    answers: dict[int, Answer] = {}
-
-    def settle(indices: np.ndarray, replies: Replies) -> None:
-        tokens, num_tokens, kept = jax.device_get(
-            (replies.tokens, replies.num_tokens, replies.kept)
-        )
-        for row, index in enumerate(indices.tolist()):
-            prediction = decode(tokens[row, : num_tokens[row]].tolist()).strip()
-            answers[index] = Answer(
-                prediction=prediction,
-                score=score_answer(questions[index], prediction),
-                kept=tuple(int(cut[row]) for cut in kept),
-                prompt_tokens=int(prompts.text_valid[index].sum()),
-            )
-        advance(len(indices))
-
-    pending: deque[tuple[np.ndarray, Replies]] = deque()
-    blank = answerer.encode(np.zeros((sizes.images, image_size, image_size, 3), np.uint8))
-    per_group = -(-sizes.group // sizes.images)
-    warm = look_up(join([blank] * per_group), np.zeros(sizes.questions, np.int32))
-    first = np.zeros(sizes.questions, np.int64)
-    jax.block_until_ready(
-        answerer.answer(warm, prompts.tokens[first], prompts.text_valid[first]).tokens
-    )
-    begin = time.perf_counter()
-    for group in prefetch(make_groups(questions, load_image=load_image, sizes=sizes)):
-        for index in group.corrupt:
-            answers[index] = Answer(prediction="", score=0.0, corrupt=True)
-        advance(len(group.corrupt))
-        if not len(group.asked):
-            continue
-        parts = [blank] * per_group
-        if answerer.sees_images:
-            parts[: len(group.images)] = [answerer.encode(images) for images in group.images]
-        visual = join(parts)
-        for start in range(0, len(group.asked), sizes.questions):
-            indices = group.asked[start : start + sizes.questions]
-            # A batch that is not full repeats its last question.
-            places = np.minimum(start + np.arange(sizes.questions), len(group.asked) - 1)
-            rows = group.asked[places]
-            replies = answerer.answer(
-                look_up(visual, group.slot[places]), prompts.tokens[rows], prompts.text_valid[rows]
-            )
-            pending.append((indices, replies))
-            if len(pending) > 1:
-                settle(*pending.popleft())
-    while pending:
-        settle(*pending.popleft())
-    seconds = (time.perf_counter() - begin) / len(questions)
-    return [answers[index] for index in range(len(questions))], seconds
+    size = len(blank)
+    images = {lane: np.repeat(blank[:1], group.num_batches * size, 0) for lane in lanes.local}
+    readable = {lane: np.ones(slots, bool) for lane in lanes.local}
+    for lane in lanes.local:
+        for place, image in enumerate(pool.map(decode, map(read_image, group.images[lane]))):
+            readable[lane][place] = image is not None
+            if image is not None:
+                images[lane][place] = image
+    batches = [
+        {lane: images[lane][start : start + size] for lane in lanes.local}
+        for start in range(0, group.num_batches * size, size)
+    ]
+    return _Loaded(batches, readable)
 
 
 def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
@@ -285,26 +396,3 @@ def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
         while (item := ahead.popleft().result()) is not end:
             ahead.append(pool.submit(next, iterator, end))
             yield item
-
-
-def image_loader(
-    sources: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    decode_image: Callable[..., np.ndarray],
-    image_size: int,
-) -> Callable[[Question], np.ndarray]:
-    """What `make_groups` calls: a question's image out of its source, uint8[H, W, 3]."""
-
-    def load(question: Question) -> np.ndarray:
-        encoded = sources[question.task.source][question.record]["image"]
-        return decode_image(encoded, size=image_size)
-
-    return load
-
-
-def _batches(images: Sequence[np.ndarray], *, size: int) -> list[np.ndarray]:
-    batches = []
-    for start in range(0, len(images), size):
-        batch = np.stack(images[start : start + size])
-        batches.append(np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0))))
-    return batches

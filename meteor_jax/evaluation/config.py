@@ -11,8 +11,8 @@ import jax
 from meteor_jax.config import ConfigError, build
 from meteor_jax.data.records import TaskSpec
 from meteor_jax.data.templates import get_template
-from meteor_jax.evaluation.answering import BatchSizes
 from meteor_jax.evaluation.results import BLIND, MAJORITY
+from meteor_jax.evaluation.schedule import BatchSizes
 from meteor_jax.evaluation.tasks import resolve_tasks
 from meteor_jax.parallel import check_batch_size
 from meteor_jax.pruning.baselines import parse_plan
@@ -33,9 +33,13 @@ class EvalConfig:
         num_questions: of each task; None asks all.
         num_images: of each test split; None takes all, or the source's default.
         template: of the prompts; "" takes that of the finetune stage.
-        max_new_tokens: an answer is cut off there.
-        images_per_batch, questions_per_batch: static sizes of encoding and answering.
-        group_images: images whose visual tokens lie on the device at once.
+        prompt_lengths: text tokens that prompts are padded to; each one that is used is compiled
+            once. The longest prompt must fit the last.
+        max_new_tokens: an answer is cut off there, where its task says nothing else.
+        max_new_tokens_limit: cuts off the answers of every task, to save memory; None does not.
+        images_per_batch, questions_per_batch: static sizes of encoding and answering, over all
+            devices.
+        group_images: images whose visual tokens lie on the devices at once.
         draw_images: examples in kept_tokens.png; 0 draws none.
         seed: of the choice of questions.
     """
@@ -45,7 +49,9 @@ class EvalConfig:
     num_questions: int | None = None
     num_images: int | None = None
     template: str = ""
+    prompt_lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     max_new_tokens: int = 16
+    max_new_tokens_limit: int | None = None
     images_per_batch: int = 16
     questions_per_batch: int = 32
     group_images: int = 64
@@ -56,8 +62,17 @@ class EvalConfig:
         for name in ("max_new_tokens", "images_per_batch", "questions_per_batch", "group_images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name} is at least 1, got {getattr(self, name)}.")
-        if self.num_questions is not None and self.num_questions < 1:
-            raise ConfigError(f"num_questions is at least 1, got {self.num_questions}.")
+        for name in ("num_questions", "max_new_tokens_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
+        lengths = self.prompt_lengths
+        if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
+            raise ConfigError(f"eval.prompt_lengths: expected ascending lengths, got {lengths}.")
+
+    def new_tokens(self, task: TaskSpec) -> int:
+        """Tokens at which an answer to a task's question is cut off."""
+        asked = task.max_new_tokens or self.max_new_tokens
+        return min(asked, self.max_new_tokens_limit or asked)
 
     @property
     def sizes(self) -> BatchSizes:
@@ -135,12 +150,7 @@ def check_request(
     if not mesh.empty:
         for name in ("images_per_batch", "questions_per_batch"):
             check_batch_size(getattr(config, name), mesh, where=f"eval.{name}")
-    template = config.template or experiment.train.finetune.template
-    if not get_template(template).keeps_question:
-        raise ConfigError(
-            f"template '{template}' drops the question: set eval.template, or "
-            "train.finetune.template, to one that keeps it, such as 'qa'."
-        )
+    template = prompt_template(config.template or experiment.train.finetune.template)
     calibration = Calibration.load(Path(source_dir) / CALIBRATION_FILE)
     return Request(
         config=config,
@@ -148,3 +158,17 @@ def check_request(
         plans=resolve_plans(config.plans, library=experiment.plans, calibration=calibration),
         template=template,
     )
+
+
+def prompt_template(name: str) -> str:
+    """`name`, if questions can be asked in it.
+
+    Raises:
+        ConfigError: for a template that drops the question; ValueError: for one that is not there.
+    """
+    if not get_template(name).keeps_question:
+        raise ConfigError(
+            f"template '{name}' drops the question: set eval.template, or "
+            "train.finetune.template, to one that keeps it, such as 'qa'."
+        )
+    return name

@@ -1,8 +1,8 @@
-"""How an answer is scored, and how sure we are of a mean score.
+"""How an answer to one of our own sets is scored, and how sure we are of a mean score.
 
 Every metric is a function `(prediction, golds) -> float in [0, 1]`; with several gold answers the
-best one counts. The rules are those of the benchmarks' own scorers, as EAGLE's evaluation bundles
-them, without that bundle's mistakes; each docstring names the difference.
+best one counts. The rules are those of the benchmarks that ask the same, made a little kinder;
+each docstring names the difference. The benchmarks' own are in `benchmarks`.
 """
 
 from __future__ import annotations
@@ -105,35 +105,6 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Aggregate:
-    """A task's result: mean score, its 95 % interval, the number of questions, and F1 of "yes"
-    for a yes/no task (None elsewhere)."""
-
-    score: float
-    low: float
-    high: float
-    n: int
-    f1: float | None = None
-
-
-def aggregate(metric: str, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Aggregate:
-    """Scores every question by `metric` (a name in `METRICS`) and takes the plain mean.
-
-    Raises:
-        ValueError: if there is no question, or not one list of golds a prediction.
-    """
-    if not predictions or len(predictions) != len(golds):
-        raise ValueError(
-            f"expected as many predictions as gold answers and at least one, got "
-            f"{len(predictions)} and {len(golds)}."
-        )
-    scores = [METRICS[metric](*pair) for pair in zip(predictions, golds, strict=True)]
-    low, high = interval(scores)
-    f1 = yes_f1(predictions, golds) if metric == "yes_no" else None
-    return Aggregate(score=float(np.mean(scores)), low=low, high=high, n=len(scores), f1=f1)
-
-
 def yes_f1(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> float:
     """F1 with "yes" as the positive class; an answer that is neither counts as not "yes".
 
@@ -163,7 +134,8 @@ def wilson(num_right: int, n: int) -> tuple[float, float]:
     share, z2 = num_right / n, CONFIDENCE_Z**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = CONFIDENCE_Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Where none or all are right an end is the share itself, which rounding would miss.
+    return centre - half if num_right else 0.0, centre + half if num_right < n else 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from rich.console import Console
 from rich.table import Table
-from sklearn.isotonic import isotonic_regression
 
-from meteor_jax import __version__
+from meteor_jax.evaluation.figures import PAPER, TOKENS_LABEL, Point, score_figure
+from meteor_jax.evaluation.files import (
+    file_name,
+    prediction_line,
+    versions,
+    write_lines,
+    write_text,
+)
 from meteor_jax.evaluation.results import (
     BLIND,
     COMBINED,
@@ -33,9 +33,6 @@ from meteor_jax.pruning.plan import PrunePlan
 EVAL_FILE = "eval.json"
 CURVE_FILE = "accuracy_vs_tokens.png"
 PREDICTIONS_FOLDER = "predictions"
-PACKAGES = ("jax", "flax", "numpy")
-LABEL_WIDTH, LABEL_HEIGHT = 0.15, 0.048  # of a name in the picture, as shares of the axes
-INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#2563eb"
 
 
 def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
@@ -84,115 +81,80 @@ def write_eval(
     config: Mapping[str, Any],
     plans: Sequence[PrunePlan],
     step: int | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> None:
-    """eval.json: config, plans, versions, rows and averages; the file is whole or absent."""
+    """eval.json: config, plans, versions, rows and averages; the file is whole or absent.
+
+    Args:
+        details: more fields, by name.
+    """
     content = {
         "step": step,
         "config": config,
         "plans": {plan.name: dataclasses.asdict(plan) for plan in plans},
-        # Our own from the source: a clone runs without being installed.
-        "versions": {"meteor_jax": __version__} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
+        **(details or {}),
         "rows": [dataclasses.asdict(row) for row in rows],
         "averages": averages(rows),
     }
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_predictions(folder: Path, questions: Sequence[Question], result: PlanResult) -> Path:
     """`<plan>.jsonl` in `folder`: one object a question. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_name(result.plan)}.jsonl"
-    lines = [
-        json.dumps(
-            {
-                "task": question.task.name,
-                "question_id": question.question_id,
-                "image_id": question.image_id,
-                "question": question.question,
-                "answer": question.answer,
-                "prediction": answer.prediction,
-                "score": answer.score,
-                "kept": list(answer.kept),
-                "corrupt": answer.corrupt,
-            },
-            ensure_ascii=False,
-        )
-        for question, answer in zip(questions, result.answers, strict=True)
-    ]
-    _write(path, "\n".join(lines) + "\n")
+    write_lines(path, map(prediction_line, questions, result.answers))
     return path
 
 
-def file_name(plan: str) -> str:
-    """A plan's name without what file systems dislike: `fastv(layer=2,keep=8)` → `fastv_layer…`."""
-    return re.sub(r"[^\w.=-]+", "_", plan).strip("_")
-
-
 def draw_curve(path: Path, rows: Sequence[Row]) -> None:
-    """accuracy_vs_tokens.png: mean score over the tasks against visual tokens, a point a plan.
+    """accuracy_vs_tokens.png: mean score over the tasks against visual tokens, a point a plan."""
+    points = plan_points(rows, cost=lambda row: row.visual_tokens_mean)
+    reference = points["full"].score if "full" in points else None
+    figure = score_figure(points, x_label=TOKENS_LABEL, reference=reference)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, facecolor=PAPER)
+    partial.replace(path)
 
-    Error bars combine the tasks' 95 % intervals as if the tasks were independent.
+
+def plan_points(
+    rows: Sequence[Row], *, cost: Callable[[Row], float], series: int = 0
+) -> dict[str, Point]:
+    """By plan, its mean score over the tasks and its mean cost.
+
+    The ends combine the tasks' 95 % intervals as if the tasks were independent.
     """
     points = {}
     for plan, means in averages(rows).items():
         of_plan = [row for row in rows if row.plan == plan and row.group != COMBINED]
         below = sum((row.score - row.low) ** 2 for row in of_plan) ** 0.5 / len(of_plan)
         above = sum((row.high - row.score) ** 2 for row in of_plan) ** 0.5 / len(of_plan)
-        tokens = sum(row.visual_tokens_mean for row in of_plan) / len(of_plan)
-        points[plan] = (tokens, 100 * means["all"], 100 * below, 100 * above)
-    figure = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if "full" in points:
-        axes.axhline(points["full"][1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 4)))
-    for plan, (tokens, score, below, above) in points.items():
-        baseline = plan in (BLIND, MAJORITY)
-        color = MUTED if baseline else ACCENT
-        axes.errorbar(
-            tokens, score, yerr=[[below], [above]], fmt="o", markersize=4 if baseline else 6,
-            color=color, ecolor=color, elinewidth=1, capsize=3,
+        score = means["all"]
+        points[plan] = Point(
+            x=sum(map(cost, of_plan)) / len(of_plan), score=100 * score,
+            low=100 * (score - below), high=100 * (score + above),
+            series=-1 if plan in (BLIND, MAJORITY) else series,
         )
-    axes.margins(x=0.14, y=0.12)
-    _label(axes, {plan: point[:2] for plan, point in points.items()})
-    axes.set_xlabel("visual tokens a question (mean over the layers of the LLM)", color=INK)
-    axes.set_ylabel("score, mean over tasks (%)", color=INK)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=8)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#c8ccd2")
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, facecolor="white")
-    partial.replace(path)
+    return points
 
 
-def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside the points, moved apart where they would meet, with a line to their point."""
-    axes.autoscale_view()
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    placed = {
-        plan: ((x - left) / (right - left), (y - bottom) / (top - bottom))
-        for plan, (x, y) in points.items()
-    }
-    columns: list[list[str]] = []
-    for plan in sorted(placed, key=lambda plan: placed[plan]):
-        if not columns or placed[plan][0] - placed[columns[-1][0]][0] > LABEL_WIDTH:
-            columns.append([])
-        columns[-1].append(plan)
-    for column in columns:
-        column.sort(key=lambda plan: placed[plan][1])
-        gaps = LABEL_HEIGHT * np.arange(len(column))
-        # The least moves that keep the gaps: isotonic regression.
-        heights = isotonic_regression([placed[plan][1] for plan in column] - gaps) + gaps
-        edge = max(placed[plan][0] for plan in column) + 0.035
-        for plan, height in zip(column, heights, strict=True):
-            text = axes.annotate(
-                plan, points[plan], xytext=(edge, height), textcoords="axes fraction", va="center",
-                fontsize=8, color=INK, zorder=5,
-                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkB": 5},
-            )
-            text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+def choose_examples(
+    scores: Sequence[float], images: Sequence[Any], *, count: int
+) -> list[int]:
+    """Which answers to show: half of them wrong, half right, the first there are, each with an
+    image of its own. Where there are too few of a kind, the other fills in."""
+    chosen: list[int] = []
+    seen: set[Any] = set()
+    left = {False: count - count // 2, True: count // 2}
+    for fills_in in (False, True):
+        for i, (score, image) in enumerate(zip(scores, images, strict=True)):
+            is_right = score >= 0.5
+            if len(chosen) < count and image not in seen and (fills_in or left[is_right]):
+                left[is_right] -= 1
+                chosen.append(i)
+                seen.add(image)
+    return sorted(chosen)
 
 
 def _cells(row: Row) -> list[str]:
@@ -214,9 +176,3 @@ def _cells(row: Row) -> list[str]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

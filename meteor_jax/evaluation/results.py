@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from meteor_jax.data.sources import SOURCES
+from meteor_jax.evaluation.benchmarks.aggregate import AGGREGATIONS, Aggregate
+from meteor_jax.evaluation.benchmarks.scoring import SCORERS, SUBMISSION
 from meteor_jax.evaluation.metrics import METRICS, interval, paired_difference, yes_f1
 from meteor_jax.evaluation.tasks import Question, combined_name
 
@@ -60,7 +63,8 @@ class Row:
 
     Attributes:
         metric: how its questions were scored; "mean" where tasks of several metrics are joined.
-        score: mean over `n` questions; low, high: its 95 % interval.
+        score: share of what `n` questions can reach; low, high: its 95 % interval, over questions
+            or, where some count only together, over such units.
         group: the task's group, or "combined" for a source's tasks together.
         corrupt: questions scored 0 because their image could not be decoded.
         visual_tokens_mean: visual tokens of a question, mean over the LLM's layers; measured.
@@ -68,8 +72,10 @@ class Row:
         tflops: of one question with its image encoded for it alone, up to the first answer token.
         seconds: wall time of one question as it was run, images shared.
         f1: of "yes", for yes/no tasks.
-        delta, delta_low, delta_high: score minus the reference plan's, question by question, and
-            its 95 % interval; None for the reference itself.
+        delta, delta_low, delta_high: score minus the reference plan's, unit by unit, and its 95 %
+            interval; None for the reference itself.
+        parts: further numbers by name, such as a subset's score or MME's points; see
+            `benchmarks.aggregate`.
     """
 
     task: str
@@ -89,11 +95,15 @@ class Row:
     delta: float | None = None
     delta_low: float | None = None
     delta_high: float | None = None
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def score_answer(question: Question, prediction: str) -> float:
     """The question's score under its task's metric, in [0, 1]."""
-    return METRICS[question.task.metric](prediction, [question.answer])
+    metric = question.task.metric
+    if metric in METRICS:
+        return METRICS[metric](prediction, question.golds)
+    return SCORERS[metric](prediction, question.golds, question.detail)
 
 
 def majority(questions: Sequence[Question]) -> PlanResult:
@@ -133,9 +143,10 @@ def make_rows(
     """
     subsets: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
-        subsets.setdefault(question.task.name, []).append(i)
+        if question.task.metric != SUBMISSION:
+            subsets.setdefault(question.task.name, []).append(i)
     tasks = {question.task.name: question.task for question in questions}
-    sources = Counter(task.source for task in tasks.values())
+    sources = Counter(task.source for task in tasks.values() if task.source in SOURCES)
     for source in (source for source, count in sources.items() if count > 1):
         subsets[combined_name(source)] = [
             i for i, question in enumerate(questions) if question.task.source == source
@@ -144,21 +155,37 @@ def make_rows(
     rows = []
     for name, members in subsets.items():
         asked = [questions[i] for i in members]
-        base = np.array([reference.answers[i].score for i in members])
+        answers = {result.plan: [result.answers[i] for i in members] for result in results}
+        base = _unit_scores(_summarise(name, asked, answers[reference.plan]))
         for result in results:
+            summary = _summarise(name, asked, answers[result.plan])
             row = _make_row(
-                name, asked, [result.answers[i] for i in members], result=result,
+                name, asked, answers[result.plan], summary=summary, result=result,
                 tflops=tflops.get(result.plan),
             )
-            if result is not reference:
-                scores = [result.answers[i].score for i in members]
-                difference = paired_difference(scores, base)
+            if result is not reference and base:
+                difference = paired_difference(_unit_scores(summary), base)
                 row = dataclasses.replace(
                     row, delta=difference.mean, delta_low=difference.low,
                     delta_high=difference.high,
                 )
             rows.append(row)
     return rows
+
+
+def _summarise(
+    name: str, questions: Sequence[Question], answers: Sequence[Answer]
+) -> Aggregate:
+    task = questions[0].task
+    # Several tasks together are all scored by the plain mean.
+    aggregation = AGGREGATIONS[task.aggregation if name == task.name else "mean"]
+    return aggregation(
+        questions, [answer.prediction for answer in answers], [answer.score for answer in answers]
+    )
+
+
+def _unit_scores(summary: Aggregate) -> list[float]:
+    return [unit.score for unit in summary.units]
 
 
 def averages(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -182,26 +209,27 @@ def _make_row(
     questions: Sequence[Question],
     answers: Sequence[Answer],
     *,
+    summary: Aggregate,
     result: PlanResult,
     tflops: QuestionCost | None,
 ) -> Row:
-    scores = [answer.score for answer in answers]
-    low, high = interval(scores)
+    scores = _unit_scores(summary)
+    low, high = interval(scores) if scores else (0.0, 1.0)
     asked = [answer for answer in answers if not answer.corrupt]
     kept = tuple(np.mean([a.kept for a in asked], axis=0).tolist()) if asked else ()
     prompt_tokens = float(np.mean([a.prompt_tokens for a in asked])) if asked else 0.0
     metrics = {question.task.metric for question in questions}
-    f1 = None
+    f1 = summary.parts.get("f1")
     if metrics == {"yes_no"}:
         f1 = yes_f1([a.prediction for a in answers], [[q.answer] for q in questions])
     return Row(
         task=name,
         plan=result.plan,
         metric=metrics.pop() if len(metrics) == 1 else "mean",
-        score=float(np.mean(scores)),
+        score=summary.score,
         low=low,
         high=high,
-        n=len(scores),
+        n=len(answers),
         group=questions[0].task.group if name == questions[0].task.name else COMBINED,
         corrupt=sum(answer.corrupt for answer in answers),
         visual_tokens_mean=layer_average(kept, result=result) if asked else 0.0,
@@ -209,4 +237,5 @@ def _make_row(
         tflops=tflops(prompt_tokens, kept) if tflops and asked else 0.0,
         seconds=result.seconds,
         f1=f1,
+        parts=summary.parts,
     )

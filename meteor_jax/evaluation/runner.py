@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import textwrap
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,18 +24,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from meteor_jax.data.pipeline import Prompts, collate_prompts
-from meteor_jax.data.sources import CorruptImage, decode_image, open_source
-from meteor_jax.data.templates import get_template, stop_id
-from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
-from meteor_jax.evaluation.answering import (
-    BlindAnswerer,
-    ModelAnswerer,
-    answer_questions,
-    fused_shape,
-    image_loader,
-)
-from meteor_jax.evaluation.config import EvalConfig, Request, check_request
+from meteor_jax.data.sources import CorruptImage
+from meteor_jax.data.tokenizers import load_tokenizer
+from meteor_jax.distributed import is_main_process
+from meteor_jax.evaluation.answering import fused_shape, pad_prompts
+from meteor_jax.evaluation.asking import Evaluation
+from meteor_jax.evaluation.benchmarks.submission import write_submissions
+from meteor_jax.evaluation.config import Request, check_request
+from meteor_jax.evaluation.files import file_name, versions
+from meteor_jax.evaluation.kept import kept_tokens
+from meteor_jax.evaluation.lanes import Lanes
+from meteor_jax.evaluation.prompts import Room
 from meteor_jax.evaluation.report import (
     CURVE_FILE,
     EVAL_FILE,
@@ -45,15 +44,9 @@ from meteor_jax.evaluation.report import (
     write_eval,
     write_predictions,
 )
-from meteor_jax.evaluation.results import (
-    BLIND,
-    PlanResult,
-    QuestionCost,
-    Row,
-    majority,
-    make_rows,
-)
-from meteor_jax.evaluation.tasks import Question, collect_questions
+from meteor_jax.evaluation.results import QuestionCost, Row, majority, make_rows
+from meteor_jax.evaluation.resume import digest_params
+from meteor_jax.evaluation.tasks import Question, collect_questions, open_task_source
 from meteor_jax.inference.visualize import draw_kept_tokens
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor, MeteorConfig
@@ -61,132 +54,11 @@ from meteor_jax.parallel import parameter_shardings
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import Experiment
 from meteor_jax.training.state import init_params
-from meteor_jax.types import Batch, PruneTrace
+from meteor_jax.types import Array, Batch, PruneTrace
 
 TOKENIZER_FOLDER = "tokenizer"
 KEPT_FILE = "kept_tokens.png"
-PROMPT_ROUNDING = 8  # T is a multiple of this, so that a few more questions compile nothing new
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Everything that the plans of one evaluation share.
-
-    Attributes:
-        sources: by name, the records of its test split.
-        questions: about one image side by side.
-        template: name of the prompts' template.
-        prompt_length: the most tokens that a prompt may have.
-    """
-
-    model: Meteor
-    params: Any
-    tokenizer: Tokenizer
-    sources: Mapping[str, Sequence[Mapping[str, Any]]]
-    questions: tuple[Question, ...]
-    template: str
-    prompt_length: int
-    config: EvalConfig
-
-    @cached_property
-    def prompts(self) -> Prompts:
-        """One row a question, at most `PROMPT_ROUNDING` longer than the longest needs."""
-        return self._prompts(num_images=1)
-
-    def run(self, plan: PrunePlan, *, progress: Progress) -> PlanResult:
-        """Asks every question under `plan`."""
-        answerer = self._answerer(plan)
-        answers, seconds = self._ask(answerer, self.prompts, name=plan.name, progress=progress)
-        return PlanResult(
-            plan=plan.name,
-            answers=tuple(answers),
-            visual_tokens_fused=fused_shape(self.model, self.params, plan=plan).num_tokens,
-            layers=plan.decode.layers if plan.decode else (),
-            depth=self.model.config.llama.depth,
-            seconds=seconds,
-        )
-
-    def run_blind(self, *, progress: Progress) -> PlanResult:
-        """Asks every question without its image, of the same model."""
-        answerer = self._answerer(PrunePlan(name=BLIND), cls=BlindAnswerer)
-        prompts = self._prompts(num_images=0)
-        answers, seconds = self._ask(answerer, prompts, name=BLIND, progress=progress)
-        return PlanResult(plan=BLIND, answers=tuple(answers), seconds=seconds)
-
-    def draw(self, plan: PrunePlan, *, path: Path) -> None:
-        """kept_tokens.png for the first images; each with its first question."""
-        first_rows: dict[tuple[str, int], int] = {}
-        for row, question in enumerate(self.questions):
-            first_rows.setdefault(question.image, row)
-        rows, loaded = [], []
-        for row in first_rows.values():
-            if len(rows) == self.config.draw_images:
-                break
-            with contextlib.suppress(CorruptImage):
-                loaded.append(self._load_image(self.questions[row]))
-                rows.append(row)
-        if not rows:
-            return
-        images = np.stack(loaded)
-        trace = jax.device_get(
-            trace_examples(
-                self.params, images, self.prompts.tokens[rows], self.prompts.text_valid[rows],
-                model=self.model, plan=plan,
-            )
-        )
-        texts = [
-            f"{textwrap.fill(question.question, 34)}\nanswer: {question.answer}"
-            for question in (self.questions[row] for row in rows)
-        ]
-        draw_kept_tokens(
-            images, texts, trace, grids=token_grids(self.model.config, plan=plan), path=path,
-            title=f"{plan.name}: tokens that stay",
-        )
-
-    def _prompts(self, *, num_images: int) -> Prompts:
-        prompts = collate_prompts(
-            [question.question for question in self.questions],
-            tokenizer=self.tokenizer,
-            template=self.template,
-            text_length=self.prompt_length,
-            batch_size=len(self.questions),
-            num_images=num_images,
-        )
-        longest = int(prompts.text_valid.sum(1).max())
-        length = min(-(-longest // PROMPT_ROUNDING) * PROMPT_ROUNDING, self.prompt_length)
-        return Prompts(prompts.tokens[:, :length], prompts.text_valid[:, :length])
-
-    @property
-    def _load_image(self) -> Any:
-        size = self.model.config.image_size
-        return image_loader(self.sources, decode_image=decode_image, image_size=size)
-
-    def _answerer(
-        self, plan: PrunePlan, *, cls: type[ModelAnswerer] = ModelAnswerer
-    ) -> ModelAnswerer:
-        return cls(
-            model=self.model,
-            params=self.params,
-            plan=plan,
-            max_new_tokens=self.config.max_new_tokens,
-            eos_id=stop_id(get_template(self.template), self.tokenizer),
-        )
-
-    def _ask(
-        self, answerer: ModelAnswerer, prompts: Prompts, *, name: str, progress: Progress
-    ) -> tuple[list, float]:
-        bar = progress.add_task(name, total=len(self.questions))
-        return answer_questions(
-            self.questions,
-            prompts,
-            answerer,
-            decode=self.tokenizer.decode,
-            load_image=self._load_image,
-            sizes=self.config.sizes,
-            image_size=self.model.config.image_size,
-            advance=lambda count: progress.advance(bar, count),
-        )
-
+SUBMISSIONS_FOLDER = "submissions"
 
 
 def token_grids(config: MeteorConfig, *, plan: PrunePlan) -> dict[str, int]:
@@ -196,27 +68,23 @@ def token_grids(config: MeteorConfig, *, plan: PrunePlan) -> dict[str, int]:
     return {name: config.encoder(name).grid for name in config.active_encoders(plan)}
 
 
+@functools.partial(jax.jit, static_argnames=("model", "plan"))
 def trace_examples(
-    params: Any, images: Any, tokens: Any, text_valid: Any, *, model: Meteor, plan: PrunePlan
+    params: Any, images: Array, tokens: Array, text_valid: Array, *, model: Meteor, plan: PrunePlan
 ) -> PruneTrace:
     """What `plan` keeps of some images, each with a question of its own.
 
     Shapes:
         images: uint8[I, H, W, 3]; tokens, text_valid: [I, T].
     """
-
-    @jax.jit
-    def trace(params: Any, images: Any, tokens: Any, text_valid: Any) -> PruneTrace:
-        variables = {"params": params}
-        encoded = model.apply(variables, images, plan=plan, method="encode_images")
-        prefilled = model.apply(
-            variables, jax.tree.map(lambda array: array[:, None], encoded.tokens),
-            image_valid=jnp.ones((len(images), 1), bool), tokens=tokens, text_valid=text_valid,
-            plan=plan, max_new_tokens=1, method="prefill",
-        )
-        return encoded.trace.replace(cuts=prefilled.cuts)
-
-    return trace(params, images, tokens, text_valid)
+    variables = {"params": params}
+    encoded = model.apply(variables, images, plan=plan, method="encode_images")
+    prefilled = model.apply(
+        variables, jax.tree.map(lambda array: array[:, None], encoded.tokens),
+        image_valid=jnp.ones((len(images), 1), bool), tokens=tokens, text_valid=text_valid,
+        plan=plan, max_new_tokens=1, method="prefill",
+    )
+    return encoded.trace.replace(cuts=prefilled.cuts)
 
 
 def param_shapes(experiment: Experiment, *, mesh: Mesh) -> Any:
@@ -267,46 +135,83 @@ def evaluate_checkpoint(
     request = check_request(
         experiment, source_dir=source_dir, tasks=tasks, plans=plans, num_questions=num_questions
     )
-    evaluation = _prepare(experiment, params, request=request, source_dir=source_dir)
-    for plan in request.plans:  # a plan that does not fit fails now, not after the others have run
-        fused_shape(evaluation.model, params, plan=plan)
-
-    console = console or Console(quiet=display == "quiet")
-    results = []
-
-    def keep(result: PlanResult) -> None:
-        write_predictions(workdir / PREDICTIONS_FOLDER, evaluation.questions, result)
-        results.append(result)
-
+    folder = workdir / PREDICTIONS_FOLDER
+    console = console or Console(quiet=display == "quiet" or not is_main_process())
+    evaluation = _prepare(
+        experiment, params, request=request, source_dir=source_dir, folder=folder,
+        say=console.print,
+    )
+    if evaluation.images_left_out:
+        console.print(f"{evaluation.images_left_out} images have no room and are left out.")
     with _progress(console, enabled=display == "bar") as progress:
-        for plan in request.plans:
-            keep(evaluation.run(plan, progress=progress))
-        keep(evaluation.run_blind(progress=progress))
-    keep(majority(evaluation.questions))
+        runs = [evaluation.run(plan, progress=progress) for plan in request.plans]
+        first = runs[0].result.answers if runs else ()
+        corrupt = [index for index, answer in enumerate(first) if answer.corrupt]
+        runs.append(evaluation.run_blind(corrupt=corrupt, progress=progress))
+    results = [run.result for run in runs] + [majority(evaluation.questions)]
     tflops = {plan.name: _tflops(evaluation.model.config, plan) for plan in request.plans}
     rows = make_rows(evaluation.questions, results, tflops=tflops)
 
-    recorded = {name: dataclasses.asdict(getattr(experiment, name)) for name in ("model", "data")}
-    recorded["eval"] = dataclasses.asdict(request.config)
-    write_eval(workdir / EVAL_FILE, rows, config=recorded, plans=request.plans, step=step)
-    draw_curve(workdir / CURVE_FILE, rows)
     pruned = [plan for plan in request.plans if plan.encode or plan.fuse or plan.decode]
     if request.config.draw_images and request.plans:
-        evaluation.draw((pruned or request.plans)[0], path=workdir / KEPT_FILE)
-    print_table(rows, console=console)
+        draw_examples(evaluation, (pruned or request.plans)[0], path=workdir / KEPT_FILE)
+    if is_main_process():
+        write_predictions(folder, evaluation.questions, results[-1])
+        for result in results[: len(request.plans)]:
+            write_submissions(
+                workdir / SUBMISSIONS_FOLDER / file_name(result.plan), evaluation.questions,
+                [answer.prediction for answer in result.answers],
+            )
+        write_eval(
+            workdir / EVAL_FILE, rows, plans=request.plans, step=step,
+            config=dataclasses.asdict(experiment) | {"eval": dataclasses.asdict(request.config)},
+            details=_details(experiment, evaluation, request=request)
+            | {
+                "seconds": {run.result.plan: run.seconds for run in runs},
+                "kept_tokens": kept_tokens(evaluation.questions, results),
+            },
+        )
+    if rows:  # there are none where all tasks are to be submitted
+        if is_main_process():
+            draw_curve(workdir / CURVE_FILE, rows)
+        print_table(rows, console=console)
     return rows
 
 
+def _details(
+    experiment: Experiment, evaluation: Evaluation, *, request: Request
+) -> dict[str, Any]:
+    """What eval.json says of a run beside its config, plans and scores."""
+    return {
+        "params": evaluation.depends_on["params"],
+        "template": request.template,
+        "tasks": [task.name for task in request.tasks],
+        "seeds": {"questions": request.config.seed, "source": experiment.data.source_seed},
+        "devices": {
+            "kind": jax.devices()[0].device_kind, "count": jax.device_count(),
+            "processes": jax.process_count(), "lanes": evaluation.lanes.count,
+        },
+        "images_left_out": evaluation.images_left_out,
+    }
+
+
 def _prepare(
-    experiment: Experiment, params: Any, *, request: Request, source_dir: Path
+    experiment: Experiment,
+    params: Any,
+    *,
+    request: Request,
+    source_dir: Path,
+    folder: Path,
+    say: Callable[[str], None],
 ) -> Evaluation:
-    config, data = request.config, experiment.data
+    config, data, model = request.config, experiment.data, Meteor(experiment.model)
+    # A plan that does not fit fails now, not after the others have run.
+    fused = [fused_shape(model, params, plan=plan) for plan in request.plans]
     sources = {
-        name: open_source(
-            name, split="test", data_dir=data.data_dir, num_images=config.num_images,
-            seed=data.source_seed,
+        task.source: open_task_source(
+            task, data_dir=data.data_dir, num_images=config.num_images, seed=data.source_seed
         )
-        for name in dict.fromkeys(task.source for task in request.tasks)
+        for task in {task.source: task for task in request.tasks}.values()
     }
     questions: tuple[Question, ...] = ()
     for name, source in sources.items():
@@ -315,15 +220,68 @@ def _prepare(
             num_questions=config.num_questions, seed=config.seed,
         )
     return Evaluation(
-        model=Meteor(experiment.model),
+        model=model,
         params=params,
         tokenizer=load_tokenizer(data.tokenizer, folder=source_dir / TOKENIZER_FOLDER),
         sources=sources,
         questions=questions,
         template=request.template,
-        prompt_length=data.text_length,
         config=config,
+        room=Room(
+            lengths=config.prompt_lengths,
+            positions=experiment.model.llama.max_positions,
+            image_positions=max((shape.span for shape in fused), default=1),
+        ),
+        lanes=Lanes.in_force(),
+        depends_on={
+            "params": digest_params(params),
+            "model": dataclasses.asdict(experiment.model),
+            "data": {
+                "data_dir": str(data.data_dir), "source_seed": data.source_seed,
+                "num_images": config.num_images,
+            },
+            "versions": versions() | {"backend": jax.default_backend()},
+        },
+        folder=folder,
+        say=say,
     )
+
+
+def draw_examples(evaluation: Evaluation, plan: PrunePlan, *, path: Path) -> None:
+    """kept_tokens.png for the first images; each with its first question."""
+    first_rows: dict[tuple[str, int], int] = {}
+    for row, question in enumerate(evaluation.questions):
+        if len(evaluation.asks[row].images) == 1:
+            first_rows.setdefault(question.image, row)
+    rows, loaded = [], []
+    for row in first_rows.values():
+        if len(rows) == evaluation.config.draw_images:
+            break
+        with contextlib.suppress(CorruptImage):
+            encoded = evaluation.read_image(evaluation.asks[row].images[0])
+            loaded.append(evaluation.decode_image(encoded))
+            rows.append(row)
+    if not rows:
+        return
+    images, asks = np.stack(loaded), [evaluation.asks[row] for row in rows]
+    longest = max(ask.shape.prompt_length for ask in asks)
+    prompts = pad_prompts(
+        asks, np.arange(len(asks)), shape=dataclasses.replace(asks[0].shape, prompt_length=longest)
+    )
+    trace = trace_examples(
+        evaluation.params, images, prompts.tokens, prompts.text_valid, model=evaluation.model,
+        plan=plan,
+    )
+    trace = jax.device_get(evaluation.lanes.everywhere(trace))
+    texts = [
+        f"{textwrap.fill(question.question, 34)}\nanswer: {question.answer}"
+        for question in (evaluation.questions[row] for row in rows)
+    ]
+    if is_main_process():
+        draw_kept_tokens(
+            images, texts, trace, grids=token_grids(evaluation.model.config, plan=plan), path=path,
+            title=f"{plan.name}: tokens that stay",
+        )
 
 
 def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:

@@ -6,9 +6,13 @@ I images, K kept tokens, N tokens after fusion.
 from __future__ import annotations
 
 import dataclasses
+import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,6 +20,7 @@ from matplotlib.figure import Figure
 
 from meteor_jax.types import PruneTrace
 
+EXAMPLES_FILE = "examples.json"
 PANEL_INCHES = 1.05
 BACKGROUND = np.array([62.0, 64.0, 72.0])  # dark: most pictures are bright
 DROPPED_STRENGTH = 0.22  # how much of a dropped cell's picture shows through the background
@@ -99,6 +104,54 @@ def draw_kept_tokens(
                 if column == 0:
                     axes.set_ylabel(encoder, fontsize=7.5, labelpad=4)
     figure.savefig(path, facecolor="white")
+
+
+def draw_examples(
+    folder: str | Path,
+    images: np.ndarray,
+    records: Sequence[Mapping[str, Any]],
+    trace: PruneTrace,
+    *,
+    grids: Mapping[str, int],
+) -> Path:
+    """One PNG an example, the tokens that stayed drawn on its image, and a list of them.
+
+    `examples.json` holds the records, each with the name of its `picture` and with `kept`, its
+    tokens by stage and encoder. Returns its path; the folder is made.
+
+    Shapes:
+        images: uint8[I, H, W, 3]; trace: as for `draw_kept_tokens`.
+
+    Args:
+        records: what to remember of each example; "question", "answer", "prediction" and "score"
+            are written below its image.
+        grids: as for `draw_kept_tokens`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = read_stages(trace, encoders=tuple(grids))
+    listed = []
+    for i, record in enumerate(records):
+        picture = f"{i:02d}.png"
+        verdict = "right" if record["score"] >= 0.5 else "wrong"
+        question = textwrap.fill(str(record["question"]), 34)
+        text = f"{question}\nsaid: {record['prediction']} ({verdict})\nanswer: {record['answer']}"
+        draw_kept_tokens(
+            images[i : i + 1], [text], _image_of_trace(trace, i), grids=grids,
+            path=folder / picture,
+        )
+        kept = {
+            stage.title: {encoder: len(rows[i]) for encoder, rows in stage.kept.items()}
+            for stage in stages
+        }
+        listed.append(dict(record) | {"picture": picture, "kept": kept})
+    path = folder / EXAMPLES_FILE
+    path.write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _image_of_trace(trace: PruneTrace, i: int) -> PruneTrace:
+    return jax.tree.map(lambda array: array[i : i + 1] if np.ndim(array) else array, trace)
 
 
 def read_stages(trace: PruneTrace, *, encoders: Sequence[str]) -> list[Stage]:

@@ -3,7 +3,6 @@ import pytest
 
 from meteor_jax.evaluation.metrics import (
     METRICS,
-    aggregate,
     anls,
     exact_match,
     interval,
@@ -127,24 +126,7 @@ def test_f1_by_hand():
     golds = [["yes"], ["no"], ["yes"], ["no"], ["yes"], ["no"]]
     # one hit; precision 1/2, recall 1/3
     assert yes_f1(predictions, golds) == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
-    result = aggregate("yes_no", predictions, golds)
-    assert (result.score, result.n) == (pytest.approx(2 / 6), 6)
-    assert result.f1 == pytest.approx(0.4)
     assert yes_f1(["no"], [["no"]]) == 0.0
-
-
-def test_f1_is_for_yes_no_only():
-    result = aggregate("anls", ["hous", "cat"], [["house"], ["dogs"]])
-    assert result.f1 is None
-    assert result.score == pytest.approx(0.4)
-    assert result.low <= result.score <= result.high
-
-
-def test_aggregate_wants_as_many_golds():
-    with pytest.raises(ValueError, match="got 1 and 2"):
-        aggregate("exact_match", ["a"], [["a"], ["b"]])
-    with pytest.raises(ValueError, match="at least one"):
-        aggregate("exact_match", [], [])
 
 
 def test_wilson_by_hand():

@@ -6,8 +6,10 @@ from PIL import Image
 from rich.console import Console
 
 from meteor_jax.evaluation.report import (
+    choose_examples,
     draw_curve,
     file_name,
+    plan_points,
     print_table,
     write_eval,
     write_predictions,
@@ -110,6 +112,30 @@ def test_files(tmp_path, rows):
     with Image.open(tmp_path / "curve.png") as picture:
         assert min(picture.size) > 300
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_point_is_the_mean_over_tasks_with_their_intervals_combined(rows):
+    points = plan_points(rows, cost=lambda row: 1e3 * row.seconds, series=2)
+    tasks = [find(rows, task, "meteor") for task in ("reading_count", "reading_existence")]
+    point = points["meteor"]
+    assert (point.x, point.score, point.series) == (500, 75, 2)
+    below = sum((row.score - row.low) ** 2 for row in tasks) ** 0.5 / 2
+    assert point.low == pytest.approx(100 * (0.75 - below))
+    assert points["majority"].series == -1
+
+
+@pytest.mark.parametrize(
+    ("scores", "images", "chosen"),
+    [
+        ([1, 1, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 1, 3, 5]),
+        ([1, 1, 1, 0, 0, 0], [0, 0, 1, 2, 2, 3], [0, 2, 3, 5]),  # an image is shown once
+        ([1, 1, 1, 1, 1, 0], [0, 1, 2, 3, 4, 5], [0, 1, 2, 5]),  # right ones fill in
+        ([0.4, 0.6], [0, 1], [0, 1]),
+        ([], [], []),
+    ],
+)
+def test_examples_are_half_wrong_and_half_right(scores, images, chosen):
+    assert choose_examples(scores, images, count=4) == chosen
 
 
 def test_file_names_are_harmless():

@@ -1,58 +1,26 @@
 """The real model, as small as it gets, over a few generated images."""
 
-import io
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from PIL import Image
 
 from meteor_jax.config import ConfigError
 from meteor_jax.evaluation import runner
 from meteor_jax.evaluation.answering import encode_images
 from meteor_jax.evaluation.config import check_request, eval_config
 from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.evaluation.tasks import open_task_source
 from meteor_jax.inference.generate import generate
 from meteor_jax.parallel import MeshConfig, make_mesh
 from meteor_jax.training.experiment import load_experiment
+from tests.evaluation.random_model import config, make_params
 
 REPOSITORY = Path(__file__).parents[2]
-PLANS = {"cut": "fastv(layer=1, keep=6)"}
-
-
-def config(data_dir, **changes):
-    return {
-        "model": {
-            "encoders": ("clip", "pix2struct"),
-            "clip": {"image_size": 32, "patch_size": 8, "width": 16, "depth": 1, "num_heads": 2,
-                     "mlp_dim": 32},
-            "pix2struct": {"grid_side": 3, "patch_size": 8, "width": 16, "depth": 1,
-                           "num_heads": 2, "mlp_dim": 32, "num_positions": 8},
-            "llama": {"depth": 2, "width": 32, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 32,
-                      "vocab_size": 259},
-            "image_size": 32,
-        },
-        "data": {"sources": ("easy-vqa",), "image_size": 32, "text_length": 96,
-                 "data_dir": str(data_dir)},
-        "train": {"finetune": {"steps": 1, "template": "qa"}},
-        "plans": PLANS,
-        "eval": {"num_images": 7, "max_new_tokens": 3, "images_per_batch": 2,
-                 "questions_per_batch": 4, "group_images": 4, "draw_images": 2},
-    } | changes
-
-
-def png(index):
-    pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def records(num_images):
     """Noise, and the same five questions of each image; the last image is cut off."""
     questions = [("easyvqa_yesno", f"is it {word}?", "yes") for word in ("red", "green", "blue")]
@@ -73,7 +41,9 @@ def records(num_images):
 @pytest.fixture(scope="module", autouse=True)
 def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "open_source", lambda name, **kwargs: records(kwargs["num_images"]))
+        patch.setattr(
+            runner, "open_task_source", lambda task, **kwargs: records(kwargs["num_images"])
+        )
         yield tmp_path_factory.mktemp("data")
 
 
@@ -84,16 +54,7 @@ def experiment(data_dir):
 
 @pytest.fixture(scope="module")
 def params(experiment):
-    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    shapes = param_shapes(experiment, mesh=mesh)
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
-    drawn = jax.tree.map(
-        lambda leaf: 0.3 * jax.random.normal(next(keys), leaf.shape, leaf.dtype), shapes
-    )
-    head = drawn["llama"]["head"]["kernel"]
-    letters = jnp.zeros(head.shape[1]).at[97:123].set(1)  # so that answers can be told apart
-    drawn["llama"]["head"]["kernel"] = head * letters
-    return drawn
+    return make_params(experiment)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +69,9 @@ def done(experiment, params, tmp_path_factory):
 
 
 def predictions(workdir, plan):
+    """The lines without what depends on the clock."""
     lines = (workdir / "predictions" / f"{plan}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) | {"seconds": None} for line in lines]
 
 
 def test_one_compilation_a_plan(done):
@@ -154,17 +116,26 @@ def test_a_corrupt_image_is_scored_wrong(done):
     assert (row.n, row.corrupt) == (21, 3)
 
 
-def test_files_are_written(done):
+def test_files_are_written(done, experiment):
     workdir, rows, _ = done
     content = json.loads((workdir / "eval.json").read_text())
     assert len(content["rows"]) == len(rows)
     assert set(content["plans"]) == {"full", "cut"}
+    assert content["config"]["model"] == json.loads(json.dumps(asdict(experiment.model)))
+    assert {"meteor_jax", "jax", "flax"} <= content["versions"].keys()
+    assert content["seeds"] == {"questions": 0, "source": 0}
+    times = content["seconds"]["cut"]
+    assert times["asked"] == 35
+    assert times["wall"] == pytest.approx(times["model"] + times["host"])
+    spread = content["kept_tokens"]["cut"]["easyvqa_yesno"]
+    assert spread["cuts"][0]["mean"] == 6 and spread["mean_over_layers"]["mean"] == (25 + 6) / 2
+    assert spread["cuts"][0]["histogram"]["counts"] == [18]
     for name in ("accuracy_vs_tokens.png", "kept_tokens.png"):
         assert (workdir / name).stat().st_size > 5000
 
 
 def test_batch_sizes_do_not_change_predictions(done, data_dir, params, tmp_path):
-    sizes = {"images_per_batch": 3, "questions_per_batch": 7, "group_images": 3}
+    sizes = {"images_per_batch": 1, "questions_per_batch": 1, "group_images": 3}
     values = config(data_dir)
     values["eval"] = values["eval"] | sizes | {"draw_images": 0}
     evaluate_checkpoint(
@@ -172,6 +143,34 @@ def test_batch_sizes_do_not_change_predictions(done, data_dir, params, tmp_path)
     )
     for plan in ("cut", "blind"):
         assert predictions(tmp_path, plan) == predictions(done[0], plan)
+
+
+def test_a_second_evaluation_asks_nothing(done, experiment, params):
+    workdir, rows, _ = done
+    before = predictions(workdir, "cut"), generate._cache_size()
+    again = evaluate_checkpoint(
+        experiment, params, workdir=workdir, plans=("full", "cut"), display="quiet"
+    )
+    assert again == rows
+    assert (predictions(workdir, "cut"), generate._cache_size()) == before
+
+
+@pytest.mark.slow
+def test_batch_1_and_16_agree_on_500_questions_of_easy_vqa(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "open_task_source", open_task_source)
+    said = []
+    for size in (1, 16):
+        values = config(data_dir)
+        sizes = {"images_per_batch": size, "questions_per_batch": size, "num_images": 200}
+        values["eval"] = values["eval"] | sizes | {"num_questions": 250, "draw_images": 0}
+        experiment = load_experiment(values)
+        evaluate_checkpoint(
+            experiment, make_params(experiment), workdir=tmp_path / str(size),
+            plans=("full", "cut"), display="quiet",
+        )
+        said.append([predictions(tmp_path / str(size), plan) for plan in ("full", "cut", "blind")])
+    assert said[0] == said[1]
+    assert [len(lines) for lines in said[0]] == [500] * 3
 
 
 def test_a_blind_model_says_the_same_of_any_image(done):
@@ -221,8 +220,8 @@ def test_a_template_without_the_question_is_refused(data_dir, tmp_path):
 
 def test_a_prompt_that_is_too_long_is_one_line(data_dir, params, tmp_path):
     values = config(data_dir)
-    values["data"] = values["data"] | {"text_length": 12}
-    with pytest.raises(ValueError, match=r"takes \d+ tokens, text_length is 12"):
+    values["eval"] = values["eval"] | {"prompt_lengths": (4, 12)}
+    with pytest.raises(ConfigError, match=r"takes \d+ tokens, and there is room for 12"):
         evaluate_checkpoint(load_experiment(values), params, workdir=tmp_path, display="quiet")
 
 

@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from meteor_jax.inference.visualize import draw_kept_tokens, read_stages, shade
+from meteor_jax.inference.visualize import draw_examples, draw_kept_tokens, read_stages, shade
 from meteor_jax.types import CutTrace, EncodeTrace, PruneTrace
 
 GRIDS = {"clip": 4, "convnext": 2, "pix2struct": 6}
@@ -77,3 +79,25 @@ def test_questions_must_match_the_images(tmp_path):
     images = np.zeros((3, 16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match="3 images, 1 questions"):
         draw_kept_tokens(images, ["a?"], make_trace(), grids=GRIDS, path=tmp_path / "kept.png")
+
+
+def test_examples_are_a_picture_each_and_a_list(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    records = [
+        {"task": "count", "question": f"how many, {i}?", "answer": "2", "prediction": said,
+         "score": score}
+        for i, (said, score) in enumerate([("2", 1.0), ("3", 0.0), ("2", 1.0)])
+    ]
+    path = draw_examples(tmp_path / "examples", images, records, make_trace(), grids=GRIDS)
+    listed = json.loads(path.read_text())
+    assert [one["picture"] for one in listed] == ["00.png", "01.png", "02.png"]
+    assert listed[1] | records[1] == listed[1]
+    # The second image kept fused tokens 1 (clip), 6 (convnext), 7, 12 and 13 (pix2struct).
+    assert listed[1]["kept"]["LLM cut 1"] == {"clip": 1, "convnext": 1, "pix2struct": 3}
+    assert listed[2]["kept"]["fusion"] == {"clip": 5, "convnext": 2, "pix2struct": 7}
+    pixels = []
+    for one in listed:
+        with Image.open(path.parent / one["picture"]) as picture:
+            assert min(picture.size) > 200
+            pixels.append(np.asarray(picture.convert("L")))
+    assert (pixels[0] != pixels[1]).any()

@@ -1,0 +1,59 @@
+"""How many visual tokens the questions of a task kept: not only the mean, but how they spread."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from meteor_jax.evaluation.results import PlanResult, layer_average
+from meteor_jax.evaluation.tasks import Question
+
+PERCENTILES = (5, 25, 50, 75, 95)
+NUM_BINS = 10
+
+
+def kept_tokens(
+    questions: Sequence[Question], results: Sequence[PlanResult]
+) -> dict[str, dict[str, Any]]:
+    """By plan and task: tokens of a question as the mean over the LLM's layers, and of each cut.
+
+    Plans without visual tokens, and questions whose image could not be decoded, are left out.
+    """
+    spread: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if not result.visual_tokens_fused:
+            continue
+        fused, of_task = result.visual_tokens_fused, {}
+        for question, answer in zip(questions, result.answers, strict=True):
+            if not answer.corrupt:
+                entering = dataclasses.replace(
+                    result, visual_tokens_fused=fused * question.num_images
+                )
+                means, cuts = of_task.setdefault(question.task.name, ([], []))
+                means.append(layer_average(answer.kept, result=entering))
+                cuts.append(answer.kept)
+        spread[result.plan] = {
+            task: {
+                "mean_over_layers": describe(means),
+                "cuts": [describe(cut) for cut in zip(*cuts, strict=True)],
+            }
+            for task, (means, cuts) in of_task.items()
+        }
+    return spread
+
+
+def describe(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, percentiles and a histogram: `edges` has one number more than `counts`."""
+    counts, edges = np.histogram(values, bins=NUM_BINS if min(values) < max(values) else 1)
+    return {
+        "mean": float(np.mean(values)),
+        "min": float(min(values)),
+        "max": float(max(values)),
+        "percentiles": dict(
+            zip(map(str, PERCENTILES), np.percentile(values, PERCENTILES).tolist(), strict=True)
+        ),
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+    }

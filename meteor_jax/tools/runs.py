@@ -1,0 +1,245 @@
+"""What an evaluation left in a workdir, as a report needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meteor_jax.config import ConfigError, build
+from meteor_jax.evaluation.kept import describe
+from meteor_jax.evaluation.report import PREDICTIONS_FOLDER, file_name
+from meteor_jax.evaluation.results import (
+    BLIND,
+    COMBINED,
+    MAJORITY,
+    PlanResult,
+    Row,
+    averages,
+    layer_average,
+)
+from meteor_jax.inference.visualize import EXAMPLES_FILE
+
+EXAMPLES_FOLDER = "examples"
+KEPT_FILE = "kept_tokens.png"
+METRICS_FILE = "metrics.jsonl"
+SHARE_STEPS = 20  # the last logged steps of training, whose shares are averaged
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One eval.json and what lies beside it.
+
+    Attributes:
+        name: for tables; the folder's name, or its path from a common one where two have the same.
+        content: the file as read.
+    """
+
+    path: Path
+    name: str
+    content: Mapping[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def step(self) -> int | None:
+        return self.content.get("step")
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return self.content.get("versions", {})
+
+    @property
+    def device(self) -> str:
+        """What it ran on, as far as it was recorded."""
+        devices = self.content.get("devices", {})
+        known = {"count", "kind"} <= set(devices)
+        return f"{devices['count']} × {devices['kind']}" if known else ""
+
+    @property
+    def task_names(self) -> list[str]:
+        return list(dict.fromkeys(row.task for row in self.rows))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Without those that join others."""
+        return list(dict.fromkeys(row.task for row in self.rows if row.group != COMBINED))
+
+    @property
+    def plan_names(self) -> list[str]:
+        return list(dict.fromkeys(row.plan for row in self.rows))
+
+    @property
+    def model_plans(self) -> list[str]:
+        """Plans that see the image."""
+        return [plan for plan in self.plan_names if plan not in (BLIND, MAJORITY)]
+
+    @property
+    def pruned(self) -> list[str]:
+        return [plan for plan in self.model_plans if plan != "full"]
+
+    @property
+    def num_questions(self) -> int:
+        return sum(self._of(self.plan_names[0], "n"))
+
+    def mean_score(self, plan: str) -> float | None:
+        """Percent, mean over the tasks; None for a plan that did not run."""
+        score = averages(self.rows).get(plan)
+        return None if score is None else 100 * score["all"]
+
+    def mean(self, plan: str, field: str) -> float:
+        """A field of the rows, mean over the tasks; 0 for a plan that did not run."""
+        return float(np.mean(self._of(plan, field) or [0.0]))
+
+    def tokens(self, plan: str) -> float:
+        return self.mean(plan, "visual_tokens_mean")
+
+    def _of(self, plan: str, field: str) -> list[float]:
+        rows = [row for row in self.rows if row.plan == plan and row.group != COMBINED]
+        return [getattr(row, field) for row in rows]
+
+    @cached_property
+    def kept(self) -> Mapping[str, Mapping[str, Any]]:
+        """By plan and task, how many tokens the questions kept (`kept.kept_tokens`); counted from
+        the predictions where the file does not say."""
+        if "kept_tokens" in self.content:
+            return self.content["kept_tokens"]
+        counted = {plan: self._count_kept(plan) for plan in self.model_plans}
+        return {plan: by_task for plan, by_task in counted.items() if by_task}
+
+    def _count_kept(self, plan: str) -> dict[str, Any]:
+        decode = self.content.get("plans", {}).get(plan, {}).get("decode") or {}
+        depth = self.content.get("config", {}).get("model", {}).get("llama", {}).get("depth")
+        fused = self._of(plan, "visual_tokens_fused")
+        if depth is None or not fused:
+            return {}
+        result = PlanResult(
+            plan, (), visual_tokens_fused=fused[0], layers=tuple(decode.get("layers", ())),
+            depth=depth,
+        )
+        kept: dict[str, list[tuple[int, ...]]] = {}
+        for record in self.predictions(plan):
+            if not record.get("corrupt"):
+                kept.setdefault(record["task"], []).append(tuple(record["kept"]))
+        return {
+            task: {
+                "mean_over_layers": describe([layer_average(k, result=result) for k in counts]),
+                "cuts": [describe(cut) for cut in zip(*counts, strict=True)],
+            }
+            for task, counts in kept.items()
+        }
+
+    def predictions(self, plan: str) -> list[dict[str, Any]]:
+        """The plan's answers, or nothing where none lie beside the file."""
+        path = self.folder / PREDICTIONS_FOLDER / f"{file_name(plan)}.jsonl"
+        return _read_lines(path)
+
+    @property
+    def examples_folder(self) -> Path:
+        return self.folder / EXAMPLES_FOLDER
+
+    @cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """What `draw_examples` listed, of those whose picture is there."""
+        path = self.examples_folder / EXAMPLES_FILE
+        listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return [one for one in listed if (self.examples_folder / one["picture"]).is_file()]
+
+    @property
+    def kept_picture(self) -> Path | None:
+        path = self.folder / KEPT_FILE
+        return path if path.is_file() else None
+
+    @property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """By plan, the share of each encoder in the tokens that enter the LLM."""
+        return self._shares[0]
+
+    @property
+    def shares_from(self) -> str:
+        """Where `shares` come from."""
+        return self._shares[1]
+
+    @cached_property
+    def _shares(self) -> tuple[dict[str, dict[str, float]], str]:
+        if "encoder_share" in self.content:
+            return self.content["encoder_share"], "over all images"
+        if shares := self._shares_of_training():
+            return shares, f"of the last {SHARE_STEPS} logged steps of training"
+        counts: dict[str, dict[str, int]] = {}
+        for example in self.examples:
+            total = counts.setdefault(example.get("plan", "examples"), {})
+            for encoder, count in example["kept"].get("fusion", {}).items():
+                total[encoder] = total.get(encoder, 0) + count
+        shares = {
+            plan: {encoder: count / sum(total.values()) for encoder, count in total.items()}
+            for plan, total in counts.items()
+        }
+        return shares, f"of the {len(self.examples)} examples drawn below"
+
+    def _shares_of_training(self) -> dict[str, dict[str, float]]:
+        steps: dict[str, list[dict[str, float]]] = {}
+        for line in _read_lines(self.folder / METRICS_FILE):
+            share = {k.split("/", 1)[1]: v for k, v in line.items() if k.startswith("fused_share/")}
+            if share and "plan" in line:
+                steps.setdefault(line["plan"], []).append(share)
+        return {
+            plan: {
+                encoder: float(np.mean([share[encoder] for share in shares[-SHARE_STEPS:]]))
+                for encoder in shares[-1]
+            }
+            for plan, shares in steps.items()
+        }
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """The evaluations at `paths`, each an eval.json or a folder that holds one.
+
+    Raises:
+        ConfigError: if a path is no eval.json.
+    """
+    paths = [Path(path) / "eval.json" if Path(path).is_dir() else Path(path) for path in paths]
+    names = [path.resolve().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        folders = [path.resolve().parent for path in paths]
+        common = os.path.commonpath(folders)
+        names = [os.path.relpath(folder, common) for folder in folders]
+    return [_read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
+
+
+def _read_run(path: Path, *, name: str) -> Run:
+    expected = "expected a file that evaluate.py wrote"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; {expected}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {expected}, got no JSON ({error}).") from error
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError(f"{path}: {expected}, got JSON without 'rows'.")
+    known = {field.name for field in dataclasses.fields(Row)}
+    built = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}: rows[{i}]: {expected}, got {row!r}.")
+        # Later versions may say more of a row than this one knows.
+        fields = {key: value for key, value in row.items() if key in known}
+        built.append(build(Row, fields, where=f"{path}: rows[{i}]"))
+    return Run(path=path, name=name, content=content, rows=tuple(built))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,59 @@
+"""Every benchmark from its parquet folder through the real runner, with a random model."""
+
+import json
+
+import pytest
+
+from meteor_jax.evaluation.benchmarks.folders import FOLDERS
+from meteor_jax.evaluation.benchmarks.rows import BENCHMARKS
+from meteor_jax.evaluation.benchmarks.scoring import SUBMISSION
+from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.inference.generate import generate
+from meteor_jax.training.experiment import load_experiment
+from tests.evaluation.benchmark_fixtures import ROWS, write_folder
+from tests.evaluation.random_model import config, make_params
+
+IN_FIXTURE = [name for name in BENCHMARKS if name != "mme_cognition"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    data_dir, workdir = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("run")
+    for name in BENCHMARKS:
+        write_folder(name, data_dir)
+    values = config(data_dir)
+    values["eval"] = {
+        "prompt_lengths": (768,), "max_new_tokens_limit": 2, "draw_images": 0,
+        "images_per_batch": 4, "questions_per_batch": 8, "group_images": 16,
+    }
+    experiment = load_experiment(values)
+    before = generate._cache_size()
+    rows = evaluate_checkpoint(
+        experiment, make_params(experiment), workdir=workdir, tasks=IN_FIXTURE, plans=("full",),
+        display="quiet",
+    )
+    return workdir, rows, generate._cache_size() - before
+
+
+def test_every_task_has_a_row_or_a_submission(done):
+    workdir, rows, _ = done
+    of_full = {row.task: row for row in rows if row.plan == "full"}
+    files = {path.stem for path in (workdir / "submissions/full").iterdir()}
+    for name in IN_FIXTURE:
+        if BENCHMARKS[name].task.metric == SUBMISSION:
+            assert name in files
+        else:
+            row = of_full[name]
+            assert 0 <= row.low <= row.score <= row.high <= 1 and row.corrupt == 0
+            assert 1 <= row.n <= 2 * len(ROWS[BENCHMARKS[name].task.source])
+    content = json.loads((workdir / "eval.json").read_text())
+    assert content["tasks"] == IN_FIXTURE
+    assert content["kept_tokens"]["full"].keys() == set(IN_FIXTURE)
+
+
+def test_every_question_is_asked_once_with_its_images(done):
+    workdir, _, compiled = done
+    lines = (workdir / "predictions/full.jsonl").read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines]
+    assert len(set(keys)) == len(keys) >= 3 * len(FOLDERS) - 3
+    assert compiled == 3  # prompts of one image, of two, and blind
