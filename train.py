@@ -1,7 +1,9 @@
 """Trains and evaluates: `python train.py --config=configs/tiny.py --workdir=runs/tiny`.
 
 Any field of the config can be set: `--config.train.finetune.steps=100`. The same command goes on
-where a run was interrupted.
+where a run was interrupted, on as many processes and devices as there are then. On a TPU pod or
+under SLURM every process is given this command; elsewhere --coordinator, --num_processes and
+--process_id say which one it is.
 """
 
 from __future__ import annotations
@@ -9,18 +11,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
+from meteor_jax.distributed import (
+    RowShard,
+    define_process_flags,
+    is_main_process,
+    main_process_first,
+    start_from_flags,
+    wait_for_processes,
+)
 from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
 from meteor_jax.evaluation.results import averages
 from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, evaluate_checkpoint
@@ -35,9 +43,15 @@ from meteor_jax.tools.calibrate import (
 from meteor_jax.training.experiment import Experiment, Stage, load_experiment, parse_flags
 from meteor_jax.training.loop import CALIBRATION_FILE, train
 from meteor_jax.training.metrics import TrainingFailed
+from meteor_jax.training.profiling import parse_range
+from meteor_jax.types import Batch
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything is written there.")
+PROFILE = flags.DEFINE_string(
+    "profile", None, "FIRST:LAST: trace these steps into workdir/profile, for TensorBoard."
+)
+define_process_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +64,23 @@ class Run:
     tokenizer: Tokenizer
     records: Sequence[Sequence[Any]]
 
-    def open_data(self, stage: Stage) -> grain.DatasetIterator:
+    def open_data(self, stage: Stage, *, first_batch: int, shard: RowShard) -> Iterator[Batch]:
+        return pipeline.make_train_iterator(start_batch=first_batch, **self._rows(stage, shard))
+
+    def open_held_out(self, stage: Stage, *, shard: RowShard) -> Sequence[Batch]:
+        batches = pipeline.make_held_out_batches(**self._rows(stage, shard))
+        return batches[: self.experiment.train.held_out_batches]
+
+    def _rows(self, stage: Stage, shard: RowShard) -> dict[str, Any]:
         config, data = stage.config, self.experiment.data
         if config.text_length:
             data = dataclasses.replace(data, text_length=config.text_length)
-        return pipeline.make_train_iterator(
-            data, tokenizer=self.tokenizer, kind=config.kind,
-            template=config.template, batch_size=config.batch_size // jax.process_count(),
-            process_index=jax.process_index(), process_count=jax.process_count(),
-            records=self.records,
-        )
+        return {
+            "config": data, "tokenizer": self.tokenizer, "kind": config.kind,
+            "template": config.template, "records": self.records,
+            "batch_size": config.batch_size // shard.count,
+            "process_index": shard.index, "process_count": shard.count,
+        }
 
     def calibration_batch(self) -> CalibrationBatch:
         return calibration_batch(self.experiment, tokenizer=self.tokenizer, records=self.records)
@@ -77,10 +98,13 @@ class Run:
         if not final:
             plans = train_config.stage_at(step).config.plans
         calibration = Calibration.load(path)
-        calibrate_plans(
+        calibration = calibrate_plans(
             self.model, params, batch=self.calibration_batch(), calibration=calibration,
             plans=resolve_plans(plans, library=self.experiment.plans, calibration=calibration),
-        ).save(path)
+        )
+        if is_main_process():
+            calibration.save(path)
+        wait_for_processes("calibrated")
         rows = evaluate_checkpoint(
             self.experiment, params, workdir=self.workdir, plans=plans, step=step,
             num_questions=None if final else train_config.eval_questions,
@@ -100,12 +124,15 @@ def main(argv: list[str]) -> int:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument '{argv[1]}'; flags start with --.")
         experiment, workdir = load_experiment(CONFIG.value), Path(WORKDIR.value)
+        profile = parse_range(PROFILE.value) if PROFILE.value else range(0)
         check_request(experiment, source_dir=workdir)
-        records = pipeline.open_sources(experiment.data)
-        tokenizer = load_tokenizer(
-            experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER,
-            texts=lambda: pipeline.training_texts(records),
-        )
+        start_from_flags(notices=True)
+        with main_process_first("data and tokenizer"):
+            records = pipeline.open_sources(experiment.data)
+            tokenizer = load_tokenizer(
+                experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER,
+                texts=lambda: pipeline.training_texts(records),
+            )
         if tokenizer.vocab_size > experiment.model.llama.vocab_size:
             raise ConfigError(
                 f"model.llama.vocab_size={experiment.model.llama.vocab_size} is less than the "
@@ -118,7 +145,7 @@ def main(argv: list[str]) -> int:
         result = train(
             experiment, model=run.model, open_data=run.open_data, workdir=workdir,
             config=json.loads(CONFIG.value.to_json_best_effort()), evaluate=run.evaluate,
-            calibrate=run.calibrate,
+            calibrate=run.calibrate, open_held_out=run.open_held_out, profile=profile,
         )
     except ConfigError as error:
         return fail(error, code=2)

@@ -1,10 +1,13 @@
 """Checkpoints with Orbax: written atomically and in the background, restored to any sharding.
 
 A checkpoint holds, as separate items, so that evaluation reads no more than it needs:
-`params`, `ema` (where there is one), `progress` (optimizer, step, random key), `data` (the
-iterator's state, one file a process) and `config` (the whole config as JSON). One that was
-converted from PyTorch (`meteor_jax.convert`) has no progress and no data, but `source` (where it
-comes from, as JSON) and `unused` (tensors that the model has no parameter for).
+`params`, `ema` (where there is one), `progress` (optimizer, step, random key) and `config` (the
+whole config as JSON). One that was converted from PyTorch (`meteor_jax.convert`) has no progress,
+but `source` (where it comes from, as JSON) and `unused` (tensors that the model has no parameter
+for).
+
+Nothing in it depends on the mesh or on the number of processes; where the data stands follows
+from the step. With many processes all of them save and restore, into one folder that all see.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from flax import serialization
@@ -51,7 +53,6 @@ def open_checkpoints(
             "params": ocp.StandardCheckpointHandler(),
             "ema": ocp.StandardCheckpointHandler(),
             "progress": ocp.StandardCheckpointHandler(),
-            "data": grain.checkpoint.CheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
             "source": ocp.JsonCheckpointHandler(),
             "unused": ocp.StandardCheckpointHandler(),
@@ -64,10 +65,9 @@ def save(
     state: Any,
     *,
     step: int,
-    data: Any,
     config: Mapping[str, Any],
 ) -> None:
-    """Begins to write a `TrainState` and a grain iterator's position; returns once copied.
+    """Begins to write a `TrainState`; returns once it is copied off the devices.
 
     A checkpoint that already exists for `step` is left as it is.
     """
@@ -76,7 +76,6 @@ def save(
     items = {
         "params": ocp.args.StandardSave(state.params),
         "progress": ocp.args.StandardSave(_progress(state)),
-        "data": grain.checkpoint.CheckpointSave(data),
         "config": ocp.args.JsonSave(dict(config)),
     }
     if state.ema is not None:
@@ -84,12 +83,11 @@ def save(
     checkpoints.save(step, args=ocp.args.Composite(**items))
 
 
-def restore(checkpoints: ocp.CheckpointManager, like: Any, *, data: Any) -> Any:
-    """The newest `TrainState`, laid out as `like`; `data` moves to where it was.
+def restore(checkpoints: ocp.CheckpointManager, like: Any) -> Any:
+    """The newest `TrainState`, laid out as `like`, whatever mesh it was saved from.
 
     Args:
         like: a TrainState of ShapeDtypeStructs with shardings.
-        data: a grain iterator made by the same config.
 
     Raises:
         CheckpointError: naming the first parameters that differ, both shapes and what to do.
@@ -100,16 +98,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any, *, data: Any) -> Any:
         wanted["ema"] = like.ema
     _check_fit(checkpoints, step, wanted)
     args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
-    try:
-        restored = checkpoints.restore(
-            step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data), **args)
-        )
-    except ValueError as error:
-        raise CheckpointError(
-            f"checkpoint {_path(checkpoints, step)} does not fit this config's data "
-            f"({' '.join(str(error).split())[:200]}); use the config and the number of processes "
-            "it was written with, or another --workdir."
-        ) from error
+    restored = checkpoints.restore(step, args=ocp.args.Composite(**args))
     progress = restored["progress"]
     return like.replace(
         step=progress["step"],
@@ -120,17 +109,28 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any, *, data: Any) -> Any:
     )
 
 
-def restore_params(workdir: Path, like: Any) -> Any:
-    """The newest parameters in a workdir, laid out as `like`: their moving average if it was kept.
+def find_step(workdir: Path, *, step: int | None = None) -> int:
+    """The step of the newest checkpoint in a workdir, or `step` if there is one of it.
+
+    Raises:
+        CheckpointError: no workdir, no checkpoint, or none of that step.
+    """
+    with open_checkpoints(workdir, read_only=True) as checkpoints:
+        return _choose(checkpoints, step)
+
+
+def restore_params(workdir: Path, like: Any, *, step: int | None = None) -> Any:
+    """The parameters in a workdir, laid out as `like`: their moving average if it was kept.
 
     Args:
         like: nested dict of ShapeDtypeStructs or arrays, `jax.eval_shape` of the model's init.
+        step: of the checkpoint; None takes the newest.
 
     Raises:
-        CheckpointError: no workdir, no checkpoint, or one of another model.
+        CheckpointError: no workdir, no such checkpoint, or one of another model.
     """
     with open_checkpoints(workdir, read_only=True) as checkpoints:
-        step = _newest(checkpoints)
+        step = _choose(checkpoints, step)
         name = _params_item(checkpoints, step)
         _check_fit(checkpoints, step, {name: like})
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
@@ -193,6 +193,16 @@ def _newest(checkpoints: ocp.CheckpointManager) -> int:
             f"no checkpoint in {checkpoints.directory.parent}: train first, or correct --workdir."
         )
     return step
+
+
+def _choose(checkpoints: ocp.CheckpointManager, step: int | None) -> int:
+    newest, steps = _newest(checkpoints), checkpoints.all_steps()
+    if step is not None and step not in steps:
+        raise CheckpointError(
+            f"no checkpoint of step {step} in {checkpoints.directory.parent}; there are "
+            f"{', '.join(map(str, sorted(steps)))}."
+        )
+    return newest if step is None else step
 
 
 def _params_item(checkpoints: ocp.CheckpointManager, step: int) -> str:

@@ -80,6 +80,9 @@ class TrainConfig:
         eval_questions: of each task, in evaluations before the end.
         checkpoint_every: steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: how many of the newest to keep.
+        held_out_every: steps between measurements of the loss on `data.held_out` records, which
+            are also made at the end of each stage; 0 makes none.
+        held_out_batches: how many batches, at most, are measured.
     """
 
     pretrain: StageConfig = StageConfig(kind="caption")
@@ -91,10 +94,13 @@ class TrainConfig:
     eval_questions: int = 100
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    held_out_every: int = 0
+    held_out_batches: int = 8
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ConfigError(f"log_every is at least 1, got {self.log_every}.")
+        for name in ("log_every", "held_out_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
         if not self.stages():
             raise ConfigError("nothing to train: set pretrain.steps or finetune.steps.")
 
@@ -148,6 +154,13 @@ class Experiment:
     init_from: tuple[str, ...] = ()
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.train.held_out_every and not self.data.held_out:
+            raise ConfigError(
+                f"train.held_out_every is {self.train.held_out_every}, but data.held_out is 0: say "
+                "how many records of each source are kept out of training."
+            )
+
 
 def load_experiment(config: Any) -> Experiment:
     """The experiment in an ml_collections ConfigDict or a nested dict.
@@ -188,7 +201,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     try:
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config.to_dict()  # a missing file is only reported on access
+        if flags.FLAGS["config"].present:
+            flags.FLAGS.config.to_dict()  # a missing file is only reported on access
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)

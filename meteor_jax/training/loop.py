@@ -4,32 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import flax.linen as nn
-import grain
 import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh
 
 from meteor_jax import checkpoint
+from meteor_jax.chips import find_chip
 from meteor_jax.config import ConfigError
-from meteor_jax.parallel import check_batch_size, make_mesh, parameter_shardings, shard_batch
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.encode import RankMode
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.distributed import (
+    RowShard,
+    ending_together,
+    is_main_process,
+    row_shard,
+    wait_for_processes,
+)
+from meteor_jax.parallel import make_mesh, shard_batch
+from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.experiment import Experiment, Stage
-from meteor_jax.training.metrics import MetricsLog, ProgressBar, StepRecorder
-from meteor_jax.training.optimizer import check_patterns, make_optimizer
+from meteor_jax.training.flops import train_step_flops
+from meteor_jax.training.held_out import HeldOutLoss
+from meteor_jax.training.metrics import MetricsLog, ProgressBar, StepRecorder, TrainingFailed
+from meteor_jax.training.optimizer import make_optimizer
+from meteor_jax.training.profiling import StepProfiler
 from meteor_jax.training.signals import Interrupted, StopSignals
-from meteor_jax.training.state import TrainState, enter_stage, init_params, make_state
-from meteor_jax.training.step import TrainStep, make_train_step
+from meteor_jax.training.starting import check_stage, first_state, make_steps, training_plans
+from meteor_jax.training.state import TrainState, enter_stage
+from meteor_jax.types import Batch
 
 CALIBRATION_FILE = "calibration.json"
+
+
+class OpenData(Protocol):
+    """A stage's endless batches of NumPy arrays from batch `first_batch` on, a shard's rows."""
+
+    def __call__(self, stage: Stage, *, first_batch: int, shard: RowShard) -> Iterator[Batch]: ...
+
+
+class OpenHeldOut(Protocol):
+    """A shard's rows of the batches that a stage's held-out loss is measured on."""
+
+    def __call__(self, stage: Stage, *, shard: RowShard) -> Sequence[Batch]: ...
 
 
 class Evaluate(Protocol):
@@ -50,23 +70,27 @@ def train(
     experiment: Experiment,
     *,
     model: nn.Module,
-    open_data: Callable[[Stage], grain.DatasetIterator],
+    open_data: OpenData,
     workdir: Path,
     config: Mapping[str, Any],
+    open_held_out: OpenHeldOut | None = None,
     evaluate: Evaluate | None = None,
     calibrate: Callable[[Any], Calibration] | None = None,
+    profile: range = range(0),
     devices: Sequence[jax.Device] | None = None,
 ) -> TrainResult:
     """Trains through all stages, or on from the newest checkpoint in `workdir`.
 
+    With many processes each of them calls this with the same arguments.
+
     SIGINT and SIGTERM let the step finish, save and end the run; a second one kills it.
 
     Args:
-        open_data: for a stage, an endless iterator of this process's rows of `Batch`es of NumPy
-            arrays, at its beginning.
         config: recorded in the checkpoints.
+        open_held_out: must be given where the config asks for a held-out loss.
         evaluate: called every `eval_every` steps and at the end.
         calibrate: given the parameters, measures what a stage's `before` asks for.
+        profile: steps to trace into `workdir`/profile.
         devices: to train on; all by default.
 
     Raises:
@@ -75,9 +99,13 @@ def train(
     """
     settings, workdir = experiment.train, Path(workdir)
     mesh = make_mesh(settings.mesh, devices=devices)
+    shard = row_shard(mesh)
     stages = settings.stages()
     for stage in stages:
-        _check_stage(stage, experiment, mesh=mesh, can_calibrate=calibrate is not None)
+        check_stage(stage, experiment, mesh=mesh, can_calibrate=calibrate is not None)
+    if settings.held_out_every and open_held_out is None:
+        raise ConfigError("train.held_out_every: there is no held-out data to measure.")
+    chip = find_chip(mesh.devices.flat[0].device_kind)
     workdir.mkdir(parents=True, exist_ok=True)
 
     state = None
@@ -89,19 +117,25 @@ def train(
         first_step = step = saved.latest_step() or 0
         log = stack.enter_context(MetricsLog(workdir, first_step=first_step))
         bar = stack.enter_context(ProgressBar(total=stages[-1].stop, first_step=first_step))
+        profiler = stack.enter_context(StepProfiler(workdir, steps=profile))
         stop = stack.enter_context(StopSignals())
-        recorder = StepRecorder(log, bar)
+        stack.enter_context(ending_together(alike=(ConfigError, TrainingFailed)))
+        recorder = StepRecorder(
+            log, bar, peak_flops_per_s=chip.flops_per_s * mesh.devices.size if chip else None
+        )
+
+        def trained_params() -> Any:
+            return state.params if state.ema is None else state.ema
 
         def save() -> None:
             recorder.flush()
-            checkpoint.save(saved, state, step=step, data=data, config=config)
+            checkpoint.save(saved, state, step=step, config=config)
             recorder.restart_clock()
 
         def run_evaluation(*, final: bool) -> None:
             recorder.flush()
-            params = state.params if state.ema is None else state.ema
-            with stop.at_once(), bar.paused():
-                scores = evaluate(params, step=step, final=final)
+            with stop.at_once(step), bar.paused():
+                scores = evaluate(trained_params(), step=step, final=final)
             log.write_scalars({f"eval/{name}": score for name, score in scores.items()}, step=step)
             if not final:
                 shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
@@ -112,10 +146,14 @@ def train(
             for stage in stages:
                 if stage.stop <= first_step and stage is not stages[-1]:
                     continue
-                data, optimizer = open_data(stage), make_optimizer(stage.config)
+                optimizer = make_optimizer(stage.config)
+                data = open_data(stage, first_batch=max(step - stage.start, 0), shard=shard)
+                batch = next(data)
+                data = itertools.chain([batch], data)
+                shapes = _whole_batch(batch, shard)
                 if state is None:
-                    state = _first_state(
-                        experiment, model=model, stage=stage, optimizer=optimizer, data=data,
+                    state = first_state(
+                        experiment, model=model, stage=stage, optimizer=optimizer, batch=shapes,
                         mesh=mesh, saved=saved, calibration=_load_calibration(workdir),
                     )
                     checkpoint.write_config(workdir, config)
@@ -131,12 +169,26 @@ def train(
                 if stage.config.before == "calibrate_ranks" and (
                     step == stage.start and (step > first_step or step == 0)
                 ):
-                    calibrate(state.params).save(workdir / CALIBRATION_FILE)
-                steps = _make_steps(
-                    experiment, model=model, stage=stage, optimizer=optimizer,
-                    calibration=_load_calibration(workdir),
+                    calibration = calibrate(state.params)
+                    if is_main_process():
+                        calibration.save(workdir / CALIBRATION_FILE)
+                    wait_for_processes("calibrated")
+                plans = training_plans(experiment, stage, _load_calibration(workdir))
+                steps = make_steps(
+                    experiment, plans, model=model, stage=stage, optimizer=optimizer,
                     state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
                 )
+                flops = {
+                    name: train_step_flops(
+                        experiment.model, plan, batch=shapes, params=state.params,
+                        trainable=stage.config.trainable,
+                    )
+                    for name, plan in plans.items()
+                }
+                held_out = None
+                if settings.held_out_every:
+                    batches = open_held_out(stage, shard=shard)
+                    held_out = HeldOutLoss(model, plans, batches, mesh)
                 recorder.restart_clock()
                 while step < stage.stop:
                     if step > first_step:
@@ -144,19 +196,26 @@ def train(
                             run_evaluation(final=False)
                         if _is_due(step, settings.checkpoint_every):
                             save()
-                    stop.check()
+                    stop.check(step)
+                    profiler.before(step)
                     started = time.perf_counter()
                     batch = next(data)
                     waited = time.perf_counter() - started
                     plan = stage.plan_name(step)
-                    state, metrics = steps[plan](state, shard_batch(batch, mesh))
+                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                        state, metrics = steps[plan](state, shard_batch(batch, mesh))
                     row = {
                         "step": step, "stage": stage.name, "plan": plan,
                         "examples": stage.config.batch_size, "data_wait_s": waited,
                     }
-                    recorder.add(metrics, row=row, example_id=batch.example_id)
+                    recorder.add(
+                        metrics, row=row, example_id=batch.example_id, flops=flops[plan]
+                    )
+                    profiler.after(step, metrics)
                     step += 1
-                    if step % settings.log_every == 0:
+                    if held_out and (_is_due(step, settings.held_out_every) or step == stage.stop):
+                        recorder.flush(after=functools.partial(held_out, trained_params()))
+                    elif step % settings.log_every == 0:
                         recorder.flush()
             save()
             if evaluate:
@@ -181,99 +240,8 @@ def _load_calibration(workdir: Path) -> Calibration:
     return Calibration.load(workdir / CALIBRATION_FILE)
 
 
-def _check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibrate: bool) -> None:
-    config, where = stage.config, f"train.{stage.name}"
-    check_batch_size(
-        config.batch_size // config.accumulate, mesh, where=f"{where}.batch_size / accumulate"
+def _whole_batch(batch: Batch, shard: RowShard) -> Batch:
+    """The shapes of all processes' rows together."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] * shard.count, *x.shape[1:]), x.dtype), batch
     )
-    for name in config.plans:
-        parse_plan(name, library=experiment.plans)
-    if config.before == "calibrate_ranks" and not can_calibrate:
-        raise ConfigError(f"{where}.before: calibrate_ranks needs a model whose ranks can be had.")
-
-
-def _first_state(
-    experiment: Experiment, *, model: nn.Module, stage: Stage,
-    optimizer: optax.GradientTransformation, data: grain.DatasetIterator, mesh: Mesh,
-    saved: Any, calibration: Calibration,
-) -> TrainState:
-    """The state to begin with: from the newest checkpoint, `init_from`'s parameters, or nothing."""
-    settings = experiment.train
-    beginning = data.get_state()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(data))
-    data.set_state(beginning)
-
-    def with_params(params: Any) -> TrainState:
-        return make_state(
-            params, optimizer=optimizer, trainable=stage.config.trainable,
-            rng=jax.random.PRNGKey(experiment.seed), use_ema=settings.ema > 0,
-        )
-
-    def fresh_params() -> Any:
-        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return init_params(model, batch, seed=experiment.seed)
-
-    like = jax.eval_shape(lambda: with_params(fresh_params()))
-    _check_whole_run(
-        experiment, model=model, params=like.params, batch=shapes, calibration=calibration
-    )
-    shardings = parameter_shardings(like, mesh)
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        like, shardings,
-    )
-    if saved.latest_step() is not None:
-        return checkpoint.restore(saved, like, data=data)
-    restored = checkpoint.restore_parts(experiment.init_from, like.params)
-
-    def begin(restored: dict[str, Any]) -> TrainState:
-        # Of the fresh parameters only those are computed that nothing replaces.
-        return with_params(fresh_params() | restored)
-
-    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(restored)
-
-
-def _check_whole_run(
-    experiment: Experiment, *, model: nn.Module, params: Any, batch: Any, calibration: Calibration
-) -> None:
-    """Meets what is wrong with a later stage (patterns, budgets) before the first one has run."""
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    for stage in experiment.train.stages():
-        where, config = f"train.{stage.name}", stage.config
-        check_patterns(config.trainable, paths, where=f"{where}.trainable")
-        groups = tuple(pattern for pattern, _ in config.learning_rates_by_path)
-        check_patterns(groups, paths, where=f"{where}.learning_rates_by_path")
-        if config.before == "calibrate_ranks":  # of any ranks, the budgets are the same
-            calibration = Calibration(
-                ranks=dict.fromkeys(
-                    get_args(RankMode), dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
-                )
-            )
-        for name in config.plans:
-            plan = _training_plan(name, experiment, calibration)
-            try:
-                jax.eval_shape(lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan),
-                               params, batch)
-            except ValueError as error:
-                raise ConfigError(f"{where}: plan '{name}': {error}") from error
-
-
-def _training_plan(name: str, experiment: Experiment, calibration: Calibration) -> PrunePlan:
-    return parse_plan(name, library=experiment.plans).calibrated(calibration).for_training()
-
-
-def _make_steps(
-    experiment: Experiment, *, model: nn.Module, stage: Stage,
-    optimizer: optax.GradientTransformation, calibration: Calibration, state_shardings: TrainState,
-) -> dict[str, TrainStep]:
-    return {
-        name: make_train_step(
-            model, optimizer=optimizer, plan=_training_plan(name, experiment, calibration),
-            stage=stage.config, stage_start=stage.start, encoders=experiment.model.encoders,
-            ema_decay=experiment.train.ema, state_shardings=state_shardings,
-        )
-        for name in stage.config.plans
-    }

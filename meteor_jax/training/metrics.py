@@ -1,4 +1,7 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a progress bar."""
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a progress bar.
+
+With many processes only process 0 writes; the others count along.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,28 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from meteor_jax.distributed import is_main_process
+
 METRICS_FILE = "metrics.jsonl"
+# What a row says about time, and so differs from run to run.
+CLOCK_FIELDS = (
+    "examples_per_s", "tokens_per_s", "tflops_per_s", "mfu", "data_wait_s", "data_wait_share",
+    "step_s", "step_s_p50", "step_s_p90", "step_s_p99",
+)
 STEPS_AHEAD = 2  # steps that may wait on the device: enough to keep it busy, few enough to hold
 
 
@@ -34,10 +46,13 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, *, first_step: int) -> None:
-        path = Path(workdir) / METRICS_FILE
-        cut_lines(path, first_step=first_step)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tb"), purge_step=first_step)
+        path, writes = Path(workdir) / METRICS_FILE, is_main_process()
+        if writes:
+            cut_lines(path, first_step=first_step)
+        self._file = (path if writes else Path(os.devnull)).open("a")
+        self._board = SummaryWriter(
+            str(Path(workdir) / "tb"), purge_step=first_step, write_to_disk=writes
+        )
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -53,7 +68,10 @@ class MetricsLog:
         self._file.flush()
         if rows:
             numbers = {k: v for k, v in rows[-1].items() if isinstance(v, float)}
-            self.write_scalars({f"train/{k}": v for k, v in numbers.items()}, step=rows[-1]["step"])
+            self.write_scalars(
+                {k if k.startswith("held_out") else f"train/{k}": v for k, v in numbers.items()},
+                step=rows[-1]["step"],
+            )
 
     def write_scalars(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Sends numbers to TensorBoard alone."""
@@ -82,7 +100,7 @@ class ProgressBar:
     """A bar with time left, loss and speed; plain lines where the output is no terminal."""
 
     def __init__(self, *, total: int, first_step: int) -> None:
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=sys.stderr, quiet=not is_main_process())
         self._total = total
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -126,34 +144,63 @@ class ProgressBar:
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Pending:
-    """A step whose metrics are still on the device."""
+    """A step whose metrics are still on the device; `done` is when they were seen finished."""
 
     row: dict[str, Any]
     metrics: dict[str, jax.Array]
     example_id: np.ndarray
+    flops: float
+    done: float | None = None
+
+    def wait(self) -> None:
+        if self.done is None:
+            jax.block_until_ready(self.metrics)
+            self.done = time.perf_counter()
 
 
 class StepRecorder:
-    """Keeps metrics on the device until `flush`, so that no step waits for the host."""
+    """Keeps metrics on the device until `flush`, so that no step waits for the host.
 
-    def __init__(self, log: MetricsLog, bar: ProgressBar) -> None:
+    Args:
+        peak_flops_per_s: of all devices together; None where it is not known.
+    """
+
+    def __init__(
+        self, log: MetricsLog, bar: ProgressBar, *, peak_flops_per_s: float | None = None
+    ) -> None:
         self._log = log
         self._bar = bar
+        self._peak = peak_flops_per_s
         self._pending: list[_Pending] = []
         self._since = time.perf_counter()
 
     def add(
-        self, metrics: dict[str, jax.Array], *, row: dict[str, Any], example_id: np.ndarray
+        self,
+        metrics: dict[str, jax.Array],
+        *,
+        row: dict[str, Any],
+        example_id: np.ndarray,
+        flops: float,
     ) -> None:
-        """Takes in one step: `row` is what the host knows of it (step, stage, plan, examples)."""
-        self._pending.append(_Pending(row, metrics, example_id))
-        if len(self._pending) > STEPS_AHEAD:
-            jax.block_until_ready(self._pending[-1 - STEPS_AHEAD].metrics)
+        """Takes in one step.
 
-    def flush(self) -> None:
-        """Fetches and writes what is pending; rates are means over those steps.
+        Args:
+            row: what the host knows of it (step, stage, plan, examples, data_wait_s).
+            example_id: int32[B] of this process's rows.
+            flops: operations of the step, on all devices.
+        """
+        self._pending.append(_Pending(row, metrics, example_id, flops))
+        if len(self._pending) > STEPS_AHEAD:
+            self._pending[-1 - STEPS_AHEAD].wait()
+
+    def flush(self, after: Callable[[], Mapping[str, float]] | None = None) -> None:
+        """Fetches and writes what is pending; rates and shares are over those steps.
+
+        Args:
+            after: called when they are done; what it measures joins the row of the last one, and
+                the time that it takes is not theirs.
 
         Raises:
             TrainingFailed: naming the first step whose loss or gradient is not finite, and its
@@ -161,31 +208,25 @@ class StepRecorder:
         """
         if not self._pending:
             return
+        for pending in self._pending:
+            pending.wait()
         fetched = jax.device_get([pending.metrics for pending in self._pending])
-        seconds = time.perf_counter() - self._since
-        examples = sum(pending.row["examples"] for pending in self._pending)
-        rates = {
-            "examples_per_s": examples / seconds,
-            "tokens_per_s": sum(float(metrics["tokens"]) for metrics in fetched) / seconds,
-        }
+        tokens = sum(float(metrics["tokens"]) for metrics in fetched)
+        rates, step_s = self._rates(tokens=tokens)
         rows = [
-            pending.row | {name: value.item() for name, value in metrics.items()} | rates
-            for pending, metrics in zip(self._pending, fetched, strict=True)
+            pending.row | {k: value.item() for k, value in metrics.items()} | {"step_s": s} | rates
+            for pending, metrics, s in zip(self._pending, fetched, step_s, strict=True)
         ]
         failed = [
             i for i, row in enumerate(rows) if not math.isfinite(row["loss"] + row["grad_norm"])
         ]
-        # JSON has no NaN: the failed step is in the message instead.
-        self._log.write_steps(rows[: failed[0]] if failed else rows)
         if failed:
-            row, example_id = rows[failed[0]], self._pending[failed[0]].example_id
-            raise TrainingFailed(
-                f"loss is {row['loss']:.4g} at step {row['step']}, its gradient's norm "
-                f"{row['grad_norm']:.4g} (stage {row['stage']}, plan {row['plan']}, learning rate "
-                f"{row['learning_rate']:.3g}; examples "
-                f"{', '.join(map(str, example_id))}): lower the learning rate, or look at these "
-                "examples; the last checkpoint is from before."
-            )
+            # JSON has no NaN: the failed step is in the message instead.
+            self._log.write_steps(rows[: failed[0]])
+            raise _failure(rows[failed[0]], self._pending[failed[0]].example_id)
+        if after is not None:
+            rows[-1] |= after()
+        self._log.write_steps(rows)
         self._pending.clear()
         self._bar.show(
             rows[-1]["stage"], step=rows[-1]["step"] + 1, loss=rows[-1]["loss"],
@@ -196,3 +237,33 @@ class StepRecorder:
     def restart_clock(self) -> None:
         """Leaves out of the rates what happened since the last step."""
         self._since = time.perf_counter()
+
+    def _rates(self, *, tokens: float) -> tuple[dict[str, float], list[float]]:
+        """What is true of the pending steps together, and the seconds that each took."""
+        done = [self._since, *(pending.done for pending in self._pending)]
+        step_s, seconds = np.diff(done), done[-1] - done[0]
+        waited = sum(pending.row["data_wait_s"] for pending in self._pending)
+        rates = {
+            "examples_per_s": sum(pending.row["examples"] for pending in self._pending) / seconds,
+            "tokens_per_s": tokens / seconds,
+            "data_wait_share": waited / seconds,
+        }
+        flops_per_s = sum(pending.flops for pending in self._pending) / seconds
+        rates["tflops_per_s"] = flops_per_s / 1e12
+        if self._peak:
+            rates["mfu"] = flops_per_s / self._peak
+        for share in (50, 90, 99):
+            rates[f"step_s_p{share}"] = float(np.percentile(step_s, share))
+        return rates, step_s.tolist()
+
+
+def _failure(row: Mapping[str, Any], example_id: np.ndarray) -> TrainingFailed:
+    if jax.process_count() > 1:  # every process is here, for all have the same loss
+        example_id = multihost_utils.process_allgather(example_id, tiled=True)
+    examples = ", ".join(map(str, dict.fromkeys(example_id.tolist())))
+    return TrainingFailed(
+        f"loss is {row['loss']:.4g} at step {row['step']}, its gradient's norm "
+        f"{row['grad_norm']:.4g} (stage {row['stage']}, plan {row['plan']}, learning rate "
+        f"{row['learning_rate']:.3g}; examples {examples}): lower the learning rate, or look at "
+        "these examples; the last checkpoint is from before."
+    )

@@ -1,6 +1,8 @@
 """The loop from outside: what it writes, how it ends, and that it resumes to the same numbers."""
 
 import dataclasses
+import gzip
+import itertools
 import os
 import signal
 import subprocess
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 
 from meteor_jax.config import ConfigError
+from meteor_jax.distributed import RowShard
 from meteor_jax.training.metrics import TrainingFailed, cut_lines
 from tests.training import tiny_run
-from tests.training.tiny_run import make_experiment, read_steps, run
+from tests.training.tiny_run import make_experiment, make_whole_experiment, read_steps, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +43,29 @@ def test_every_step_is_written(uninterrupted):
     assert len({line["loss"] for line in uninterrupted}) == 8
 
 
+def test_held_out_loss_is_of_its_own_batches(tmp_path, uninterrupted):
+    """Measured every three steps and at the end of each stage, under each plan."""
+    names = {"pretrain": "held_out/loss/full", "finetune": "held_out/loss/pruned"}
+    found = {line["step"]: line[names[line["stage"]]] for line in uninterrupted if
+             any(name in line for name in names.values())}
+    assert list(found) == [2, 3, 5, 7]
+    experiment = make_experiment(
+        pretrain={"steps": 1, "learning_rate": 0.0}, finetune={"steps": 0}, held_out_every=1
+    )
+    first = tiny_run.open_held_out(experiment.train.stages()[0], shard=RowShard())[0]
+    run(tmp_path, experiment, open_data=lambda stage, **_: itertools.repeat(first),
+        open_held_out=lambda stage, **_: [first, first])
+    [line] = read_steps(tmp_path)
+    assert line["held_out/loss/full"] == pytest.approx(line["loss"], rel=1e-6)
+
+
+def test_profile_traces_the_steps_asked_for(tmp_path):
+    run(tmp_path, make_experiment(finetune={"steps": 0}), profile=range(1, 3))
+    [trace] = (tmp_path / "profile").rglob("*.trace.json.gz")
+    names = gzip.decompress(trace.read_bytes()).decode()
+    assert [step for step in range(4) if f'"step_num":"{step}"' in names] == [1, 2]
+
+
 def test_killed_run_resumes_to_the_same_losses(tmp_path, uninterrupted):
     for step in (3, 7):
         assert start(tmp_path, step).returncode == -signal.SIGKILL
@@ -53,7 +79,7 @@ def test_signal_saves_and_the_run_goes_on(tmp_path, uninterrupted):
         os.kill(os.getpid(), signal.SIGTERM)
         return tiny_run.Calibration(ranks={"tolerance": tiny_run.RANKS})
 
-    result = run(tmp_path, make_experiment(ema=0.9, checkpoint_every=0), calibrate=calibrate)
+    result = run(tmp_path, make_whole_experiment(checkpoint_every=0), calibrate=calibrate)
     assert result.signal == signal.SIGTERM
     assert int(result.state.step) == 4
     assert (tmp_path / "checkpoints" / "4").is_dir()

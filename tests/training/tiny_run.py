@@ -21,6 +21,7 @@ from meteor_jax.models.meteor import Forward, MeteorConfig
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.experiment import Experiment, TrainConfig
 from meteor_jax.training.loop import train
+from meteor_jax.training.metrics import CLOCK_FIELDS
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, PruneTrace
 
 TEXT_LENGTH, SIDE, VOCABULARY, WIDTH = 8, 4, 16, 8
@@ -85,7 +86,7 @@ def make_experiment(*, plans=None, **train_fields):
         values[name] = values[name] | value if isinstance(value, dict) else value
     return Experiment(
         model=MeteorConfig(encoders=("clip", "pix2struct")),
-        data=DataConfig(sources=("easy-vqa",)),
+        data=DataConfig(sources=("easy-vqa",), held_out=8),
         train=build(TrainConfig, values, where="train"),
         plans=PLANS | (plans or {}),
     )
@@ -107,10 +108,19 @@ def make_batch(seed, *, rows=8, side=SIDE, vocabulary=VOCABULARY):
     )
 
 
-def open_data(stage):
-    seeds = grain.MapDataset.range(20).seed(len(stage.name)).shuffle().repeat()
+def open_data(stage, *, first_batch, shard):
+    seeds = grain.MapDataset.range(20).seed(len(stage.name)).shuffle().repeat()[first_batch:]
+    rows = stage.config.batch_size // shard.count
+    mine = slice(shard.index * rows, (shard.index + 1) * rows)
     batches = seeds.map(lambda seed: make_batch(int(seed), rows=stage.config.batch_size))
+    batches = batches.map(lambda batch: jax.tree.map(lambda x: x[mine], batch))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def open_held_out(stage, *, shard):
+    rows = stage.config.batch_size // shard.count
+    mine = slice(shard.index * rows, (shard.index + 1) * rows)
+    return [jax.tree.map(lambda x: x[mine], make_batch(seed)) for seed in (100, 101)]
 
 
 def run(workdir, experiment, **options):
@@ -118,6 +128,7 @@ def run(workdir, experiment, **options):
     options = {
         "model": TinyModel(),
         "open_data": open_data,
+        "open_held_out": open_held_out,
         "calibrate": lambda params: Calibration(ranks={"tolerance": RANKS}),
         "devices": jax.devices()[:1],
         "config": {"written by": "a test"},
@@ -132,8 +143,13 @@ def run(workdir, experiment, **options):
 def read_steps(workdir):
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    clocks = ("examples_per_s", "tokens_per_s", "data_wait_s")
-    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+    rows = map(json.loads, lines)
+    return [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
+
+
+def make_whole_experiment(**train_fields):
+    """One that uses whatever must survive an interruption."""
+    return make_experiment(ema=0.9, held_out_every=3, **train_fields)
 
 
 def main(workdir, kill_at_step=None):
@@ -144,7 +160,7 @@ def main(workdir, kill_at_step=None):
             os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
-    run(workdir, make_experiment(eval_every=1, ema=0.9), evaluate=evaluate)
+    run(workdir, make_whole_experiment(eval_every=1), evaluate=evaluate)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""Before the first step of a run and of each stage: checks, the first state, compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from meteor_jax import checkpoint
+from meteor_jax.config import ConfigError
+from meteor_jax.parallel import check_batch_size, parameter_shardings
+from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.encode import RankMode
+from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.training.experiment import Experiment, Stage
+from meteor_jax.training.optimizer import check_patterns
+from meteor_jax.training.state import TrainState, init_params, make_state
+from meteor_jax.training.step import TrainStep, make_train_step
+from meteor_jax.types import Batch
+
+
+def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibrate: bool) -> None:
+    """Raises ConfigError for what can be seen of a stage before there is a model."""
+    config, where = stage.config, f"train.{stage.name}"
+    check_batch_size(
+        config.batch_size // config.accumulate, mesh, where=f"{where}.batch_size / accumulate"
+    )
+    for name in config.plans:
+        parse_plan(name, library=experiment.plans)
+    if config.before == "calibrate_ranks" and not can_calibrate:
+        raise ConfigError(f"{where}.before: calibrate_ranks needs a model whose ranks can be had.")
+
+
+def first_state(
+    experiment: Experiment,
+    *,
+    model: nn.Module,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    batch: Batch,
+    mesh: Mesh,
+    saved: ocp.CheckpointManager,
+    calibration: Calibration,
+) -> TrainState:
+    """The state to begin with: from the newest checkpoint, `init_from`'s parameters, or nothing.
+
+    Args:
+        batch: shapes of a whole batch, all processes' rows together.
+
+    Raises:
+        ConfigError: what is wrong with any stage, or a checkpoint that does not fit.
+    """
+
+    def with_params(params: Any) -> TrainState:
+        return make_state(
+            params, optimizer=optimizer, trainable=stage.config.trainable,
+            rng=jax.random.PRNGKey(experiment.seed), use_ema=experiment.train.ema > 0,
+        )
+
+    def fresh_params() -> Any:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+        return init_params(model, zeros, seed=experiment.seed)
+
+    like = jax.eval_shape(lambda: with_params(fresh_params()))
+    _check_whole_run(
+        experiment, model=model, params=like.params, batch=batch, calibration=calibration
+    )
+    shardings = parameter_shardings(like, mesh)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        like, shardings,
+    )
+    if saved.latest_step() is not None:
+        return checkpoint.restore(saved, like)
+    restored = checkpoint.restore_parts(experiment.init_from, like.params)
+
+    def begin(restored: dict[str, Any]) -> TrainState:
+        # Of the fresh parameters only those are computed that nothing replaces.
+        return with_params(fresh_params() | restored)
+
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(restored)
+
+
+def training_plans(
+    experiment: Experiment, stage: Stage, calibration: Calibration
+) -> dict[str, PrunePlan]:
+    """The stage's plans by name, measured and without what is for inference alone."""
+    return {
+        name: parse_plan(name, library=experiment.plans).calibrated(calibration).for_training()
+        for name in stage.config.plans
+    }
+
+
+def make_steps(
+    experiment: Experiment,
+    plans: Mapping[str, PrunePlan],
+    *,
+    model: nn.Module,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    state_shardings: TrainState,
+) -> dict[str, TrainStep]:
+    """A train step for each plan."""
+    return {
+        name: make_train_step(
+            model, optimizer=optimizer, plan=plan, stage=stage.config, stage_start=stage.start,
+            encoders=experiment.model.encoders, ema_decay=experiment.train.ema,
+            state_shardings=state_shardings,
+        )
+        for name, plan in plans.items()
+    }
+
+
+def _check_whole_run(
+    experiment: Experiment, *, model: nn.Module, params: Any, batch: Any, calibration: Calibration
+) -> None:
+    """Meets what is wrong with a later stage (patterns, budgets) before the first one has run."""
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    for stage in experiment.train.stages():
+        where, config = f"train.{stage.name}", stage.config
+        check_patterns(config.trainable, paths, where=f"{where}.trainable")
+        groups = tuple(pattern for pattern, _ in config.learning_rates_by_path)
+        check_patterns(groups, paths, where=f"{where}.learning_rates_by_path")
+        if config.before == "calibrate_ranks":  # of any ranks, the budgets are the same
+            calibration = Calibration(
+                ranks=dict.fromkeys(
+                    get_args(RankMode), dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
+                )
+            )
+        for name, plan in training_plans(experiment, stage, calibration).items():
+            try:
+                jax.eval_shape(lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan),
+                               params, batch)
+            except ValueError as error:
+                raise ConfigError(f"{where}: plan '{name}': {error}") from error
