@@ -79,7 +79,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, where: str) -> None:
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How the parameter at `path` ("llama/blocks/…") is split.
 
-    A dimension that its axis does not divide stays whole, so that small models run on any mesh.
+    An axis that does not divide its dimension splits the rule's other one, if that is free; else
+    the dimension stays whole, so that small models run on any mesh.
 
     Raises:
         ValueError: if no rule matches a parameter of two or more dimensions.
@@ -88,17 +89,33 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
         return PartitionSpec()
     for pattern, axes in PARAMETER_RULES:
         if re.search(pattern, path):
-            padded = (None,) * (len(shape) - len(axes)) + axes[-len(shape) :]
-            return PartitionSpec(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(padded, shape, strict=True)
-                )
-            )
+            axes = axes[-len(shape) :]
+            split = _split(shape[len(shape) - len(axes) :], axes, mesh)
+            return PartitionSpec(*(None,) * (len(shape) - len(axes)), *split)
     raise ValueError(
         f"no sharding rule matches parameter {path} {tuple(shape)}: add one to "
         "meteor_jax.parallel.PARAMETER_RULES."
     )
+
+
+def _split(
+    sizes: Sequence[int], axes: tuple[str | None, ...], mesh: Mesh
+) -> tuple[str | None, ...]:
+    """The axis of each dimension, None for those that stay whole."""
+
+    def divides(axis: str | None, size: int) -> bool:
+        return axis is not None and size % mesh.shape[axis] == 0
+
+    placed = [axis if divides(axis, size) else None for axis, size in zip(axes, sizes, strict=True)]
+    for axis in axes:
+        if axis is None or axis in placed:
+            continue
+        for place, size in enumerate(sizes):
+            free = placed[place] is None or mesh.shape[placed[place]] == 1
+            if free and divides(axis, size):
+                placed[place] = axis
+                break
+    return tuple(placed)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:

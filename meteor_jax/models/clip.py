@@ -15,15 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.layers import (
-    Stack,
-    StackOutput,
-    attend,
-    attention_received,
-    constrain,
-    dense,
-    segment_bounds,
-)
+from meteor_jax.models.attention import attend, attention_received
+from meteor_jax.models.layers import Stack, StackOutput, constrain, dense, segment_bounds
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.pruning.encode import (

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from meteor_jax.models.layers import Stack, constrain, dense
+from meteor_jax.models.platform import target_platform
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.pruning.encode import EncoderCut, EncoderOutput, check_cuts, cut_tokens
 from meteor_jax.types import Array
@@ -182,14 +183,13 @@ class ConvNext(nn.Module):
 
 
 def depthwise(x: Array, kernel: Array) -> Array:
-    """Depthwise convolution in the form that is fast on the backend in use.
+    """Depthwise convolution in the form that is fast on the target platform.
 
     Shapes:
         x: float[I, H, W, C]; kernel: float[7, 7, 1, C].
     """
-    if jax.default_backend() == "cpu":
-        return depthwise_shifted(x, kernel)
-    return depthwise_conv(x, kernel)
+    forms = {"cpu": depthwise_shifted, "tpu": depthwise_conv_tpu}
+    return forms.get(target_platform(), depthwise_conv)(x, kernel)
 
 
 def depthwise_conv(x: Array, kernel: Array) -> Array:
@@ -202,6 +202,30 @@ def depthwise_conv(x: Array, kernel: Array) -> Array:
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
     )
+
+
+@jax.custom_vjp
+def depthwise_conv_tpu(x: Array, kernel: Array) -> Array:
+    """`depthwise_conv` whose kernel's gradient is sums of shifted products: as a convolution of
+    one group a channel, XLA takes minutes to compile each for a TPU."""
+    return depthwise_conv(x, kernel)
+
+
+def _conv_tpu_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    height, width = x.shape[1:3]
+    padded, weight = _pad(x), grad.astype(jnp.float32)
+
+    def total(row: int, column: int) -> Array:
+        window = padded[:, row : row + height, column : column + width]
+        return jnp.sum(window.astype(jnp.float32) * weight, axis=(0, 1, 2))
+
+    sums = [total(row, column) for row in range(KERNEL) for column in range(KERNEL)]
+    kernel_grad = jnp.stack(sums).reshape(kernel.shape)
+    return depthwise_conv(grad, kernel[::-1, ::-1]), kernel_grad.astype(kernel.dtype)
+
+
+depthwise_conv_tpu.defvjp(lambda x, k: (depthwise_conv(x, k), (x, k)), _conv_tpu_backward)
 
 
 @jax.custom_vjp

@@ -1,6 +1,6 @@
-"""What the encoders and the decoder share: attention, stacked blocks, sharding constraints.
+"""What the encoders and the decoder share: stacked blocks, products, sharding constraints.
 
-B rows, T queries, S keys, H heads, K kv heads, D width, d head width, L layers.
+B rows, T tokens, D width, L layers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from jax.sharding import PartitionSpec
 
 from meteor_jax.types import Array
 
-MASKED = -1e30  # a score that softmax turns into exactly 0 in float32, without NaN in empty rows
-QUERY_CHUNK = 256  # query rows of one attention map that `attention_received` holds at a time
-
 # How activations lie on the mesh axes (data, fsdp, tensor), by axis letters. See parallel.py.
 ACTIVATION_SPECS = {
     "btd": PartitionSpec(("data", "fsdp"), None, None),
+    "btd by width": PartitionSpec("data", None, "fsdp"),  # as rows of the embedding are split
     "bthd": PartitionSpec(("data", "fsdp"), None, "tensor", None),
     "btf": PartitionSpec(("data", "fsdp"), None, "tensor"),
     "btv": PartitionSpec(("data", "fsdp"), None, "tensor"),
@@ -30,7 +28,8 @@ ACTIVATION_SPECS = {
 
 
 def constrain(x: Array, axes: str) -> Array:
-    """Pins `x` to the mesh in force (`jax.set_mesh`); the identity where there is none."""
+    """Pins `x` to the mesh in force (`jax.set_mesh`); the identity where there is none. `axes` is
+    a key of `ACTIVATION_SPECS`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, ACTIVATION_SPECS[axes])
@@ -78,105 +77,6 @@ def _gated_silu_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array
 
 
 gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_silu_backward)
-
-
-@jax.custom_vjp
-def _weighted_values(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """softmax(q·k + bias)·v for float[B, K, G, T, d] and float[B, K, S, d]."""
-    return _weighted_values_forward(q, k, v, bias)[0]
-
-
-def _weighted_values_forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Any]:
-    logits = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) + bias
-    weight = jnp.exp(logits - logits.max(-1, keepdims=True))
-    total = weight.sum(-1, keepdims=True)
-    weight = weight.astype(v.dtype)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weight, v, preferred_element_type=jnp.float32) / total
-    return out.astype(v.dtype), (q, k, v, out, weight, total)
-
-
-def _weighted_values_backward(saved: Any, grad: Array) -> tuple[Array, Array, Array, None]:
-    # Σ_s p·∂p = Σ_d o·∂o, so the softmax's gradient needs no sum over the map (FlashAttention).
-    q, k, v, out, weight, total = saved
-    grad = grad / total
-    inner = (grad * out).sum(-1, keepdims=True)
-    grad = grad.astype(v.dtype)
-    towards = jnp.einsum("bkgtd,bksd->bkgts", grad, v, preferred_element_type=jnp.float32)
-    scores = (weight * (towards - inner)).astype(v.dtype)
-    return (
-        jnp.einsum("bkgts,bksd->bkgtd", scores, k),
-        jnp.einsum("bkgts,bkgtd->bksd", scores, q),
-        jnp.einsum("bkgts,bkgtd->bksd", weight, grad),
-        None,
-    )
-
-
-_weighted_values.defvjp(_weighted_values_forward, _weighted_values_backward)
-
-
-def attend(
-    q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None,
-    scale: float | None = None,
-) -> Array:
-    """Softmax attention, float32 softmax.
-
-    With `causal`, query t sees keys 0..t: packed sequences need no other mask, because their
-    invalid entries stand last.
-
-    Shapes:
-        q: float[B, T, H, d]; k, v: float[B, S, K, d], H a multiple of K; v may have another d.
-        mask: bool[B, T, S] or bool[B, 1, S], True where a query may look.
-        returns: float[B, T, H, d], with the d of v.
-    """
-    batch, num_queries, num_heads, head_dim = q.shape
-    num_kv = k.shape[2]
-    scale = head_dim**-0.5 if scale is None else scale
-    # One batched product a (row, kv head): on CPUs twice as fast as the five-axis einsum.
-    q = q.reshape(batch, num_queries, num_kv, num_heads // num_kv, head_dim)
-    q = q.transpose(0, 2, 3, 1, 4) * jnp.asarray(scale, q.dtype)
-    bias = jnp.zeros((1, 1))
-    if causal:
-        bias = jnp.where(jnp.tril(jnp.ones((num_queries, k.shape[1]), bool)), 0.0, MASKED)
-    if mask is not None:
-        bias = bias + jnp.where(mask[:, None, None], 0.0, MASKED)
-    out = _weighted_values(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), bias)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, v.shape[-1])
-
-
-def attention_received(
-    q: Array, k: Array, *, row_weight: Array, mask: Array | None = None,
-    scale: float | None = None,
-) -> Array:
-    """The attention that each key gets from a weighted mean of query rows, head by head.
-
-    The softmax runs over all keys, so the mass on a part of them is not renormalised. The map is
-    built `QUERY_CHUNK` rows at a time and never stored. No gradient flows through it.
-
-    Shapes:
-        q: float[B, T, H, d]; k: float[B, S, K, d].
-        row_weight: float[B, T]; rows are averaged with these weights (all 0 gives 0).
-        mask: bool[B, T, S], True where a query may look.
-        returns: float32[B, H, S].
-    """
-    q, k = jax.lax.stop_gradient((q, k))
-    batch, num_queries, num_heads, head_dim = q.shape
-    num_kv = k.shape[2]
-    scale = head_dim**-0.5 if scale is None else scale
-    weight = row_weight.astype(jnp.float32)
-    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
-    q = q.reshape(batch, num_queries, num_kv, num_heads // num_kv, head_dim)
-
-    def received(q: Array, weight: Array, mask: Array | None) -> Array:
-        logits = jnp.einsum("btkgd,bskd->bkgts", q * scale, k, preferred_element_type=jnp.float32)
-        if mask is not None:
-            logits = jnp.where(mask[:, None, None], logits, MASKED)
-        return jnp.einsum("bkgts,bt->bkgs", jax.nn.softmax(logits, axis=-1), weight)
-
-    total = jnp.zeros((batch, num_kv, num_heads // num_kv, k.shape[1]), jnp.float32)
-    for start in range(0, num_queries, QUERY_CHUNK):
-        rows = slice(start, start + QUERY_CHUNK)
-        total += received(q[:, rows], weight[:, rows], None if mask is None else mask[:, rows])
-    return total.reshape(batch, num_heads, k.shape[1])
 
 
 @flax.struct.dataclass

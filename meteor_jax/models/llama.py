@@ -11,19 +11,11 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.models.layers import (
-    MASKED,
-    Stack,
-    attend,
-    attention_received,
-    constrain,
-    dense,
-    gated_silu,
-)
+from meteor_jax.models.attention import attend, attend_cached, attention_received
+from meteor_jax.models.layers import Stack, constrain, dense, gated_silu
 from meteor_jax.types import Array, SegmentCache
 
 
@@ -123,7 +115,7 @@ class LlamaBlock(nn.Module):
         hidden = self.attention_norm(x)
         q, k = self._query_key(hidden, tables)
         v = constrain(self._heads(self.value(hidden)), "bthd")
-        attended = attend(q, k, v, causal=True) if cache is None else _extend(q, k, v, cache)
+        attended = attend_cached(q, k, v, cache) if cache else attend(q, k, v, causal=True)
         x = x + self.out(attended.reshape(*x.shape[:2], -1))
         hidden = self.mlp_norm(x)
         hidden = constrain(gated_silu(self.gate(hidden), self.up(hidden)), "btf")
@@ -155,32 +147,6 @@ class LlamaBlock(nn.Module):
         return attention_received(q, k, row_weight=row_weight, mask=sees)
 
 
-def _extend(q: Array, k: Array, v: Array, cache: tuple[Array, Array, Array]) -> Array:
-    """Attention of new entries to the cache and, causally, to themselves.
-
-    The two parts share one softmax but are never concatenated: a decoded token reads the cache
-    once and copies nothing.
-
-    Shapes:
-        q: float[B, T, H, d]; k, v: float[B, T, K, d]; cache: k, v float[B, S, K, d], valid
-        bool[B, S].
-    """
-    cached_k, cached_v, valid = cache
-    batch, num_new, num_heads, head_dim = q.shape
-    q = q.reshape(batch, num_new, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
-
-    def scores(keys: Array) -> Array:
-        return jnp.einsum("btkgd,bskd->bkgts", q, keys, preferred_element_type=jnp.float32)
-
-    old = jnp.where(valid[:, None, None, None], scores(cached_k), MASKED)
-    new = jnp.where(jnp.tril(jnp.ones((num_new, num_new), bool)), scores(k), MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(v.dtype)
-    old, new = jnp.split(weights, [cached_k.shape[1]], axis=-1)
-    out = jnp.einsum("bkgts,bskd->btkgd", old, cached_v)
-    out += jnp.einsum("bkgts,bskd->btkgd", new, v)
-    return out.reshape(batch, num_new, num_heads, head_dim)
-
-
 class Llama(nn.Module):
     """Embedding, stacked layers, final norm and head; the caller decides where segments end."""
 
@@ -202,7 +168,9 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Array) -> Array:
         """float[B, T, D] of int32[B, T] token ids."""
-        return self.embedding(tokens)
+        # First as the table lies, then by rows: no device gathers the table, and the SPMD
+        # partitioner does not replicate the rows on the way.
+        return constrain(constrain(self.embedding(tokens), "btd by width"), "btd")
 
     def logits(self, x: Array) -> Array:
         """float32[..., V] of the residual stream."""

@@ -14,15 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from meteor_jax.models.layers import (
-    Stack,
-    StackOutput,
-    attend,
-    attention_received,
-    constrain,
-    dense,
-    segment_bounds,
-)
+from meteor_jax.models.attention import attend, attention_received
+from meteor_jax.models.layers import Stack, StackOutput, constrain, dense, segment_bounds
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.pruning.encode import (

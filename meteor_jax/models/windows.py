@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.layers import attend, attention_received
+from meteor_jax.models.attention import attend, attention_received, select_kernel
 from meteor_jax.pruning.windows import window_slots
 from meteor_jax.types import Array
 
@@ -53,8 +53,8 @@ def from_windows(x: Array, *, sizes: tuple[int, ...]) -> Array:
 def attend_windows(
     q: Array, k: Array, v: Array, *, real: Array | None = None, scale: float | None = None
 ) -> Array:
-    """`attend` inside each window. A long window's map is never whole, in the backward pass
-    neither: each chunk of its queries is computed again there.
+    """`attend` inside each window. Where XLA computes it, a long window's map is never whole, in
+    the backward pass neither: each chunk of its queries is computed again there.
 
     Shapes:
         q, k, v: float[I, W, S, H, d]; v may have another d.
@@ -64,7 +64,7 @@ def attend_windows(
     shape = v.shape
     mask = None if real is None else jnp.tile(real, (shape[0], 1))[:, None]
     q, k, v = (array.reshape(-1, *array.shape[2:]) for array in (q, k, v))
-    if shape[2] <= LONG:
+    if shape[2] <= LONG or select_kernel(q, k, v, mask=mask) != "xla":
         return attend(q, k, v, mask=mask, scale=scale).reshape(shape)
 
     def rows(q: Array) -> Array:

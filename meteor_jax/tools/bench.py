@@ -1,159 +1,266 @@
-"""What adaptive cuts save: prefill of one decoder, unpruned and at each bucket, in one run.
+"""What pruning saves, measured: plans against one another, with the same weights, in one run.
 
-    python -m meteor_jax.tools.bench
+    python -m meteor_jax.tools.bench --config=configs/bench_x4_eighth.py --plans=full,meteor
 
-Random weights; the time depends on shapes alone. Every row is the same jitted function with
-another plan: `bucket i` makes λ so small or large that all examples land in that bucket,
-`adaptive` lets each question decide. Compile time stands apart; medians over --repeats, with the
-fastest and the slowest.
+Times an image and a question to the end of the answer: encode (encoders, projectors, fusion),
+prefill (up to the first token), decode. The weights are random and made on the device. The plans
+take turns, so that a slow moment of the machine falls on all; medians, with the fastest and the
+slowest. Compiling stands apart. `--train` times a training step too, `--data` the data pipeline
+alone. A plan that cuts inside the encoders runs in METEOR's form of the model (a projector an
+encoder), the others in the form that the config has.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import importlib.metadata
 import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
+from ml_collections import config_flags
 from rich.console import Console
-from rich.table import Table
 
-from meteor_jax.models.fusion import splice
-from meteor_jax.models.llama import Llama, LlamaConfig
-from meteor_jax.models.prefill import run_segments
-from meteor_jax.pruning.plan import DecodePlan
-from meteor_jax.types import IMAGE_TOKEN, Array, VisualTokens
+from meteor_jax.chips import find_chip
+from meteor_jax.data import pipeline
+from meteor_jax.data.tokenizers import load_tokenizer
+from meteor_jax.evaluation.config import resolve_plans
+from meteor_jax.pruning.baselines import split_plans
+from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.tools.bench_programs import (
+    Inference,
+    Programs,
+    compile_inference,
+    compile_train,
+    form_of,
+    make_inputs,
+    make_params,
+    train_states,
+)
+from meteor_jax.tools.bench_report import Row, draw, print_table
+from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of one plan: compiling, and the median, fastest and slowest of its runs."""
+def bench(
+    experiment: Experiment,
+    *,
+    plans: Sequence[PrunePlan],
+    batch_sizes: Sequence[int] = (1, 8),
+    repeats: int = 5,
+    new_tokens: int = 16,
+    text_tokens: int = 64,
+    train: bool = False,
+) -> list[Row]:
+    """One row a batch size and plan, in this order.
 
-    name: str
-    compile_s: float
-    median_s: float
-    fastest_s: float
-    slowest_s: float
-    num_kept: list[list[int]]
+    Seconds are medians over `repeats`; "spread" holds [fastest, slowest] of each. `tokens` is the
+    mean over the decoder's layers of an image's tokens, as measured; `tflops` those of one row up
+    to the first token; `peak_bytes` what the plan's hungriest program needs, parameters included,
+    as its compiler laid it out, and `process_peak_bytes` what the whole process has needed so
+    far, all plans. Shares of the chip's peak are None where the chip is not known.
+
+    Raises:
+        ValueError: if a plan does not fit the model.
+    """
+    forms = {plan.name: form_of(experiment.model, plan) for plan in plans}
+    params = make_params(forms.values(), dtype=experiment.model.dtype)
+    stage, rows = experiment.train.finetune, []
+    for batch in batch_sizes:
+        inputs = make_inputs(experiment.model, batch=batch, text_tokens=text_tokens)
+        compiled = {
+            plan.name: compile_inference(
+                forms[plan.name], params[forms[plan.name].fusion], inputs, plan=plan,
+                new_tokens=new_tokens,
+            )
+            for plan in plans
+        }
+        seconds = take_turns({name: one.run for name, one in compiled.items()}, repeats=repeats)
+        found = {
+            name: {"plan": name, "batch": batch}
+            | _inference_row(one, seconds[name], batch=batch, new_tokens=new_tokens)
+            for name, one in compiled.items()
+        }
+        if train:
+            states = train_states(params, stage=stage)
+            steps = {
+                plan.name: compile_train(
+                    forms[plan.name], states, inputs, plan=plan, stage=stage
+                )
+                for plan in plans
+            }
+            seconds = take_turns({name: one.run for name, one in steps.items()}, repeats=repeats)
+            for name, one in steps.items():
+                row = _train_row(one, seconds[name])
+                row["spread"] |= found[name]["spread"]
+                found[name] |= row
+        peak, source = process_peak()
+        common = {
+            "process_peak_bytes": peak, "process_peak_source": source, "repeats": repeats,
+            "new_tokens": new_tokens, "text_tokens": text_tokens, "versions": versions(),
+        }
+        rows += [row | common for row in found.values()]
+    return rows
 
 
-def bench_prefill(
-    config: LlamaConfig, *, plans: dict[str, DecodePlan | None], batch: int, num_visual: int,
-    num_text: int, repeats: int,
-) -> list[Timing]:
-    """Times the prefill of `batch` prompts of one image under each plan, alternating between the
-    plans so that a slow moment of the machine falls on all."""
-    llama = Llama(config)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, config.vocab_size, (batch, num_text)).astype(np.int32)
-    tokens[:, 0] = IMAGE_TOKEN
-    x = rng.normal(0, 1, (batch, 1, num_visual, config.width)).astype(np.float32)
-    # Rows whose text looks at the image more or less: what an easy and a hard question do.
-    x *= np.linspace(0.25, 2.0, batch).astype(np.float32)[:, None, None, None]
-    place = np.broadcast_to(np.arange(num_visual, dtype=np.int32), x.shape[:-1])
-    visual = VisualTokens(x, np.zeros_like(place), place, place, span=num_visual)
-
-    def init(key: Array) -> Any:
-        embedded = llama.init(key, jnp.zeros((1, 1), jnp.int32), method="embed")["params"]
-        zeros = jnp.zeros((1, 1, config.width))
-        position = jnp.zeros((1, 1), jnp.int32)
-        layers = llama.init(key, zeros, position, start=0, stop=1, method="run")["params"]
-        return embedded | layers
-
-    variables = {"params": jax.jit(init)(jax.random.key(0))}
-
-    @functools.partial(jax.jit, static_argnames="plan")
-    def prefill(variables: Any, visual: VisualTokens, tokens: Array, plan: DecodePlan | None):
-        valid = jnp.ones((batch, 1), bool)
-        text = llama.apply(variables, jnp.maximum(tokens, 0), method="embed")
-        sequence = splice(
-            text, tokens=tokens, text_valid=jnp.ones(tokens.shape, bool), visual=visual,
-            image_valid=valid,
-        )
-        run = run_segments(
-            llama, variables, sequence, plan=plan, num_text=num_text, num_images=valid.sum(1),
-            max_images=1, visual_per_image=num_visual, num_new=0,
-        )
-        return run.sequence.x, run.segments, [cut.num_kept for cut in run.cuts]
-
-    compile_s, kept, seconds = {}, {}, {name: [] for name in plans}
-    for name, plan in plans.items():
-        started = time.perf_counter()
-        kept[name] = jax.device_get(prefill(variables, visual, tokens, plan)[2])
-        compile_s[name] = time.perf_counter() - started
+def take_turns(
+    runs: Mapping[str, Callable[[], dict[str, float]]], *, repeats: int
+) -> dict[str, list[dict[str, float]]]:
+    """What each of `runs` returned each time; one of each, then the next of each, …"""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, plan in plans.items():
-            started = time.perf_counter()
-            jax.block_until_ready(prefill(variables, visual, tokens, plan))
-            seconds[name].append(time.perf_counter() - started)
-    return [
-        Timing(
-            name, compile_s[name], float(np.median(times)), min(times), max(times),
-            [count.tolist() for count in kept[name]],
-        )
-        for name, times in seconds.items()
-    ]
+        for name, run in runs.items():
+            results[name].append(run())
+    return results
 
 
-def bucket_plans(*, depth: int, num_visual: int, scale: float) -> dict[str, DecodePlan | None]:
-    """Unpruned; METEOR's three cuts held at their smallest and largest bucket; and adaptive."""
-    layers = (depth // 4, depth // 2, 3 * depth // 4)
-    keep = (num_visual // 4, num_visual // 8, num_visual // 16)
-    plan = DecodePlan(layers=layers, keep=keep, limits=(0.5, 2.0), heads=4)
+def _inference_row(
+    one: Inference, runs: Sequence[Mapping[str, float]], *, batch: int, new_tokens: int
+) -> Row:
+    steps = new_tokens - 1
+    measured = {
+        "encode_s": [run["encode"] for run in runs],
+        "prefill_s": [run["prefill"] for run in runs],
+        "decode_s": [run["decode"] for run in runs],
+        "decode_ms_per_token": [1e3 * run["decode"] / steps for run in runs],
+        "end_to_end_s": [sum(run.values()) for run in runs],
+    }
+    row: Row = {name: statistics.median(values) for name, values in measured.items()}
+    parts = dict(one.cost.rows)
+    llm = parts["llm"]
+    chip = find_chip(jax.devices()[0].device_kind)
 
-    def with_scale(value: float) -> DecodePlan:
-        return dataclasses.replace(plan, scale=(value,) * 3)
+    def share(amount: float, seconds: float, peak: str) -> float | None:
+        return amount / seconds / getattr(chip, peak) if chip else None
 
-    return {
-        "full": None,
-        "largest bucket": with_scale(1e9),
-        "smallest bucket": with_scale(1e-9),
-        "adaptive": with_scale(scale),
+    return row | {
+        "examples_per_s": batch / row["end_to_end_s"],
+        "peak_bytes": one.peak_bytes,
+        "tokens": one.cost.visual_tokens_mean,
+        "tflops": one.cost.total_flops / 1e12,
+        "encode_mfu": share(
+            batch * (one.cost.total_flops - llm), row["encode_s"], "flops_per_s"
+        ),
+        "prefill_mfu": share(batch * llm, row["prefill_s"], "flops_per_s"),
+        "decode_bandwidth": share(
+            one.decode_bytes * steps, row["decode_s"], "bytes_per_s"
+        ),
+        "compile_s": one.compile_s,
+        "spread": {name: [min(values), max(values)] for name, values in measured.items()},
     }
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    config = LlamaConfig(
-        depth=DEPTH.value, width=WIDTH.value, num_heads=WIDTH.value // 64,
-        num_kv_heads=WIDTH.value // 64, mlp_dim=WIDTH.value * 11 // 4, vocab_size=1000,
-    )
-    timings = bench_prefill(
-        config, plans=bucket_plans(depth=config.depth, num_visual=VISUAL.value, scale=SCALE.value),
-        batch=BATCH.value, num_visual=VISUAL.value, num_text=TEXT.value, repeats=REPEATS.value,
-    )
-    title = (
-        f"prefill of {BATCH.value} × ({VISUAL.value} + {TEXT.value}) tokens, {config.depth} layers "
-        f"× {config.width}, {jax.default_backend()}, jax {jax.__version__}"
-    )
-    columns = ("plan", "median ms", "fastest–slowest", "× full", "compile s", "kept")
-    table = Table(*columns, title=title)
-    for timing in timings:
-        table.add_row(
-            timing.name, f"{timing.median_s * 1e3:.0f}",
-            f"{timing.fastest_s * 1e3:.0f}–{timing.slowest_s * 1e3:.0f}",
-            f"{timings[0].median_s / timing.median_s:.2f}", f"{timing.compile_s:.1f}",
-            " → ".join(str(count) for count in timing.num_kept),
+def _train_row(one: Programs, runs: Sequence[Mapping[str, float]]) -> Row:
+    seconds = [run["train"] for run in runs]
+    chip, median = find_chip(jax.devices()[0].device_kind), statistics.median(seconds)
+    return {
+        "train_step_s": median,
+        "train_tflops": one.flops / 1e12,
+        "train_mfu": one.flops / median / chip.flops_per_s if chip else None,
+        "train_peak_bytes": one.peak_bytes,
+        "train_compile_s": one.compile_s,
+        "spread": {"train_step_s": [min(seconds), max(seconds)]},
+    }
+
+
+def process_peak() -> tuple[int, str]:
+    """The most memory that was in use so far, and whose count it is: the device's where it has
+    one, else the resident set of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"], "device"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident set"
+
+
+def versions() -> dict[str, str]:
+    """Software and hardware that the numbers belong to."""
+    device = jax.devices()[0]
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return packages | {
+        "python": platform.python_version(), "device": device.device_kind,
+        "backend": device.platform, "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.processor()
+
+
+def bench_data(experiment: Experiment, *, batch: int, batches: int = 32) -> float:
+    """Examples a second of the training pipeline alone, after a first batch that opens it."""
+    records = pipeline.open_sources(experiment.data)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(
+            experiment.data.tokenizer, folder=Path(folder, "tokenizer"),
+            texts=lambda: pipeline.training_texts(records),
         )
-    Console().print(table)
+    stage = experiment.train.finetune
+    iterator = pipeline.make_train_iterator(
+        experiment.data, tokenizer=tokenizer, kind=stage.kind, template=stage.template,
+        batch_size=batch, records=records,
+    )
+    next(iterator)
+    started = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    return batch * batches / (time.perf_counter() - started)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 2, after one line, for what the user can put right."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
+        sizes = [int(size) for size in BATCH_SIZES.value]
+        if min(*sizes, REPEATS.value, NEW_TOKENS.value - 1, TEXT_TOKENS.value - 1) < 1:
+            raise ValueError("batch_sizes and repeats are at least 1, the tokens at least 2.")
+        experiment = load_experiment(CONFIG.value)
+        plans = resolve_plans(
+            split_plans(PLANS.value), library=experiment.plans,
+            calibration=Calibration.load(Path(CALIBRATION.value or "")),
+        )
+        rows = bench(
+            experiment, plans=plans, batch_sizes=sizes, repeats=REPEATS.value,
+            new_tokens=NEW_TOKENS.value, text_tokens=TEXT_TOKENS.value, train=TRAIN.value,
+        )
+        if DATA.value:
+            speed = bench_data(experiment, batch=sizes[0])
+            rows = [row | {"data_examples_per_s": speed} for row in rows]
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_table(rows, console=console)
+    if DATA.value:
+        fastest = max(row["examples_per_s"] for row in rows)
+        console.print(f"data pipeline alone: {speed:.1f} examples/s, {speed / fastest:.1f} × the "
+                      "fastest row")
     if OUTPUT.value:
-        rows = [json.dumps(dataclasses.asdict(timing)) for timing in timings]
-        Path(OUTPUT.value).write_text("\n".join(rows) + "\n")
+        path = Path(OUTPUT.value)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        draw(path.with_suffix(".png"), rows)
+    return 0
 
 
 if __name__ == "__main__":
-    DEPTH = flags.DEFINE_integer("depth", 8, "Layers of the decoder.")
-    WIDTH = flags.DEFINE_integer("width", 512, "Its width; heads are 64 wide.")
-    VISUAL = flags.DEFINE_integer("visual", 1024, "Visual tokens of the image.")
-    TEXT = flags.DEFINE_integer("text", 32, "Text tokens around it.")
-    BATCH = flags.DEFINE_integer("batch", 2, "Prompts.")
-    SCALE = flags.DEFINE_float("scale", 100.0, "λ of the adaptive row.")
-    REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each plan.")
-    OUTPUT = flags.DEFINE_string("output", None, "File for one JSON object a row.")
-    app.run(main)
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    PLANS = flags.DEFINE_string("plans", "full,meteor", "Plans, separated by commas.")
+    CALIBRATION = flags.DEFINE_string("calibration", None, "A calibration.json with ranks.")
+    BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once.")
+    REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each plan.")
+    NEW_TOKENS = flags.DEFINE_integer("new_tokens", 16, "Tokens of an answer.")
+    TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 64, "Text tokens around the image.")
+    TRAIN = flags.DEFINE_bool("train", False, "Times a training step too.")
+    DATA = flags.DEFINE_bool("data", False, "Times the data pipeline alone too.")
+    OUTPUT = flags.DEFINE_string("output", None, "File for a JSON object a row; a plot beside it.")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

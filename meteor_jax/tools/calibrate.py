@@ -29,6 +29,7 @@ from meteor_jax.checkpoint import restore_params
 from meteor_jax.data import pipeline
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
+from meteor_jax.distributed import fetch
 from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config
 from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, param_shapes
 from meteor_jax.models.meteor import Meteor
@@ -56,13 +57,13 @@ def calibration_batch(
 ) -> CalibrationBatch:
     """The first images of the training split, over all sources, each with its first question."""
     config, count = experiment.data, NUM_IMAGES // len(records)
-    chosen = [source[i] for source in records for i in range(min(count, len(source)))]
+    chosen = pipeline.first_questions(records, count=count)
     prompts = pipeline.collate_prompts(
-        [record["qa"][0]["question"] for record in chosen], tokenizer=tokenizer,
+        [question for question, _ in chosen], tokenizer=tokenizer,
         template=eval_config(experiment).template or experiment.train.finetune.template,
         text_length=config.text_length, batch_size=len(chosen),
     )
-    images = [decode_image(record["image"], size=config.image_size) for record in chosen]
+    images = [decode_image(encoded, size=config.image_size) for _, encoded in chosen]
     return CalibrationBatch(np.stack(images), prompts.tokens, prompts.text_valid)
 
 
@@ -88,7 +89,7 @@ def calibrate_ranks(
         images: uint8[I, H, W, 3]; a few dozen are enough, the rank hardly varies (METEOR).
     """
 
-    features = jax.device_get(
+    features = fetch(
         jax.jit(functools.partial(model.apply, method="boundary_features"))(
             {"params": params}, images
         )
@@ -148,7 +149,7 @@ def fit_scale(masses: np.ndarray, *, low_high: tuple[int, int], target: float) -
 def _run(
     model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan
 ) -> tuple[CutTrace, ...]:
-    return jax.device_get(_cuts(model, params, batch, plan=plan))
+    return fetch(_cuts(model, params, batch, plan=plan))
 
 
 @jax.jit(static_argnames=("model", "plan"))

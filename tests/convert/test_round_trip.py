@@ -3,11 +3,15 @@
 import dataclasses
 import json
 
+import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors import safe_open
 
+from meteor_jax.checkpoint import open_checkpoints, restore_params, write_config
 from meteor_jax.config import ConfigError
 from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
@@ -124,3 +128,35 @@ def test_split_projectors_have_no_way_back(tmp_path):
     with pytest.raises(ConfigError, match="no place in an EAGLE checkpoint"):
         export_checkpoint(tmp_path / "out", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_trained_checkpoint_goes_back_as_it_was_trained(tmp_path):
+    """It no longer knows what the model has no parameter for: a class token, dropped positions."""
+    tensors = fixture_weights(jnp.float32)
+    eagle = eagle_tiny.write_eagle(tmp_path / "eagle", tensors)
+    config = convert_checkpoint(eagle, tmp_path / "start", overrides=eagle_tiny.OVERRIDES)
+    shapes = flax.traverse_util.unflatten_dict(
+        param_shapes(config, parts_of(config, "eagle")), sep="/"
+    )
+    like = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    trained = jax.tree.map(lambda leaf: 2 * leaf, restore_params(tmp_path / "start", like))
+    written = json.loads((tmp_path / "start" / "config.json").read_text())
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", written)
+    with open_checkpoints(tmp_path / "run") as checkpoints:
+        args = {"params": ocp.args.StandardSave(trained), "config": ocp.args.JsonSave(written)}
+        checkpoints.save(7, args=ocp.args.Composite(**args))
+    export_checkpoint(tmp_path / "run", tmp_path / "back")
+
+    back = read_folder(tmp_path / "back")
+    assert back.keys() <= tensors.keys()
+    for name, tensor in back.items():
+        same = tensor == 2 * tensors[name]
+        if not same.all():  # rows that the model drops come back as zeros
+            assert "position_embedding" in name and same[1:].all() and not tensor[0].any(), name
+    never_read = ("class_embedding", "post_layernorm.", "head.", "attn.rope.")
+    lost = tensors.keys() - back.keys()
+    assert lost and all(any(part in name for part in never_read) for name in lost)

@@ -9,12 +9,14 @@ from meteor_jax.models.convnext import (
     ConvNext,
     ConvNextConfig,
     depthwise_conv,
+    depthwise_conv_tpu,
     depthwise_shifted,
 )
 from meteor_jax.pruning.encode import EncoderCut
 
 
-def test_depthwise_forms_are_equal():
+@pytest.mark.parametrize("form", [depthwise_shifted, depthwise_conv_tpu])
+def test_depthwise_forms_are_equal(form):
     x = jax.random.normal(jax.random.key(0), (2, 9, 6, 5))
     kernel = jax.random.normal(jax.random.key(1), (7, 7, 1, 5))
     weight = jax.random.normal(jax.random.key(2), x.shape)
@@ -23,11 +25,11 @@ def test_depthwise_forms_are_equal():
         return jax.value_and_grad(lambda x, k: (form(x, k) * weight).sum(), (0, 1))(x, kernel)
 
     np.testing.assert_allclose(
-        depthwise_shifted(x, kernel), depthwise_conv(x, kernel), rtol=1e-5, atol=1e-5
+        form(x, kernel), depthwise_conv(x, kernel), rtol=1e-5, atol=1e-5
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        value_and_grad(depthwise_shifted),
+        value_and_grad(form),
         value_and_grad(depthwise_conv),
     )
 

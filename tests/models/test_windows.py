@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from meteor_jax.models import windows
+from meteor_jax.models.attention import attend
 from meteor_jax.models.eva02 import Eva02, Eva02Config
-from meteor_jax.models.layers import attend
 from meteor_jax.models.sam import Sam, SamConfig
 from meteor_jax.models.windows import attend_windows, from_windows, stretches, to_windows
 from meteor_jax.pruning.encode import EncoderCut

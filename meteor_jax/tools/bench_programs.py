@@ -1,0 +1,277 @@
+"""What the bench times: one plan's compiled programs, with random weights made on the device.
+
+B rows, each an image and a question; N new tokens of an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meteor_jax.models.cost import Cost, count_cost, count_traced
+from meteor_jax.models.meteor import Meteor, MeteorConfig
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.tools.calibrate import fit_scale
+from meteor_jax.training.experiment import StageConfig
+from meteor_jax.training.optimizer import make_optimizer
+from meteor_jax.training.state import TrainState, init_params, make_state
+from meteor_jax.training.step import make_train_step
+from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, CutTrace, DecodeCache, VisualTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled programs of one plan, to be run again and again.
+
+    Attributes:
+        run: () → seconds by part.
+        flops: of one run.
+        compile_s: of all programs.
+        peak_bytes: of the hungriest one, its arguments (all parameters), results and temporaries,
+            as the compiler laid them out.
+    """
+
+    run: Callable[[], dict[str, float]]
+    flops: float
+    compile_s: float
+    peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference(Programs):
+    """`run` takes an image and a question to the end of the answer, in the parts "encode",
+    "prefill" (up to the first token) and "decode" (all others).
+
+    Attributes:
+        plan: as it ran: an adaptive one with λ.
+        cost: of one row.
+        decode_bytes: that a decoding step must read: the decoder's parameters and the cache.
+    """
+
+    plan: PrunePlan
+    cost: Cost
+    decode_bytes: int
+
+
+def form_of(model: MeteorConfig, plan: PrunePlan) -> MeteorConfig:
+    """The model that `plan` runs in: METEOR's form, a projector an encoder, where it cuts inside
+    the encoders; else the config's own."""
+    return dataclasses.replace(model, fusion="post") if plan.encode else model
+
+
+def make_inputs(model: MeteorConfig, *, batch: int, text_tokens: int) -> Batch:
+    """Noise as images and as text, on the device: half of the text, an image, the other half,
+    which is what training learns."""
+    rng = np.random.default_rng(0)
+    side, middle = model.image_size, text_tokens // 2
+    tokens = rng.integers(1, model.llama.vocab_size, (batch, text_tokens + 1), np.int32)
+    tokens[:, middle] = IMAGE_TOKEN
+    learnt = np.arange(text_tokens + 1) > middle
+    return jax.device_put(
+        Batch(
+            images=rng.integers(0, 256, (batch, 1, side, side, 3), np.uint8),
+            image_valid=np.ones((batch, 1), bool),
+            tokens=tokens,
+            text_valid=np.ones(tokens.shape, bool),
+            labels=np.where(learnt, tokens, IGNORE_LABEL).astype(np.int32),
+            example_id=np.arange(batch, dtype=np.int32),
+        )
+    )
+
+
+def make_params(
+    models: Iterable[MeteorConfig], *, dtype: str, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Random parameters by `MeteorConfig.fusion`, made on the device; what the forms share is
+    the same arrays."""
+    made: dict[str, dict[str, Any]] = {}
+    shared: dict[str, Any] = {}
+    for model in models:
+        if model.fusion not in made:
+            params = _init(model, dtype=dtype, seed=seed, without=frozenset(shared))
+            shared |= {name: tree for name, tree in params.items() if "projector" not in name}
+            made[model.fusion] = shared | params
+    return made
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "seed", "without"))
+def _init(model: MeteorConfig, *, dtype: str, seed: int, without: frozenset[str]) -> dict[str, Any]:
+    """Parameters but those `without`; the compiler leaves out the forward pass."""
+    side, one = model.image_size, jnp.ones((1, 1), bool)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    batch = Batch(
+        images=jnp.zeros((1, 1, side, side, 3), jnp.uint8), image_valid=one, tokens=tokens,
+        text_valid=one, labels=tokens, example_id=tokens[0],
+    )
+    params = init_params(Meteor(model), batch, seed=seed)
+    own = {name: tree for name, tree in params.items() if name not in without}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), own)
+
+
+def compile_inference(
+    model: MeteorConfig, params: Any, inputs: Batch, *, plan: PrunePlan, new_tokens: int
+) -> Inference:
+    """Encoding, prefill, and decoding of `new_tokens` tokens, the first of which prefill gives.
+
+    λ of an adaptive plan is set so that the mean of K over these rows is the plan's `keep`.
+    """
+    meteor = Meteor(model)
+    apply = functools.partial(meteor.apply, plan=plan)
+
+    @functools.partial(jax.jit, keep_unused=True)
+    def encode(params: Any, images: Any) -> VisualTokens:
+        flat = images.reshape(-1, *images.shape[2:])
+        encoded = apply({"params": params}, flat, method="encode_images")
+        rows = images.shape[:2]
+        return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), encoded.tokens)
+
+    compiler = _Compiler()
+    encode = compiler.compile(encode, params, inputs.images)
+    visual = encode(params, inputs.images)
+    if plan.decode is not None and plan.decode.budget == "adaptive":
+        plan = _with_scale(model, params, visual, inputs, plan=plan)
+    prefill = prefill_function(meteor, plan=plan, new_tokens=new_tokens)
+    prefill = compiler.compile(prefill, params, visual, inputs)
+    first, cache, cuts = prefill(params, visual, inputs)
+    decode_bytes = _num_bytes((params["llama"], cache))
+    decode = decode_function(meteor, num_steps=new_tokens - 1)
+    decode = compiler.compile(decode, params, cache, first)
+    jax.block_until_ready(decode(params, cache, first))
+
+    def run() -> dict[str, float]:
+        times = [time.perf_counter()]
+
+        def wait(result: Any) -> Any:
+            jax.block_until_ready(result)
+            times.append(time.perf_counter())
+            return result
+
+        visual = wait(encode(params, inputs.images))
+        first, cache, _ = wait(prefill(params, visual, inputs))
+        wait(decode(params, cache, first))
+        return dict(zip(("encode", "prefill", "decode"), np.diff(times).tolist(), strict=True))
+
+    rows, text_tokens = inputs.tokens.shape[0], inputs.tokens.shape[1] - 1
+    kept = tuple(float(cut.num_kept.mean()) for cut in cuts)
+    cost = count_cost(model, plan, text_tokens=text_tokens, decode_tokens=kept or None)
+    return Inference(
+        run=run, flops=rows * cost.total_flops, compile_s=compiler.seconds,
+        peak_bytes=compiler.peak_bytes, plan=plan, cost=cost, decode_bytes=decode_bytes,
+    )
+
+
+def prefill_function(meteor: Meteor, *, plan: PrunePlan, new_tokens: int) -> Callable[..., Any]:
+    """A jitted (params, visual, inputs) → (first tokens int32[B], the cache, the cuts)."""
+
+    @functools.partial(jax.jit, keep_unused=True)
+    def prefill(
+        params: Any, visual: VisualTokens, inputs: Batch
+    ) -> tuple[Any, DecodeCache, tuple[CutTrace, ...]]:
+        out = meteor.apply(
+            {"params": params}, visual, image_valid=inputs.image_valid, tokens=inputs.tokens,
+            text_valid=inputs.text_valid, plan=plan, max_new_tokens=new_tokens, method="prefill",
+        )
+        return out.logits.argmax(-1).astype(jnp.int32), out.cache, out.cuts
+
+    return prefill
+
+
+def decode_function(meteor: Meteor, *, num_steps: int) -> Callable[..., Any]:
+    """A jitted (params, cache, first tokens) → (the cache, int32[num_steps, B]) that takes the
+    most likely token, step after step. The cache is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+    def decode(params: Any, cache: DecodeCache, first: Any) -> tuple[DecodeCache, Any]:
+        def step(state: tuple[DecodeCache, Any], _: None) -> tuple[tuple[DecodeCache, Any], Any]:
+            cache, token = state
+            out = meteor.apply({"params": params}, cache, token[:, None], method="extend")
+            token = out.logits[:, 0].argmax(-1).astype(jnp.int32)
+            return (out.cache, token), token
+
+        (cache, _), tokens = jax.lax.scan(step, (cache, first), None, length=num_steps)
+        return cache, tokens
+
+    return decode
+
+
+def _with_scale(
+    model: MeteorConfig, params: Any, visual: VisualTokens, inputs: Batch, *, plan: PrunePlan
+) -> PrunePlan:
+    """`plan` with the λ that meets its `keep` when every earlier cut does."""
+    fixed = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, budget="fixed"))
+    prefill = prefill_function(Meteor(model), plan=fixed, new_tokens=0)
+    scales = []
+    for cut, trace in enumerate(prefill(params, visual, inputs)[2]):
+        value = np.sort(trace.visual_attention_value, axis=1)
+        heads = min(plan.decode.heads or value.shape[1], value.shape[1])
+        mass = value[:, value.shape[1] - heads :].sum(1)
+        low_high = plan.decode.bounds(cut)
+        scales.append(fit_scale(mass, low_high=low_high, target=plan.decode.keep[cut]))
+    decode = dataclasses.replace(plan.decode, scale=tuple(scales))
+    return dataclasses.replace(plan, decode=decode)
+
+
+def train_states(
+    params: dict[str, Any], *, stage: StageConfig
+) -> dict[str, TrainState]:
+    """A fresh state by form, with copies of the parameters, since training gives its state away.
+    """
+    return {
+        fusion: make_state(
+            jax.tree.map(jnp.copy, tree), optimizer=make_optimizer(stage),
+            trainable=stage.trainable, rng=jax.random.PRNGKey(0), use_ema=False,
+        )
+        for fusion, tree in params.items()
+    }
+
+
+def compile_train(
+    model: MeteorConfig, states: dict[str, TrainState], inputs: Batch, *, plan: PrunePlan,
+    stage: StageConfig,
+) -> Programs:
+    """A training step, part "train"; plans of one form take turns on one state."""
+    step = make_train_step(Meteor(model), optimizer=make_optimizer(stage), plan=plan, stage=stage)
+    compiler, form = _Compiler(), model.fusion
+    flops = count_traced(step, states[form], inputs)
+    step = compiler.compile(step, states[form], inputs)
+
+    def run() -> dict[str, float]:
+        started = time.perf_counter()
+        states[form], metrics = step(states[form], inputs)
+        jax.block_until_ready((states[form], metrics))
+        return {"train": time.perf_counter() - started}
+
+    run()
+    return Programs(
+        run=run, flops=flops, compile_s=compiler.seconds, peak_bytes=compiler.peak_bytes
+    )
+
+
+class _Compiler:
+    """Compiles, and keeps count of the seconds and of the most memory that a program needs."""
+
+    def __init__(self) -> None:
+        self.seconds, self.peak_bytes = 0.0, 0
+
+    def compile(self, function: Any, *args: Any) -> Callable[..., Any]:
+        started = time.perf_counter()
+        compiled = function.lower(*args).compile()
+        self.seconds += time.perf_counter() - started
+        memory = compiled.memory_analysis()
+        needed = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        )
+        self.peak_bytes = max(self.peak_bytes, needed)
+        return compiled
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,252 @@
+"""Whether a program fits a kind of chip, how it would run there, and what to change if not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from meteor_jax.chips import Chip, find_chip
+from meteor_jax.config import ConfigError
+from meteor_jax.parallel import AXES, BATCH_AXES, MeshConfig, make_mesh
+from meteor_jax.tools.programs import (
+    Program,
+    Request,
+    build_program,
+    count_flops,
+    tracing_for,
+    with_remat,
+)
+from meteor_jax.tools.roofline import Roofline, make_roofline
+from meteor_jax.tools.traffic import Collective, read_traffic
+
+PLATFORM = "tpu"
+REMAT = "nothing_saveable"
+REMAT_LABEL = f"remat={REMAT}"
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class DoesNotFit(RuntimeError):
+    """A program needs more memory than a device has. The message is one line.
+
+    Attributes:
+        is_held: what every device must hold is too much, however the program is run.
+    """
+
+    def __init__(self, message: str, *, is_held: bool) -> None:
+        super().__init__(message)
+        self.is_held = is_held
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A compiled program, every amount that of one device.
+
+    Attributes:
+        argument_bytes, output_bytes, alias_bytes, temp_bytes: XLA's buffers; outputs that take
+            the place of arguments are counted in both and are the alias.
+        peak_bytes: the most that is alive at any moment, by XLA's count.
+        flops, model_flops: with and without what remat computes again.
+        hbm_bytes, collectives, unknown_loops: see `Traffic`.
+        compile_s: seconds that compiling took.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    flops: float
+    model_flops: float
+    hbm_bytes: float
+    collectives: Mapping[str, Collective]
+    unknown_loops: int
+    roofline: Roofline
+    rows: int
+    compile_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Another way to run a program, and what it changes, in words."""
+
+    label: str
+    request: Request
+    mesh: MeshConfig
+
+
+def topology_mesh(config: MeshConfig, *, devices: list[Any]) -> Mesh:
+    """The mesh over a topology's devices; slices divide the `data` axis.
+
+    Raises:
+        ConfigError: if the axes do not fit the devices, or the slices do not divide `data`.
+    """
+    slices = num_slices(devices)
+    if slices == 1:
+        return make_mesh(config, devices=devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    rest = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: len(devices) // rest if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices) or sizes["data"] % slices:
+        asked = ", ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+        raise ConfigError(
+            f"mesh {asked} does not fit {slices} slices of {len(devices) // slices} devices: data "
+            f"must be a multiple of {slices}, and the product {len(devices)}; try "
+            f"data={slices},fsdp={len(devices) // slices}."
+        )
+    inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inner, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_slices(devices: Iterable[Any]) -> int:
+    """How many slices the devices lie in; those of a lone slice have no number."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def chip_of(mesh: Mesh) -> Chip:
+    """The mesh's kind of chip; ConfigError if its peaks are not known."""
+    kind = mesh.devices.flat[0].device_kind
+    chip = find_chip(kind)
+    if chip is None:
+        raise ConfigError(f"no peaks are known of '{kind}': add it to meteor_jax.chips.CHIPS.")
+    return chip
+
+
+def check_held(program: Program, *, chip: Chip) -> None:
+    """Raises DoesNotFit if what every device must hold is more than its memory."""
+    if program.held_bytes > chip.memory_bytes:
+        missing = program.held_bytes - chip.memory_bytes
+        raise DoesNotFit(
+            f"arguments and gradients alone take {show_bytes(program.held_bytes)} a device, "
+            f"{show_bytes(missing)} more than the {show_bytes(chip.memory_bytes)} of a "
+            f"{chip.name}; split over all, they need more than "
+            f"{math.floor(program.total_bytes / chip.memory_bytes)} devices",
+            is_held=True,
+        )
+
+
+def measure(request: Request, mesh: Mesh) -> Measured:
+    """Compiles what `request` asks for on `mesh`, and reads off what one device does.
+
+    Raises:
+        DoesNotFit: if a device cannot hold the arguments, or XLA runs out of memory.
+    """
+    chip, program = chip_of(mesh), build_program(request, mesh, platform=PLATFORM)
+    check_held(program, chip=chip)
+    started = time.perf_counter()
+    with tracing_for(PLATFORM, mesh):
+        lowered = program.function.lower(*program.args)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise read_out_of_memory(str(error)) or error from error
+    compile_s = time.perf_counter() - started
+    slices = num_slices(mesh.devices.flat)
+    traffic = read_traffic(
+        compiled.as_text(), slice_size=mesh.size // slices if slices > 1 else None
+    )
+    memory = compiled.memory_analysis()
+    counted = count_flops(request, mesh, platform=PLATFORM)
+    flops, model_flops = (total / mesh.size for total in counted)
+    return Measured(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        flops=flops,
+        model_flops=model_flops,
+        hbm_bytes=traffic.hbm_bytes,
+        collectives=traffic.collectives,
+        unknown_loops=traffic.unknown_loops,
+        roofline=make_roofline(
+            chip, flops=flops, model_flops=model_flops, hbm_bytes=traffic.hbm_bytes,
+            link_bytes=traffic.link_bytes, network_bytes=traffic.network_bytes,
+        ),
+        rows=program.rows,
+        compile_s=compile_s,
+    )
+
+
+def read_out_of_memory(message: str) -> DoesNotFit | None:
+    """XLA's message as ours; None if it is about something else."""
+    number = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {number} of {number} hbm", message) or re.search(
+        rf"temporaries \({number}\) exceeds available HBM \({number}\)", message
+    )
+    if found is None:
+        return None
+    used, limit = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
+    return DoesNotFit(
+        f"XLA needs {show_bytes(used)} a device, {show_bytes(used - limit)} more than the "
+        f"{show_bytes(limit)} that there are",
+        is_held=False,
+    )
+
+
+def alternatives(request: Request, mesh: Mesh) -> Iterator[Alternative]:
+    """What would need less memory, each with what came before: remat, then parameters split over
+    all devices, then fewer rows at a time, then every layer split over some devices."""
+    sizes = MeshConfig(**{axis: mesh.shape[axis] for axis in AXES})
+    slices = num_slices(mesh.devices.flat)
+    training, labels = request.program == "train", []
+
+    def changed(*label: str) -> Alternative:
+        return Alternative(" + ".join((*labels, *label)), request, sizes)
+
+    experiment = with_remat(request.experiment, REMAT)
+    if training and experiment != request.experiment:
+        request = dataclasses.replace(request, experiment=experiment)
+        labels.append(REMAT_LABEL)
+        yield changed()
+    split = MeshConfig(data=slices, fsdp=mesh.size // slices, tensor=1)
+    if sizes != split and (not training or _rows(request) % mesh.size == 0):
+        sizes = split
+        labels.append(f"mesh data={sizes.data},fsdp={sizes.fsdp}")
+        yield changed()
+    if not training:
+        return
+    shards = math.prod(getattr(sizes, axis) for axis in BATCH_AXES)
+    while _rows(request) > shards and (_rows(request) // 2) % shards == 0:
+        request = _accumulating(request, 2 * request.stage_config.accumulate)
+        yield changed(f"accumulate={request.stage_config.accumulate}")
+    for tensor in (2, 4, 8):
+        fsdp = split.fsdp // tensor
+        batch_size = request.stage_config.batch_size
+        heads = request.experiment.model.llama.num_kv_heads
+        if split.fsdp % tensor or heads % tensor or batch_size % (slices * fsdp):
+            return
+        sizes = MeshConfig(data=slices, fsdp=fsdp, tensor=tensor)
+        request = _accumulating(request, batch_size // (slices * fsdp))
+        yield Alternative(
+            f"{REMAT_LABEL} + mesh data={slices},fsdp={fsdp},tensor={tensor} + "
+            f"accumulate={request.stage_config.accumulate}",
+            request, sizes,
+        )
+
+
+def _rows(request: Request) -> int:
+    """Rows of a batch that are worked on at the same time."""
+    return request.stage_config.batch_size // request.stage_config.accumulate
+
+
+def _accumulating(request: Request, parts: int) -> Request:
+    stage = dataclasses.replace(request.stage_config, accumulate=parts)
+    train = dataclasses.replace(request.experiment.train, **{request.stage: stage})
+    return dataclasses.replace(
+        request, experiment=dataclasses.replace(request.experiment, train=train)
+    )
+
+
+def show_bytes(amount: float) -> str:
+    return f"{amount / 2**30:,.2f} GiB"
