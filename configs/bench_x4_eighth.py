@@ -16,10 +16,10 @@ from meteor_jax.evaluation.config import EvalConfig
 from meteor_jax.models.eagle import eagle_config
 from meteor_jax.training.experiment import complete
 
-# Measured on this config's random weights with 4 images of noise (`numerical_rank`, tolerance):
-# every encoder's features have the full rank that its width allows, at every boundary, so an
-# eighth of it shares tokens as the whole does.
-FULL_RANK = ("clip", "convnext", "eva02", "pix2struct")
+# Ranks are given, not measured: the largest that an encoder's width allows, which is what features
+# of random weights come near to. In proportion they are the same at every divisor, so an eighth of
+# the model shares its tokens as the whole does.
+RANKED = ("clip", "convnext", "eva02", "pix2struct")
 BUDGET = 242
 
 
@@ -43,7 +43,7 @@ def get_config(divisor: str = "8") -> ConfigDict:
         pix2struct=divide(whole.pix2struct, *transformer),
         llama=divide(whole.llama, *transformer, "num_kv_heads"),
     )
-    ranks = tuple((name, (float(model.encoder(name).width),) * 3) for name in FULL_RANK)
+    ranks = tuple((name, (float(model.encoder(name).width),) * 3) for name in RANKED)
     quarter = model.llama.depth // 4
 
     config = ConfigDict()

@@ -108,7 +108,7 @@ def _split(
 
     placed = [axis if divides(axis, size) else None for axis, size in zip(axes, sizes, strict=True)]
     for axis in axes:
-        if axis is None or axis in placed:
+        if axis is None or axis in placed or mesh.shape[axis] == 1:
             continue
         for place, size in enumerate(sizes):
             free = placed[place] is None or mesh.shape[placed[place]] == 1

@@ -38,8 +38,8 @@ from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, VisualTokens
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2))
 ROWS, TEXT_LENGTH, STEPS, NEW_TOKENS = 8, 10, 20, 3
-# float32. Devices sum their rows and channels in another order, and 20 steps build on it.
-LOSS_RTOL, LOGITS_ATOL = 2e-5, 2e-5
+# float32: devices sum rows and channels in another order, and 20 steps build on it.
+LOSS_RTOL, LOGITS_ATOL = 5e-6, 2e-5
 
 TWO = MeteorConfig(
     encoders=("clip", "pix2struct"),

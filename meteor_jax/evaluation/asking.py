@@ -16,14 +16,8 @@ from meteor_jax.data.sources import decode_image
 from meteor_jax.data.templates import get_template, stop_id
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.distributed import is_main_process
-from meteor_jax.evaluation.answering import (
-    Answered,
-    BlindAnswerer,
-    ModelAnswerer,
-    Seconds,
-    answer_prompts,
-    fused_shape,
-)
+from meteor_jax.evaluation.answerers import BlindAnswerer, ModelAnswerer, fused_shape
+from meteor_jax.evaluation.answering import Answered, Seconds, answer_prompts
 from meteor_jax.evaluation.config import EvalConfig
 from meteor_jax.evaluation.files import prediction_line
 from meteor_jax.evaluation.lanes import Lanes, broadcast

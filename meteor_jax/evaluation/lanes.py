@@ -69,6 +69,13 @@ class Lanes:
         return jax.jit(_same, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
 
 
+def split_by_rows(x: Array) -> Array:
+    """Keeps the first axis split by lanes, on the mesh in force."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, ROWS)
+
+
 def broadcast(value: Any) -> Any:
     """Process 0's `value`, which JSON can hold, on every process."""
     if jax.process_count() == 1:

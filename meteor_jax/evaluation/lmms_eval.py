@@ -26,13 +26,8 @@ from meteor_jax.config import ConfigError
 from meteor_jax.data.sources import square_image
 from meteor_jax.data.templates import get_template, stop_id
 from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.evaluation.answering import (
-    ModelAnswerer,
-    Seconds,
-    answer_prompts,
-    fused_shape,
-    prefetch,
-)
+from meteor_jax.evaluation.answerers import ModelAnswerer, fused_shape
+from meteor_jax.evaluation.answering import Seconds, answer_prompts, prefetch
 from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config, prompt_template
 from meteor_jax.evaluation.lanes import Lanes
 from meteor_jax.evaluation.loading import load_params, read_experiment

@@ -1,7 +1,8 @@
 """Answers that are kept as they come, so that a run which was killed does not ask again.
 
 `predictions/<plan>.jsonl` grows by whole batches. Every line names the fingerprint of what it
-depends on; `<plan>.json` beside it says what the fingerprint stands for.
+depends on; `<plan>.json` beside it says what the fingerprint stands for. In the end the file has
+the questions that were asked; answers to others move to `<plan>.others.jsonl`.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Journal:
         self.path = folder / f"{file_name(plan)}.jsonl"
         self.note = ""
         self._about_path = self.path.with_suffix(".json")
+        self._others_path = self.path.with_suffix(".others.jsonl")
         self._fingerprint = fingerprint
+        self._usable: dict[str, dict[str, Any]] = {}
         self._seconds: dict[str, float] = {}
         self._synced = time.monotonic()
 
@@ -88,6 +91,7 @@ class Journal:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines, torn = _read_lines(self.path)
+        lines += _read_lines(self._others_path)[0]
         about = self._read_about()
         if about.get("fingerprint") == self._fingerprint.digest:
             self._seconds = dict(about["seconds"])
@@ -98,9 +102,11 @@ class Journal:
         if lines and not usable:
             differs = self._differences(about)
             self.note = f"{self.path.name} is of another run ({differs}): it starts afresh."
-        if torn or len(usable) < len(lines):
+        if torn or len(usable) < len(lines) or self._others_path.exists():
             write_lines(self.path, usable.values())
+            self._others_path.unlink(missing_ok=True)
         self._write_about()
+        self._usable = usable
         return usable
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -121,7 +127,10 @@ class Journal:
         Returns `seconds` with those of earlier starts that came to their end added.
         """
         mark = {"fingerprint": self._fingerprint.digest}
-        write_lines(self.path, [dict(line) | mark for line in lines])
+        asked = [dict(line) | mark for line in lines]
+        if others := self._usable.keys() - {line["key"] for line in asked}:
+            write_lines(self._others_path, [self._usable[key] for key in sorted(others)])
+        write_lines(self.path, asked)
         for name, value in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0) + value
         self._write_about()

@@ -26,8 +26,9 @@ from rich.progress import (
 
 from meteor_jax.data.sources import CorruptImage
 from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.distributed import is_main_process
-from meteor_jax.evaluation.answering import fused_shape, pad_prompts
+from meteor_jax.distributed import is_main_process, main_process_first
+from meteor_jax.evaluation.answerers import fused_shape
+from meteor_jax.evaluation.answering import pad_prompts
 from meteor_jax.evaluation.asking import Evaluation
 from meteor_jax.evaluation.benchmarks.submission import write_submissions
 from meteor_jax.evaluation.config import Request, check_request
@@ -207,12 +208,13 @@ def _prepare(
     config, data, model = request.config, experiment.data, Meteor(experiment.model)
     # A plan that does not fit fails now, not after the others have run.
     fused = [fused_shape(model, params, plan=plan) for plan in request.plans]
-    sources = {
-        task.source: open_task_source(
-            task, data_dir=data.data_dir, num_images=config.num_images, seed=data.source_seed
-        )
-        for task in {task.source: task for task in request.tasks}.values()
-    }
+    with main_process_first("sources"):  # which builds those that are not there yet
+        sources = {
+            task.source: open_task_source(
+                task, data_dir=data.data_dir, num_images=config.num_images, seed=data.source_seed
+            )
+            for task in {task.source: task for task in request.tasks}.values()
+        }
     questions: tuple[Question, ...] = ()
     for name, source in sources.items():
         questions += collect_questions(

@@ -95,21 +95,21 @@ def make_params(
     shared: dict[str, Any] = {}
     for model in models:
         if model.fusion not in made:
-            params = _init(model, dtype=dtype, seed=seed, without=frozenset(shared))
+            params = _init(
+                make_inputs(model, batch=1, text_tokens=2), model=model, dtype=dtype, seed=seed,
+                without=frozenset(shared),
+            )
             shared |= {name: tree for name, tree in params.items() if "projector" not in name}
             made[model.fusion] = shared | params
     return made
 
 
 @functools.partial(jax.jit, static_argnames=("model", "dtype", "seed", "without"))
-def _init(model: MeteorConfig, *, dtype: str, seed: int, without: frozenset[str]) -> dict[str, Any]:
-    """Parameters but those `without`; the compiler leaves out the forward pass."""
-    side, one = model.image_size, jnp.ones((1, 1), bool)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    batch = Batch(
-        images=jnp.zeros((1, 1, side, side, 3), jnp.uint8), image_valid=one, tokens=tokens,
-        text_valid=one, labels=tokens, example_id=tokens[0],
-    )
+def _init(
+    batch: Batch, *, model: MeteorConfig, dtype: str, seed: int, without: frozenset[str]
+) -> dict[str, Any]:
+    """Parameters but those `without`. The compiler leaves out the forward pass, whose input is an
+    argument because constants would be computed with."""
     params = init_params(Meteor(model), batch, seed=seed)
     own = {name: tree for name, tree in params.items() if name not in without}
     return jax.tree.map(lambda leaf: leaf.astype(dtype), own)

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from meteor_jax.data.records import TaskSpec
 from meteor_jax.data.templates import get_template
 from meteor_jax.data.tokenizers import ByteTokenizer
-from meteor_jax.evaluation.answering import Replies
+from meteor_jax.evaluation.answerers import Replies
 from meteor_jax.evaluation.asking import Evaluation
 from meteor_jax.evaluation.config import EvalConfig
 from meteor_jax.evaluation.lanes import Lanes

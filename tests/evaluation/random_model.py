@@ -1,7 +1,12 @@
-"""The real model, as small as it gets, with random parameters, and a folder that holds it."""
+"""The real model, as small as it gets, with random parameters, and a folder that holds it.
+
+`python -m tests.evaluation.random_model DATA_DIR WORKDIR PORT PROCESS` evaluates it on a benchmark
+as one of two processes.
+"""
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -11,8 +16,9 @@ import orbax.checkpoint as ocp
 from PIL import Image
 
 from meteor_jax.checkpoint import open_checkpoints, write_config
-from meteor_jax.evaluation.runner import param_shapes
-from meteor_jax.parallel import MeshConfig, make_mesh
+from meteor_jax.distributed import start_processes
+from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.parallel import MeshConfig, make_mesh, parameter_shardings
 from meteor_jax.training.experiment import load_experiment
 
 
@@ -46,15 +52,17 @@ def png(index):
 
 
 def make_params(experiment):
-    """Random ones whose answers are letters, so that they can be told apart."""
+    """Random ones, large enough that image and question change the answer, which is letters."""
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     shapes = param_shapes(experiment, mesh=mesh)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
     drawn = jax.tree.map(
-        lambda leaf: 0.3 * jax.random.normal(next(keys), leaf.shape, leaf.dtype), shapes
+        lambda leaf: (1.2 if len(leaf.shape) > 1 else 0.3)
+        * jax.random.normal(next(keys), leaf.shape, leaf.dtype),
+        shapes,
     )
     head = drawn["llama"]["head"]["kernel"]
-    letters = jnp.zeros(head.shape[1]).at[97:123].set(1)
+    letters = jnp.zeros(head.shape[1]).at[97:123].set(0.25)
     drawn["llama"]["head"]["kernel"] = head * letters
     return drawn
 
@@ -66,3 +74,34 @@ def save_run(folder: Path, values) -> None:
     write_config(folder, json.loads(json.dumps(values)))
     with open_checkpoints(folder) as checkpoints:
         checkpoints.save(7, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+
+
+def evaluate(data_dir, workdir, *, mesh=None):
+    """POPE and MMMU, which has questions about two images, under two plans."""
+    values = config(data_dir)
+    values["eval"] |= {"prompt_lengths": (256,), "max_new_tokens_limit": 3, "num_images": None,
+                       "images_per_batch": 4, "questions_per_batch": 8}
+    experiment = load_experiment(values)
+    params = make_params(experiment)
+    options = {"tasks": ("pope", "mmmu_val"), "plans": ("full", "cut"), "display": "quiet"}
+    if mesh is None:
+        return evaluate_checkpoint(experiment, params, workdir=workdir, **options)
+
+    def place(leaf, sharding):
+        whole = jax.device_get(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
+
+    params = jax.tree.map(place, params, parameter_shardings(params, mesh))
+    with jax.set_mesh(mesh):
+        return evaluate_checkpoint(experiment, params, workdir=workdir, **options)
+
+
+def main(data_dir, workdir, port, process):
+    start_processes(
+        coordinator=f"localhost:{port}", num_processes=2, process_id=int(process)
+    )
+    evaluate(data_dir, workdir, mesh=make_mesh(MeshConfig(data=2, fsdp=-1)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

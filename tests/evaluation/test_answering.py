@@ -5,7 +5,7 @@ import pytest
 from meteor_jax.config import ConfigError
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.templates import get_template
-from meteor_jax.evaluation.answering import Rows as PromptRows
+from meteor_jax.evaluation.answerers import Rows as PromptRows
 from meteor_jax.evaluation.answering import Seconds, answer_prompts, look_up, prefetch
 from meteor_jax.evaluation.lanes import ROWS, Lanes
 from meteor_jax.evaluation.prompts import Room, make_ask, place_images

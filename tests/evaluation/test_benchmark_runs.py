@@ -1,6 +1,11 @@
 """Every benchmark from its parquet folder through the real runner, with a random model."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ from meteor_jax.evaluation.benchmarks.scoring import SUBMISSION
 from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.inference.generate import generate
 from meteor_jax.training.experiment import load_experiment
+from tests.evaluation import random_model
 from tests.evaluation.benchmark_fixtures import ROWS, write_folder
 from tests.evaluation.random_model import config, make_params
 
@@ -57,3 +63,41 @@ def test_every_question_is_asked_once_with_its_images(done):
     keys = [json.loads(line)["key"] for line in lines]
     assert len(set(keys)) == len(keys) >= 3 * len(FOLDERS) - 3
     assert compiled == 3  # prompts of one image, of two, and blind
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_predictions_and_scores_as_one(tmp_path):
+    for name in ("pope", "mmmu_val"):
+        write_folder(name, tmp_path / "data")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.evaluation.random_model", tmp_path / "data",
+               tmp_path / "two", str(port)]
+    pair = [
+        subprocess.Popen(
+            [*command, str(process)], cwd=Path(__file__).parents[2],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+        )
+        for process in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=600) for process in pair] == [0, 0]
+    finally:
+        for process in pair:
+            process.kill()
+    random_model.evaluate(tmp_path / "data", tmp_path / "one")
+    contents = [json.loads((tmp_path / name / "eval.json").read_text()) for name in ("one", "two")]
+    for content in contents:
+        for row in content["rows"]:
+            del row["seconds"]
+    assert contents[0]["rows"] == contents[1]["rows"]
+    assert contents[0]["params"] == contents[1]["params"]
+    assert contents[1]["devices"]["processes"] == 2 and contents[1]["devices"]["lanes"] == 4
+    for plan in ("full", "cut", "blind"):
+        said = [
+            [line.split('"seconds"')[0] for line in path.read_text().splitlines()]
+            for path in (tmp_path / name / f"predictions/{plan}.jsonl" for name in ("one", "two"))
+        ]
+        assert said[0] == said[1]
+    assert (tmp_path / "two/kept_tokens.png").stat().st_size > 1000

@@ -1,7 +1,6 @@
 """The plug-in, and lmms-eval's own task code as the judge of our scores; needs the extra `lmms`."""
 
 import json
-import os
 import tomllib
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before anything imports them
 pytest.importorskip("lmms_eval")
 
 from lmms_eval.api.instance import Instance
@@ -72,6 +70,8 @@ def folders(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("folders")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
+        # It caches data sets by name, and these change.
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
         write_folders(tmp_path)
         yield tmp_path
 

@@ -99,6 +99,12 @@ def test_more_questions_ask_only_those_that_are_new(tmp_path):
     assert sorted(grey for grey in answerer.encoded if grey) == [60, 70, 80]
     assert len(read(tmp_path)) == len(done.result.answers)
 
+    fewer = FakeAnswerer()
+    run(make_evaluation(tmp_path, num_images=3), fewer)
+    assert len(read(tmp_path)) == 6 and fewer.batches == []
+    run(make_evaluation(tmp_path, num_images=9), fewer)
+    assert len(read(tmp_path)) == len(done.result.answers) and fewer.batches == []
+
 
 def test_another_checkpoint_starts_afresh_and_says_so(tmp_path):
     said = []

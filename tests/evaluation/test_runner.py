@@ -11,14 +11,14 @@ import pytest
 
 from meteor_jax.config import ConfigError
 from meteor_jax.evaluation import runner
-from meteor_jax.evaluation.answering import encode_images
+from meteor_jax.evaluation.answerers import encode_images
 from meteor_jax.evaluation.config import check_request, eval_config
 from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
 from meteor_jax.evaluation.tasks import open_task_source
 from meteor_jax.inference.generate import generate
 from meteor_jax.parallel import MeshConfig, make_mesh
 from meteor_jax.training.experiment import load_experiment
-from tests.evaluation.random_model import config, make_params
+from tests.evaluation.random_model import config, make_params, png
 
 REPOSITORY = Path(__file__).parents[2]
 def records(num_images):

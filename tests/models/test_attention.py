@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from meteor_jax.models import fused_attention
 from meteor_jax.models.attention import attend, attention_kernel, select_kernel
 from meteor_jax.models.platform import compiling_for
 from meteor_jax.models.windows import attend_windows
 from meteor_jax.parallel import MeshConfig, make_mesh
+from meteor_jax.tools.aot import open_topology
 
 # Splash sums blocks of keys in another order. Outputs are about 1, gradients up to 60.
 FORWARD, BACKWARD = 2e-6, 2e-4
@@ -226,3 +228,22 @@ def test_long_windows_are_cut_up_for_xla_alone(hopper, monkeypatch):
     q, k, v = make(rows=2, queries=8, keys=8, dtype=jnp.bfloat16)
     attend_windows(*(x[:, None] for x in (q, k, v)))
     assert [call["q"] for call in hopper.calls] == [(2, 8, 2, 8)]
+
+
+@pytest.mark.tpu_compile
+def test_splash_compiles_for_tpus_without_collectives():
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(MeshConfig(1, 2, 2), devices=open_topology("v5e:2x2"))
+    by_head = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    q, k, v = (
+        jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_head)
+        for array in make(queries=300, keys=300, heads=4, width=92, value=64, dtype=jnp.bfloat16)
+    )
+
+    def loss(q, k, v):
+        return attend(q, k, v, causal=True).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
+    assert text.count("tpu_custom_call") == 3  # forward, and backward for queries and for the rest
+    assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all"))

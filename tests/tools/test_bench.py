@@ -19,7 +19,10 @@ from meteor_jax.tools import bench, bench_programs, bench_report
 from meteor_jax.training.experiment import Experiment, StageConfig, TrainConfig, load_experiment
 from tests import tiny_model
 
-METEOR = "meteor(encode=(26, 22, 30), fuse=20, layers=(2,), keep=(10,), decode.heads=2)"
+METEOR = (
+    "meteor(encode=(28, 26, 22), fuse=20, layers=(2,), keep=(10,), decode.heads=2, "
+    "decode.num_buckets=2, decode.limits=(0.5, 1.0))"
+)
 FIELDS = {
     "plan", "batch", "encode_s", "prefill_s", "decode_ms_per_token", "end_to_end_s", "peak_bytes",
     "tokens", "tflops", "versions", "spread", "compile_s", "process_peak_bytes",
@@ -30,9 +33,12 @@ FIELDS = {
 def experiment():
     """The tiny model as EAGLE joins encoders, and METEOR's plan for it."""
     return Experiment(
-        model=dataclasses.replace(tiny_model.CONFIG, fusion="pre"),
+        model=dataclasses.replace(
+            tiny_model.CONFIG, encoders=("clip", "pix2struct"), fusion="pre"
+        ),
         data=DataConfig(sources=("easy-vqa",)),
-        train=TrainConfig(finetune=StageConfig(steps=1)),
+        # Little learns, so that there is little to compile.
+        train=TrainConfig(finetune=StageConfig(steps=1, trainable=("llama/norm",))),
         plans={"meteor": METEOR},
     )
 

@@ -1,8 +1,6 @@
 """One step: what trains, by how much, and that it compiles once."""
 
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,45 +8,43 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from meteor_jax.config import build
-from meteor_jax.models.clip import ClipConfig
-from meteor_jax.models.llama import LlamaConfig
-from meteor_jax.models.meteor import Meteor, MeteorConfig
-from meteor_jax.models.pix2struct import Pix2StructConfig
-from meteor_jax.parallel import MeshConfig, make_mesh, parameter_shardings, shard_batch
 from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.optimizer import make_optimizer, make_schedule
 from meteor_jax.training.state import init_params, make_state
 from meteor_jax.training.step import make_train_step, token_loss
 from meteor_jax.types import IGNORE_LABEL
-from tests.training.tiny_run import PLANS, RANKS, TinyModel, make_batch
+from tests.training.tiny_run import TinyModel, make_batch
 
 FULL = parse_plan("full")
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_stage(**fields):
     return build(StageConfig, {"steps": 10, "batch_size": 8, "learning_rate": 1e-2} | fields)
 
 
-def begin(stage, *, model=None, plan=FULL, ema_decay=0.0, batch=None, mesh=None):
+def begin(stage, *, ema_decay=0.0):
     """(step, state) for a stage of the tiny model."""
-    model = model or TinyModel()
-    optimizer = make_optimizer(stage)
+    model, optimizer = TinyModel(), make_optimizer(stage)
 
     def fresh():
         return make_state(
-            init_params(model, batch or make_batch(0), seed=0), optimizer=optimizer,
+            init_params(model, make_batch(0), seed=0), optimizer=optimizer,
             trainable=stage.trainable, rng=jax.random.PRNGKey(0), use_ema=ema_decay > 0,
         )
 
-    shardings = parameter_shardings(jax.eval_shape(fresh), mesh) if mesh else None
-    state = jax.jit(fresh, out_shardings=shardings)()
     step = make_train_step(
-        model, optimizer=optimizer, plan=plan, stage=stage, encoders=("clip", "pix2struct"),
-        ema_decay=ema_decay, state_shardings=shardings,
+        model, optimizer=optimizer, plan=FULL, stage=stage, encoders=("clip", "pix2struct"),
+        ema_decay=ema_decay,
     )
-    return step, state
+    return step, jax.jit(fresh)()
 
 
 def moved(stage, **options):
@@ -162,54 +158,3 @@ def test_ten_batches_compile_once():
         losses.append(float(metrics["loss"]))
     assert step._cache_size() == 1
     assert len(set(losses)) == 10
-
-
-SMALL = MeteorConfig(
-    encoders=("clip", "pix2struct"),
-    clip=ClipConfig(image_size=16, patch_size=8, width=8, depth=3, num_heads=2, mlp_dim=8),
-    pix2struct=Pix2StructConfig(
-        grid_side=2, patch_size=8, width=8, depth=3, num_heads=2, mlp_dim=8, num_positions=4
-    ),
-    llama=LlamaConfig(
-        depth=2, width=8, num_heads=2, num_kv_heads=2, mlp_dim=16, vocab_size=32
-    ),
-    image_size=16,
-)
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def losses_on_mesh(config, plan, *, sizes, num_steps):
-    """Losses of the real model on as many devices as the mesh has, and how often it compiled."""
-    mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: np.prod(sizes)])
-    batches = [make_batch(seed, side=16, vocabulary=32) for seed in range(num_steps)]
-    with jax.set_mesh(mesh):
-        step, state = begin(
-            make_stage(learning_rate=1e-3), model=Meteor(config), plan=plan, batch=batches[0],
-            mesh=mesh,
-        )
-        losses = []
-        for batch in batches:
-            state, metrics = step(state, shard_batch(batch, mesh))
-            losses.append(float(metrics["loss"]))
-    return losses, step._cache_size()
-
-
-def test_real_model_compiles_once_under_a_pruning_plan():
-    plan = parse_plan("pruned", library=PLANS).calibrated(Calibration(ranks={"tolerance": RANKS}))
-    losses, compilations = losses_on_mesh(SMALL, plan, sizes=(1, 1, 1), num_steps=10)
-    assert compilations == 1
-    assert len(set(losses)) == 10
-
-
-def test_mesh_of_eight_gives_the_losses_of_one_device():
-    config, plan = dataclasses.replace(SMALL, encoders=("clip",)), parse_plan("random(keep=3)")
-    one, _ = losses_on_mesh(config, plan, sizes=(1, 1, 1), num_steps=2)
-    eight, compilations = losses_on_mesh(config, plan, sizes=(2, 2, 2), num_steps=2)
-    assert compilations == 1
-    np.testing.assert_allclose(one, eight, rtol=2e-4)

@@ -1,0 +1,136 @@
+"""The model under one plan, as an evaluation calls it.
+
+S lanes, I images of a lane in one batch, b prompts of a lane, B = S·b prompts, T prompt tokens,
+M images of a prompt, N visual tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meteor_jax.evaluation.lanes import split_by_rows
+from meteor_jax.inference.generate import generate
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.types import Array, VisualTokens
+
+
+@flax.struct.dataclass
+class Replies:
+    """A batch's answers, still on the device.
+
+    Shapes:
+        tokens: int32[B, max_new_tokens]; num_tokens: int32[B].
+        kept: int32[B] a cut in the LLM.
+    """
+
+    tokens: Array
+    num_tokens: Array
+    kept: tuple[Array, ...] = ()
+
+
+@flax.struct.dataclass
+class Rows:
+    """A batch of prompts: [S, b, ...] as hosts lay them out, [B, ...] as the model takes them.
+
+    Shapes:
+        tokens: int32[..., T]; text_valid: bool[..., T]; image_valid: bool[..., M].
+    """
+
+    tokens: Array
+    text_valid: Array
+    image_valid: Array
+
+
+class Answerer(Protocol):
+    """A model under one plan. Every call returns before it is done."""
+
+    sees_images: bool
+
+    def encode(self, images: Array) -> VisualTokens:
+        """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
+
+    def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
+        """Replies to B prompts about their images in `visual`, [B, M, N, D]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelAnswerer:
+    """A `Meteor` and its parameters; see `Answerer`."""
+
+    model: nn.Module
+    params: Any
+    plan: PrunePlan
+    eos_id: int
+    sees_images: bool = True
+
+    def encode(self, images: Array) -> VisualTokens:
+        return encode_images(self.params, images, model=self.model, plan=self.plan)
+
+    def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
+        generated = generate(
+            self.model,
+            self.params,
+            visual,
+            image_valid=rows.image_valid,
+            tokens=rows.tokens,
+            text_valid=rows.text_valid,
+            plan=self.plan,
+            max_new_tokens=max_new_tokens,
+            eos_id=self.eos_id,
+        )
+        return Replies(
+            tokens=generated.tokens,
+            num_tokens=generated.num_tokens,
+            kept=tuple(cut.num_kept for cut in generated.cuts),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlindAnswerer(ModelAnswerer):
+    """The model with no image: one visual token that is never read stands in for it."""
+
+    sees_images: bool = False
+
+    def encode(self, images: Array) -> VisualTokens:
+        shape = fused_shape(self.model, self.params, plan=self.plan)
+        return jax.tree.map(
+            lambda leaf: jnp.zeros((*images.shape[:2], 1, *leaf.shape[2:]), leaf.dtype), shape
+        )
+
+
+def fused_shape(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualTokens:
+    """Shapes of one image's `encode_images`, [1, N, D], without computing it.
+
+    Raises:
+        ValueError: if the plan does not fit the model.
+    """
+    size = model.config.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+    return jax.eval_shape(
+        lambda params, images: model.apply(
+            {"params": params}, images, plan=plan, method="encode_images"
+        ).tokens,
+        params,
+        images,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "plan"))
+def encode_images(
+    params: Any, images: Array, *, model: nn.Module, plan: PrunePlan
+) -> VisualTokens:
+    """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
+    lanes = images.shape[:2]
+    flat = split_by_rows(images.reshape(-1, *images.shape[2:]))
+    encoded = model.apply({"params": params}, flat, plan=plan, method="encode_images")
+    return jax.tree.map(
+        lambda leaf: split_by_rows(leaf.reshape(*lanes, *leaf.shape[1:])), encoded.tokens
+    )
