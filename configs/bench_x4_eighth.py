@@ -4,7 +4,7 @@ Depths and token counts are X4's: CLIP at 336 pixels (576 tokens), ConvNeXt-XXL 
 (1,024 and 4,096), Pix2Struct's 45 × 45 patches (2,025), a decoder of 32 layers over 1,024 visual
 tokens, or METEOR's 1,193 → 576 → 242. A head keeps its width and there are fewer of them, because
 the shape of a head sets how fast attention is. `--config=configs/bench_x4_eighth.py:1` is X4-7B
-itself, in bfloat16; any divisor that all widths have will do. Weights start from nothing.
+itself, in bfloat16; 2 and 4 will do too. Weights start from nothing.
 """
 
 import dataclasses
@@ -16,9 +16,8 @@ from meteor_jax.evaluation.config import EvalConfig
 from meteor_jax.models.eagle import eagle_config
 from meteor_jax.training.experiment import complete
 
-# Ranks are given, not measured: the largest that an encoder's width allows, which is what features
-# of random weights come near to. In proportion they are the same at every divisor, so an eighth of
-# the model shares its tokens as the whole does.
+# Ranks are given, not measured: the largest that an encoder's width allows. In proportion they
+# are the same at every divisor, so an eighth of the model shares its tokens as the whole does.
 RANKED = ("clip", "convnext", "eva02", "pix2struct")
 BUDGET = 242
 

@@ -20,7 +20,7 @@ COMMANDS = [
 SHORT = (
     "--config.train.pretrain.steps=2 --config.train.finetune.steps=2 --config.train.log_every=1 "
     "--config.train.finetune.batch_size=4 --config.train.pretrain.batch_size=4 "
-    "--config.eval.num_questions=8"
+    "--config.eval.num_questions=8 --config.train.finetune.plans=\"('meteor',)\""
 )
 
 
