@@ -40,7 +40,7 @@ class EvalConfig:
         images_per_batch, questions_per_batch: static sizes of encoding and answering, over all
             devices.
         group_images: images whose visual tokens lie on the devices at once.
-        draw_images: examples in kept_tokens.png; 0 draws none.
+        draw_images: answers in kept_tokens.png and examples/; 0 draws none.
         seed: of the choice of questions.
     """
 
@@ -55,7 +55,7 @@ class EvalConfig:
     images_per_batch: int = 16
     questions_per_batch: int = 32
     group_images: int = 64
-    draw_images: int = 4
+    draw_images: int = 6
     seed: int = 0
 
     def __post_init__(self) -> None:

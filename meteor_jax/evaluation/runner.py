@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
@@ -24,17 +20,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from meteor_jax.data.sources import CorruptImage
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.distributed import is_main_process, main_process_first
 from meteor_jax.evaluation.answerers import fused_shape
-from meteor_jax.evaluation.answering import pad_prompts
 from meteor_jax.evaluation.asking import Evaluation
 from meteor_jax.evaluation.benchmarks.submission import write_submissions
 from meteor_jax.evaluation.config import Request, check_request
 from meteor_jax.evaluation.files import file_name, versions
 from meteor_jax.evaluation.kept import kept_tokens
 from meteor_jax.evaluation.lanes import Lanes
+from meteor_jax.evaluation.pictures import draw_answers
 from meteor_jax.evaluation.prompts import Room
 from meteor_jax.evaluation.report import (
     CURVE_FILE,
@@ -48,44 +43,16 @@ from meteor_jax.evaluation.report import (
 from meteor_jax.evaluation.results import QuestionCost, Row, majority, make_rows
 from meteor_jax.evaluation.resume import digest_params
 from meteor_jax.evaluation.tasks import Question, collect_questions, open_task_source
-from meteor_jax.inference.visualize import draw_kept_tokens
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor, MeteorConfig
 from meteor_jax.parallel import parameter_shardings
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import Experiment
 from meteor_jax.training.state import init_params
-from meteor_jax.types import Array, Batch, PruneTrace
+from meteor_jax.types import Batch
 
 TOKENIZER_FOLDER = "tokenizer"
-KEPT_FILE = "kept_tokens.png"
 SUBMISSIONS_FOLDER = "submissions"
-
-
-def token_grids(config: MeteorConfig, *, plan: PrunePlan) -> dict[str, int]:
-    """By encoder, in the order of `VisualTokens.encoder`, the side of its output grid."""
-    if config.fusion == "pre":
-        return {"all": config.grid}
-    return {name: config.encoder(name).grid for name in config.active_encoders(plan)}
-
-
-@functools.partial(jax.jit, static_argnames=("model", "plan"))
-def trace_examples(
-    params: Any, images: Array, tokens: Array, text_valid: Array, *, model: Meteor, plan: PrunePlan
-) -> PruneTrace:
-    """What `plan` keeps of some images, each with a question of its own.
-
-    Shapes:
-        images: uint8[I, H, W, 3]; tokens, text_valid: [I, T].
-    """
-    variables = {"params": params}
-    encoded = model.apply(variables, images, plan=plan, method="encode_images")
-    prefilled = model.apply(
-        variables, jax.tree.map(lambda array: array[:, None], encoded.tokens),
-        image_valid=jnp.ones((len(images), 1), bool), tokens=tokens, text_valid=text_valid,
-        plan=plan, max_new_tokens=1, method="prefill",
-    )
-    return encoded.trace.replace(cuts=prefilled.cuts)
 
 
 def param_shapes(experiment: Experiment, *, mesh: Mesh) -> Any:
@@ -120,7 +87,7 @@ def evaluate_checkpoint(
     display: Literal["bar", "quiet"] = "bar",
     console: Console | None = None,
 ) -> list[Row]:
-    """Asks all questions under all plans; writes eval.json, predictions/ and the two pictures.
+    """Asks all questions under all plans; writes eval.json, predictions/ and pictures.
 
     Args:
         tasks, plans, num_questions: the config's `eval` where None.
@@ -155,7 +122,10 @@ def evaluate_checkpoint(
 
     pruned = [plan for plan in request.plans if plan.encode or plan.fuse or plan.decode]
     if request.config.draw_images and request.plans:
-        draw_examples(evaluation, (pruned or request.plans)[0], path=workdir / KEPT_FILE)
+        drawn = request.plans.index((pruned or request.plans)[0])
+        draw_answers(
+            evaluation, runs[drawn].result, plan=request.plans[drawn], workdir=workdir
+        )
     if is_main_process():
         write_predictions(folder, evaluation.questions, results[-1])
         for result in results[: len(request.plans)]:
@@ -247,43 +217,6 @@ def _prepare(
         folder=folder,
         say=say,
     )
-
-
-def draw_examples(evaluation: Evaluation, plan: PrunePlan, *, path: Path) -> None:
-    """kept_tokens.png for the first images; each with its first question."""
-    first_rows: dict[tuple[str, int], int] = {}
-    for row, question in enumerate(evaluation.questions):
-        if len(evaluation.asks[row].images) == 1:
-            first_rows.setdefault(question.image, row)
-    rows, loaded = [], []
-    for row in first_rows.values():
-        if len(rows) == evaluation.config.draw_images:
-            break
-        with contextlib.suppress(CorruptImage):
-            encoded = evaluation.read_image(evaluation.asks[row].images[0])
-            loaded.append(evaluation.decode_image(encoded))
-            rows.append(row)
-    if not rows:
-        return
-    images, asks = np.stack(loaded), [evaluation.asks[row] for row in rows]
-    longest = max(ask.shape.prompt_length for ask in asks)
-    prompts = pad_prompts(
-        asks, np.arange(len(asks)), shape=dataclasses.replace(asks[0].shape, prompt_length=longest)
-    )
-    trace = trace_examples(
-        evaluation.params, images, prompts.tokens, prompts.text_valid, model=evaluation.model,
-        plan=plan,
-    )
-    trace = jax.device_get(evaluation.lanes.everywhere(trace))
-    texts = [
-        f"{textwrap.fill(question.question, 34)}\nanswer: {question.answer}"
-        for question in (evaluation.questions[row] for row in rows)
-    ]
-    if is_main_process():
-        draw_kept_tokens(
-            images, texts, trace, grids=token_grids(evaluation.model.config, plan=plan), path=path,
-            title=f"{plan.name}: tokens that stay",
-        )
 
 
 def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:

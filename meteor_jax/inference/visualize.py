@@ -133,11 +133,8 @@ def draw_examples(
     listed = []
     for i, record in enumerate(records):
         picture = f"{i:02d}.png"
-        verdict = "right" if record["score"] >= 0.5 else "wrong"
-        question = textwrap.fill(str(record["question"]), 34)
-        text = f"{question}\nsaid: {record['prediction']} ({verdict})\nanswer: {record['answer']}"
         draw_kept_tokens(
-            images[i : i + 1], [text], _image_of_trace(trace, i), grids=grids,
+            images[i : i + 1], [example_text(record)], _image_of_trace(trace, i), grids=grids,
             path=folder / picture,
         )
         kept = {
@@ -148,6 +145,13 @@ def draw_examples(
     path = folder / EXAMPLES_FILE
     path.write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def example_text(record: Mapping[str, Any]) -> str:
+    """What is written below an example: its question, what was said to it, its answer."""
+    verdict = "right" if record["score"] >= 0.5 else "wrong"
+    question = textwrap.fill(str(record["question"]), 34)
+    return f"{question}\nsaid: {record['prediction']} ({verdict})\nanswer: {record['answer']}"
 
 
 def _image_of_trace(trace: PruneTrace, i: int) -> PruneTrace:

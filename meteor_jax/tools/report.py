@@ -349,7 +349,8 @@ def _share(part: float, whole: float) -> str:
 
 
 def _score_cell(row: Row) -> str:
-    return f"{100 * row.score:.1f} ±{50 * (row.high - row.low):.1f}"
+    points = f" ({row.parts['points']:,.0f} points)" if "points" in row.parts else ""
+    return f"{100 * row.score:.1f} ±{50 * (row.high - row.low):.1f}{points}"
 
 
 def _key(record: Mapping) -> tuple:

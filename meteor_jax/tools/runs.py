@@ -14,6 +14,7 @@ import numpy as np
 
 from meteor_jax.config import ConfigError, build
 from meteor_jax.evaluation.kept import describe
+from meteor_jax.evaluation.pictures import EXAMPLES_FOLDER, KEPT_FILE
 from meteor_jax.evaluation.report import PREDICTIONS_FOLDER, file_name
 from meteor_jax.evaluation.results import (
     BLIND,
@@ -26,8 +27,6 @@ from meteor_jax.evaluation.results import (
 )
 from meteor_jax.inference.visualize import EXAMPLES_FILE
 
-EXAMPLES_FOLDER = "examples"
-KEPT_FILE = "kept_tokens.png"
 METRICS_FILE = "metrics.jsonl"
 SHARE_STEPS = 20  # the last logged steps of training, whose shares are averaged
 
@@ -225,8 +224,13 @@ def _read_run(path: Path, *, name: str) -> Run:
     except ValueError as error:
         raise ConfigError(f"{path}: {expected}, got no JSON ({error}).") from error
     rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(rows, list):
         raise ConfigError(f"{path}: {expected}, got JSON without 'rows'.")
+    if not rows:
+        raise ConfigError(
+            f"{path}: all its tasks are answered for submission and none has a score; name "
+            f"evaluations with a scored task."
+        )
     known = {field.name for field in dataclasses.fields(Row)}
     built = []
     for i, row in enumerate(rows):

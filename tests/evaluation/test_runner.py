@@ -132,6 +132,12 @@ def test_files_are_written(done, experiment):
     assert spread["cuts"][0]["histogram"]["counts"] == [18]
     for name in ("accuracy_vs_tokens.png", "kept_tokens.png"):
         assert (workdir / name).stat().st_size > 5000
+    examples = json.loads((workdir / "examples" / "examples.json").read_text())
+    assert [example["plan"] for example in examples] == ["cut", "cut"]
+    assert len({example["image_id"] for example in examples}) == 2
+    for example in examples:
+        assert sum(example["kept"]["LLM cut 1"].values()) == 6
+        assert (workdir / "examples" / example["picture"]).stat().st_size > 5000
 
 
 def test_batch_sizes_do_not_change_predictions(done, data_dir, params, tmp_path):

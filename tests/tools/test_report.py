@@ -164,6 +164,7 @@ def test_several_runs_stand_side_by_side(tmp_path):
         (None, "does not exist"),
         ("{", "got no JSON"),
         ("[1]", "got JSON without 'rows'"),
+        ('{"rows": []}', "none has a score"),
         ('{"rows": [3]}', r"rows\[0\]"),
         ('{"rows": [{"task": "a"}]}', r"rows\[0\]: missing plan"),
     ],
@@ -176,6 +177,15 @@ def test_what_is_no_eval_json_is_one_clear_line(tmp_path, content, message):
         write_report([path], tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_points_stand_beside_the_score(tmp_path):
+    path = write_run(tmp_path / "run")
+    content = json.loads(path.read_text())
+    content["rows"][0]["parts"] = {"points": 1514.6}
+    path.write_text(json.dumps(content))
+    text = write_report([path], tmp_path / "out").with_suffix(".md").read_text()
+    assert text.count("(1,515 points)") == 1
 
 
 def test_our_tasks_are_found_in_the_papers_columns():
