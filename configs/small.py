@@ -54,10 +54,10 @@ def get_config() -> ConfigDict:
     stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup": 0.03, "weight_decay": 0.01}
     config.train = {
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 64,
-                             "steps": 2000},
+                             "steps": 1500},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 3000, "plans": ("full",),
+            "kind": "questions", "template": "qa", "steps": 2000, "plans": ("full",),
             "before": "calibrate_ranks",
         },
         "log_every": 20,

@@ -121,7 +121,7 @@ class Block(nn.Module):
         y = DepthwiseConv(self.dtype, name="depthwise")(x)
         y = layer_norm(self.dtype, name="norm")(y)
         y = dense(4 * width, dtype=self.dtype, name="fc1")(y)
-        y = dense(width, dtype=self.dtype, name="fc2")(nn.gelu(y, approximate=False))
+        y = dense(width, dtype=self.dtype, name="fc2")(gelu(y))
         init = nn.initializers.constant(self.config.layer_scale_init)
         scale = self.param("layer_scale", init, (width,))
         return constrain(x + y * scale.astype(self.dtype), "bhwd"), None
@@ -180,6 +180,11 @@ class ConvNext(nn.Module):
         return EncoderOutput(
             x=kept, raster=last, kept=(raster, raster, last), features=(x, x, kept)
         )
+
+
+def gelu(x: Array) -> Array:
+    """Exact GELU by erf; `jax.nn.gelu`'s erfc takes a CPU three times as long."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 def depthwise(x: Array, kernel: Array) -> Array:

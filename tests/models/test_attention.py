@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meteor_jax.models import fused_attention
+from meteor_jax.models import attention, fused_attention
 from meteor_jax.models.attention import attend, attention_kernel, select_kernel
 from meteor_jax.models.platform import compiling_for
 from meteor_jax.models.windows import attend_windows
@@ -74,6 +74,15 @@ def test_xla_is_attention_by_definition():
     expected = plainly(q, k, v, mask=mask & own & jnp.tril(jnp.ones((9, 9), bool)), scale=0.3)
     out = attend(q, k, v, causal=True, mask=mask, segments=segments, scale=0.3)
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_map_in_chunks_is_the_whole_map(causal, monkeypatch):
+    """On CPUs: 3 heads over one of keys, whose 3·130 query rows are ten chunks of 39."""
+    q, k, v = make(heads=6, kv=2, value=6)
+    whole = outputs_and_gradients(q, k, v, kernel="xla", causal=causal)
+    monkeypatch.setattr(attention, "CPU_CHUNK", 48)
+    assert_same(outputs_and_gradients(q, k, v, kernel="xla", causal=causal), whole)
 
 
 CASES = {
