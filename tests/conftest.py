@@ -16,6 +16,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+LONGEST = (
+    "test_readme.py", "test_processes.py", "test_invariants.py", "test_baselines.py",
+    "test_prefill_extend.py", "test_calibrate.py", "test_generate.py", "test_bench.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, or one worker would run it alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest files first, or one worker would run one alone at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))

@@ -16,6 +16,8 @@ import pytest
 from tests.training import one_of_many, tiny_run
 from tests.training.one_of_many import HEARTBEAT_SECONDS, NUM_PROCESSES, NUM_STEPS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 TERM_AT, KILL_AT = 8, 25
 

@@ -182,6 +182,7 @@ on_meshes = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @on_meshes
 def test_training_loses_what_one_device_loses(config, sizes, capfd):
     found, compilations = losses(config, sizes=sizes)

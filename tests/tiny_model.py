@@ -42,8 +42,8 @@ RANKS = Calibration(
                          "pix2struct": (2.0, 3.0, 4.0)}}
 )
 METEOR = (
-    "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 2, 3), keep=(14, 10, 6), decode.heads=2, "
-    "decode.scale=(9.0, 7.0, 5.0))"
+    "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.heads=2, "
+    "decode.scale=(9.0, 5.0))"
 )
 PLANS = {
     "full": "full",
