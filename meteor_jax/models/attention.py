@@ -22,7 +22,7 @@ from meteor_jax.models.fused_attention import (
     splash_takes,
     split_over_mesh,
 )
-from meteor_jax.platform import target_platform
+from meteor_jax.models.platform import target_platform
 from meteor_jax.types import Array
 
 Kernel = Literal["auto", "xla", "cudnn", "splash"]

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from meteor_jax.models.layers import Stack, constrain, dense
+from meteor_jax.models.platform import target_platform
 from meteor_jax.models.resize import patchify, resize
-from meteor_jax.platform import target_platform
 from meteor_jax.pruning.encode import EncoderCut, EncoderOutput, check_cuts, cut_tokens
 from meteor_jax.types import Array
 

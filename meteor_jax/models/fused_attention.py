@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from meteor_jax.platform import target_platform
+from meteor_jax.models.platform import target_platform
 from meteor_jax.types import Array
 
 LANES = 128  # of a TPU's vector registers; a splash block is so many entries or a multiple

@@ -21,8 +21,8 @@ from meteor_jax.evaluation.config import eval_config
 from meteor_jax.models.attention import attention_kernel
 from meteor_jax.models.cost import count_traced
 from meteor_jax.models.meteor import Meteor
+from meteor_jax.models.platform import compiling_for
 from meteor_jax.parallel import BATCH_AXES, check_batch_size, parameter_shardings
-from meteor_jax.platform import compiling_for
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.encode import RankMode
 from meteor_jax.pruning.plan import Calibration, PrunePlan

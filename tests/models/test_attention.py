@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meteor_jax.models import attention, fused_attention
 from meteor_jax.models.attention import attend, attention_kernel, select_kernel
+from meteor_jax.models.platform import compiling_for
 from meteor_jax.models.windows import attend_windows
 from meteor_jax.parallel import MeshConfig, make_mesh
-from meteor_jax.platform import compiling_for
 from meteor_jax.tools.aot import open_topology
 
 # Splash sums blocks of keys in another order. Outputs are about 1, gradients up to 60.

@@ -17,8 +17,8 @@ from meteor_jax.chips import CHIPS, GIB
 from meteor_jax.config import ConfigError
 from meteor_jax.data.pipeline import DataConfig
 from meteor_jax.models.convnext import depthwise
+from meteor_jax.models.platform import compiling_for, target_platform
 from meteor_jax.parallel import MeshConfig, make_mesh
-from meteor_jax.platform import compiling_for, target_platform
 from meteor_jax.tools import aot
 from meteor_jax.tools.fit import (
     DoesNotFit,
