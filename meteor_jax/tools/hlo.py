@@ -114,7 +114,7 @@ def parse(text: str) -> Module:
             if opened and not line.startswith("HloModule"):
                 current = computations[opened[2]] = Computation({})
                 entry = opened[2] if opened[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # these end a kernel's metadata
             current = None
         elif instruction := _parse_line(line):
             current.instructions[instruction.name] = instruction
