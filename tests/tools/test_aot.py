@@ -29,7 +29,7 @@ from meteor_jax.tools.fit import (
     read_out_of_memory,
     topology_mesh,
 )
-from meteor_jax.tools.hlo import replica_groups
+from meteor_jax.tools.hlo import parse, replica_groups
 from meteor_jax.tools.programs import (
     PROGRAMS,
     Program,
@@ -270,3 +270,17 @@ def test_a_config_that_cannot_fit_says_so_without_compiling(tmp_path):
     assert "train does not fit v5e:2x2" in ended.stdout
     assert "more than the 15.75 GiB of a v5e" in ended.stdout
     assert json.loads(output.read_text())["does_not_fit"]["train"]["fits_with"] is None
+
+
+def test_a_kernels_metadata_does_not_end_its_computation():
+    text = """HloModule m
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %k = f32[2]{0} custom-call(%p), custom_call_target="tpu", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="k"}
+  ROOT %r = f32[2]{0} negate(%k)
+}
+"""
+    assert parse(text).computations["main"].root.operands == ("k",)
