@@ -1,9 +1,12 @@
 """The prefill bench runs and counts right; how fast it is, is not a test's business."""
 
+import pytest
+
 from meteor_jax.models.llama import LlamaConfig
 from meteor_jax.tools.bench_cuts import bench_prefill, bucket_plans
 
 
+@pytest.mark.long
 def test_buckets_are_what_their_names_say_and_adaptive_differs_between_examples():
     config = LlamaConfig(
         depth=4, width=32, num_heads=2, num_kv_heads=2, mlp_dim=32, vocab_size=50, init_std=0.3

@@ -30,6 +30,7 @@ def test_the_mean_of_k_meets_the_target():
         fit_scale(np.zeros(4), low_high=(1, 2), target=1)
 
 
+@pytest.mark.long
 def test_each_cut_of_a_plan_keeps_its_mean():
     plan = tiny.plan(tiny.METEOR)
     scale = calibrate_scales(tiny.MODEL, tiny.params(), plan=plan, batches=[batch()])
