@@ -97,6 +97,10 @@ class Stack(nn.Module):
     takes `(x, *aux)` and returns `(x, extra)`; where `per_layer` arrays `[stop - start, ...]` are
     given, each block gets its own slice of them as one more argument.
 
+    With `in_place` each block's parameters are read out of the whole stack, so that no part of it
+    is copied, which a new token would wait for. Not for training: the gradient of every block
+    would be as large as the stack.
+
     Attributes:
         remat: "none", or a name in `jax.checkpoint_policies`, such as "nothing_saveable".
     """
@@ -112,7 +116,8 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, *aux: Any, start: int = 0, stop: int | None = None, per_layer: Any = ()
+        self, x: Array, *aux: Any, start: int = 0, stop: int | None = None, per_layer: Any = (),
+        in_place: bool = False,
     ) -> StackOutput:
         template = self._template()
 
@@ -132,6 +137,11 @@ class Stack(nn.Module):
         def body(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], Any]:
             x, _ = carry
             params, *own = layer
+            if in_place:
+                index = params
+                params = jax.tree.map(
+                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+                )
             out, extra = template.apply({"params": params}, x, *aux, *own)
             return (out, x), extra
 
@@ -139,7 +149,10 @@ class Stack(nn.Module):
             body = jax.checkpoint(
                 body, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False
             )
-        layers = jax.tree.map(lambda leaf: leaf[start:stop], stack)
+        if in_place:
+            layers = jnp.arange(start, stop)
+        else:
+            layers = jax.tree.map(lambda leaf: leaf[start:stop], stack)
         (x, last_input), extras = jax.lax.scan(body, (x, x), (layers, *per_layer))
         return StackOutput(x=x, last_input=last_input, extras=extras)
 

@@ -191,7 +191,9 @@ class Llama(nn.Module):
         tables = rotary_tables(position, config=self.config)
         valid = jnp.broadcast_to(cache.valid, (stop - start, *cache.valid.shape))
         per_layer = ((cache.k, cache.v, valid),)
-        return self.blocks(x, tables, start=start, stop=stop, per_layer=per_layer)
+        return self.blocks(
+            x, tables, start=start, stop=stop, per_layer=per_layer, in_place=True
+        )
 
     def text_attention(
         self, x: Array, position: Array, *, layer: int, row_weight: Array, rows: Array, rotary: str
