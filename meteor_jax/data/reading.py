@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import random
+import string
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
@@ -129,6 +130,34 @@ def make_picture(index: int, *, split: str, seed: int = 0, side: int = DEFAULT_S
         elements = _stack(rng, canvas, blocks)
     asked = questions.ask(rng, elements, side=side, keys=KEYS, words=WORDS, counts=counts)
     return Picture(canvas, tuple(elements), questions.caption(elements, side), tuple(asked))
+
+
+def make_page(index: int, *, split: str, seed: int = 0, side: int = DEFAULT_SIDE) -> Picture:
+    """A picture full of rows of random letters, digits and shapes; nothing is asked about it."""
+    rng = random.Random(f"page {seed}/{split}/{index}")
+    canvas = Image.new("RGB", (side, side), (rng.randint(238, 255),) * 3)
+    room, blocks, height = side - 2 * MARGIN, [], 0
+    while True:
+        block = _page_row(rng, room, split)
+        if height + block.height > room:
+            break
+        blocks.append(block)
+        height += block.height + GAP
+    elements = _stack(rng, canvas, blocks)
+    return Picture(canvas, tuple(elements), questions.caption(elements, side), ())
+
+
+def _page_row(rng: random.Random, room: int, split: str) -> draw.Block:
+    kind = rng.choice(("large", "large", "small", "digits", "shapes"))
+    if kind == "digits":
+        return draw.digits_block(rng, "".join(rng.choices(string.digits, k=4)), split=split)
+    if kind == "shapes":
+        shapes = [_shape(rng, rng.randint(17, 21)) for _ in range(3)]
+        return draw.row_block(rng, shapes, max_width=room)
+    size = rng.randint(18, 22) if kind == "large" else rng.randint(11, 15)
+    symbols = string.ascii_lowercase + string.digits * (kind == "small")
+    text = "".join(rng.choices(symbols, k=16))
+    return draw.text_block(rng, text, _color(rng), size=size, max_width=room)
 
 
 def _scatter(rng: random.Random, canvas: Image.Image) -> list[draw.Element]:

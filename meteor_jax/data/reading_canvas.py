@@ -39,6 +39,14 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """The least that is seen as one thing: a glyph, a shape, a bar with its value ('bar 7')."""
+
+    name: str
+    box: Box
+
+
+@dataclasses.dataclass(frozen=True)
 class Element:
     """Something that a question can name.
 
@@ -50,6 +58,7 @@ class Element:
     color: str | None
     content: str | tuple
     box: Box
+    parts: tuple[Part, ...]
 
     @property
     def is_shape(self) -> bool:
@@ -95,13 +104,19 @@ def place(canvas: Image.Image, block: Block, x: int, y: int) -> list[Element]:
 
 
 def _moved(element: Element, x: int, y: int) -> Element:
-    left, top, right, bottom = element.box
-    box = (left + x, top + y, right + x, bottom + y)
-    return Element(element.kind, element.color, element.content, box)
+    parts = tuple(Part(part.name, _shift(part.box, x, y)) for part in element.parts)
+    box = _shift(element.box, x, y)
+    return Element(element.kind, element.color, element.content, box, parts)
+
+
+def _shift(box: Box, x: int, y: int) -> Box:
+    left, top, right, bottom = box
+    return (left + x, top + y, right + x, bottom + y)
 
 
 def shape_block(kind: str, color: str, size: int) -> Block:
-    element = Element(kind, color, "", (0, 0, size, size))
+    box = (0, 0, size, size)
+    element = Element(kind, color, "", box, (Part(kind, box),))
     return Block(size, size, (Ink(shape_mask(kind, size), COLORS[color], 0, 0),), (element,))
 
 
@@ -120,8 +135,18 @@ def row_block(rng: random.Random, blocks: list[Block], *, max_width: int) -> Blo
 
 
 def word_block(rng: random.Random, word: str, color: str) -> Block:
-    mask = text_mask(word, rng.choice(FONTS), rng.randint(18, 22))
-    element = Element("word", color, word, (0, 0, *mask.size))
+    return text_block(rng, word, color, size=rng.randint(18, 22))
+
+
+def text_block(
+    rng: random.Random, word: str, color: str, *, size: int, max_width: int | None = None
+) -> Block:
+    """As many of the letters as `max_width` has room for."""
+    font = rng.choice(FONTS)
+    while max_width and text_mask(word, font, size).width > max_width:
+        word = word[:-1]
+    mask = text_mask(word, font, size)
+    element = Element("word", color, word, (0, 0, *mask.size), text_parts(word, font, size))
     return Block(*mask.size, (Ink(mask, COLORS[color], 0, 0),), (element,))
 
 
@@ -138,8 +163,13 @@ def digits_block(rng: random.Random, digits: str, *, split: str) -> Block:
         )
         for i, digit in enumerate(digits)
     )
+    parts = tuple(
+        Part(digit, (stroke.x, stroke.y, stroke.x + size, stroke.y + size))
+        for digit, stroke in zip(digits, inks, strict=True)
+    )
     width, height = len(digits) * (size + gap) - gap, size + 2
-    return Block(width, height, inks, (Element("digits", None, digits, (0, 0, width, height)),))
+    element = Element("digits", None, digits, (0, 0, width, height), parts)
+    return Block(width, height, inks, (element,))
 
 
 def list_block(
@@ -156,12 +186,14 @@ def list_block(
         if width <= max_width:
             break
         size -= 1
-    inks = []
+    inks, parts = [], []
     for i, (key, value) in enumerate(masks):
-        inks.append(Ink(key, COLORS[color], 0, i * pitch))
-        inks.append(Ink(value, COLORS[color], key.width + size // 2, i * pitch))
+        x, y = key.width + size // 2, i * pitch
+        inks += [Ink(key, COLORS[color], 0, y), Ink(value, COLORS[color], x, y)]
+        parts += text_parts(f"{lines[i][0]}:", font, size, y=y)
+        parts += text_parts(lines[i][1], font, size, x=x, y=y)
     height = (len(lines) - 1) * pitch + masks[-1][0].height
-    element = Element("list", color, lines, (0, 0, width, height))
+    element = Element("list", color, lines, (0, 0, width, height), tuple(parts))
     return Block(width, height, tuple(inks), (element,))
 
 
@@ -175,14 +207,17 @@ def chart_block(bars: tuple[tuple[str, int, str], ...]) -> Block:
     ]
     inks += [Ink((3, 1), BLACK, 1, floor - value * BAR_UNIT) for value in range(1, 10)]
     inks += [Ink((1, floor + 1), BLACK, left - 1, 0), Ink((width - left, 1), BLACK, left, floor)]
+    parts = []
     for i, (letter, value, color) in enumerate(bars):
         x, tall = left + 2 + i * BAR_PITCH, value * BAR_UNIT
         label = text_mask(letter, "DejaVuSans-Bold", 12)
+        letter_x = x + (BAR_PITCH - 4 - label.width) // 2
         inks.append(Ink((BAR_PITCH - 4, tall), COLORS[color], x, floor - tall))
-        inks.append(Ink(label, BLACK, x + (BAR_PITCH - 4 - label.width) // 2, floor + 3))
-    return Block(
-        width, height, tuple(inks), (Element("chart", None, bars, (0, 0, width, height)),)
-    )
+        inks.append(Ink(label, BLACK, letter_x, floor + 3))
+        parts.append(Part(f"bar {value}", (x, floor - tall, x + BAR_PITCH - 4, floor)))
+        parts += text_parts(letter, "DejaVuSans-Bold", 12, x=letter_x, y=floor + 3)
+    element = Element("chart", None, bars, (0, 0, width, height), tuple(parts))
+    return Block(width, height, tuple(inks), (element,))
 
 
 @functools.cache
@@ -220,6 +255,22 @@ def text_mask(text: str, font: str, size: int) -> Image.Image:
     ImageDraw.Draw(mask).text((2, rise), text, font=_font(font, size), fill=255, anchor="ls")
     left, _, right, _ = mask.getbbox()
     return mask.crop((left, 0, right, rise + fall))
+
+
+def text_parts(text: str, font: str, size: int, *, x: int = 0, y: int = 0) -> tuple[Part, ...]:
+    """The letters of `text_mask` with its corner at (x, y): each from where the last one ends."""
+    height, edges = text_mask(text, font, size).height, _letter_edges(text, font, size)
+    return tuple(
+        Part(letter, (x + left, y, x + right, y + height))
+        for letter, left, right in zip(text, edges[:-1], edges[1:], strict=True)
+    )
+
+
+@functools.cache
+def _letter_edges(text: str, font: str, size: int) -> tuple[int, ...]:
+    start = _font(font, size).getbbox(text, anchor="ls")[0]
+    ends = (_font(font, size).getlength(text[:end]) for end in range(len(text) + 1))
+    return tuple(round(end - start) for end in ends)
 
 
 @functools.cache

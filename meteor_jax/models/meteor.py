@@ -275,6 +275,10 @@ class Meteor(nn.Module):
         grown = DecodeCache(segments=tuple(segments), num_new=cache.num_new + tokens.shape[1])
         return Extended(logits=self.llama.logits(x), cache=grown)
 
+    def encoder_output(self, images: Array, *, encoder: str) -> Array:
+        """What one encoder alone, uncut, says of uint8[I, H, W, 3]: float[I, N, E], row-major."""
+        return getattr(self, encoder)(self._normalise(images)).x
+
     def _normalise(self, images: Array) -> Array:
         size = self.config.image_size
         if images.shape[1:] != (size, size, 3):

@@ -1,0 +1,238 @@
+"""Teaches small encoders to see, one after the other, before a language model listens to them.
+
+    python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \
+        --workdir=runs/small_encoders
+
+The encoders of a released model come trained on many millions of images. Those of the study start
+from nothing, and predicting captions teaches them to read far too slowly. Here each learns, with
+a linear head over its tokens, what lies in every 4 × 4 pixels of pictures of the reading set: which
+digit, letter, shape or bar. The head is thrown away. WORKDIR/ENCODER is then a run like any other,
+with that encoder alone in its checkpoint, to be named in `init_from`. An encoder that is finished
+is not trained again.
+
+I images, N tokens, E encoder width, C cells along a side, K cells along a token's side, P classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm.auto import tqdm
+
+from meteor_jax.checkpoint import open_checkpoints, write_config
+from meteor_jax.config import ConfigError
+from meteor_jax.data import reading
+from meteor_jax.data.reading_cells import CLASSES, GROUPS, NOTHING, cell_classes
+from meteor_jax.models.meteor import Meteor
+from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
+from meteor_jax.training.metrics import MetricsLog
+from meteor_jax.types import Array
+
+CELL = 4  # pixels; half a letter's width
+WEIGHT_OF_NOTHING = 0.1  # in the loss: most cells are empty
+NUM_TEST = 256  # pictures of the test split
+LOG_EVERY = 50
+
+
+@flax.struct.dataclass
+class Scenes:
+    """uint8[I, H, W, 3] pictures and, of each cell, its class: uint8[I, C, C]."""
+
+    images: Array
+    classes: Array
+
+    def rows(self, index: Any) -> Scenes:
+        return Scenes(self.images[index], self.classes[index])
+
+
+def make_scenes(*, split: str, count: int, side: int, pages: bool) -> Scenes:
+    """The first pictures of a split, in memory; with `pages`, every other one full of glyphs."""
+    classes = np.empty((count, side // CELL, side // CELL), np.uint8)
+    images = np.empty((count, side, side, 3), np.uint8)
+    for index in tqdm(range(count), desc=f"Drawing {split}", unit="image"):
+        page = pages and index // len(reading.SCENES) % 2
+        make = reading.make_page if page else reading.make_picture
+        picture = make(index, split=split, side=side)
+        images[index] = picture.image
+        classes[index] = cell_classes(picture.elements, side=side, cell=CELL)
+    return Scenes(images, classes)
+
+
+def train_encoder(
+    model: Meteor, encoder: str, *, scenes: Scenes, test: Scenes, steps: int, batch_size: int,
+    learning_rate: float, seed: int, log: MetricsLog,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The encoder's trained parameters, and the share of `test`'s cells it gets right, by group.
+
+    Raises:
+        ConfigError: if the encoder's grid does not divide the cells.
+    """
+    cells = scenes.classes.shape[1]
+    grid = model.config.encoder(encoder).grid
+    if cells % grid:
+        raise ConfigError(
+            f"{encoder}: its {grid} × {grid} tokens do not divide {cells} × {cells} cells of "
+            f"{CELL} pixels; choose image and patch sizes that do."
+        )
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, max(steps // 50, 1), max(steps, 2)
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01)
+    )
+
+    def classify(params: Any, images: Array) -> Array:
+        """float[I, C, C, P]: every token speaks for its own K × K cells."""
+        tokens = model.apply(
+            {"params": params["encoder"]}, images, encoder=encoder, method="encoder_output"
+        )
+        tokens *= jax.lax.rsqrt(jnp.mean(tokens**2, axis=-1, keepdims=True) + 1e-6)
+        logits = tokens @ params["head"] + params["bias"]
+        side = cells // grid
+        logits = logits.reshape(-1, grid, grid, side, side, len(CLASSES))
+        return logits.swapaxes(2, 3).reshape(-1, cells, cells, len(CLASSES))
+
+    def loss_and_hits(params: Any, batch: Scenes) -> tuple[Array, Array]:
+        """The loss, and which cells are right: bool[I, C, C]."""
+        logits, classes = classify(params, batch.images), batch.classes.astype(jnp.int32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
+        weight = jnp.where(classes != NOTHING, 1.0, WEIGHT_OF_NOTHING)
+        return jnp.sum(loss * weight) / jnp.sum(weight), logits.argmax(-1) == classes
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, batch: Scenes) -> tuple[Any, Any, Array, Array]:
+        (loss, hits), grads = jax.value_and_grad(loss_and_hits, has_aux=True)(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        filled = batch.classes != NOTHING
+        accuracy = jnp.sum(hits & filled) / jnp.sum(filled)
+        return optax.apply_updates(params, updates), state, loss, accuracy
+
+    key, head_key = jax.random.split(jax.random.PRNGKey(seed))
+    variables = jax.jit(functools.partial(model.init, encoder=encoder, method="encoder_output"))(
+        key, scenes.images[:1]
+    )
+    width = jax.eval_shape(
+        functools.partial(model.apply, encoder=encoder, method="encoder_output"),
+        variables, scenes.images[:1],
+    ).shape[-1]
+    outputs = (cells // grid) ** 2 * len(CLASSES)
+    params = {
+        "encoder": variables["params"],
+        "head": jax.random.normal(head_key, (width, outputs)) * width**-0.5,
+        "bias": jnp.zeros(outputs),
+    }
+    state, find_hits = optimizer.init(params), jax.jit(lambda *args: loss_and_hits(*args)[1])
+    started = time.perf_counter()
+    batches = _shuffled(scenes, batch_size=batch_size, seed=seed)
+    with tqdm(total=steps, desc=encoder, unit="step") as bar:
+        for number, batch in enumerate(itertools.islice(batches, steps), start=1):
+            params, state, loss, accuracy = step(params, state, batch)
+            if number % LOG_EVERY == 0 or number == steps:
+                row = {"step": number - 1, "loss": float(loss), "accuracy": float(accuracy)}
+                log.write_steps([row | {"seconds": time.perf_counter() - started}])
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, right {row['accuracy']:.1%}")
+                bar.update(number - bar.n)
+    parts = np.array_split(np.arange(len(test.images)), max(len(test.images) // batch_size, 1))
+    hits = np.concatenate([find_hits(params, test.rows(part)) for part in parts])
+    return params["encoder"], {
+        group: float(hits[np.isin(test.classes, numbers)].mean())
+        for group, numbers in GROUPS.items()
+    }
+
+
+def _shuffled(scenes: Scenes, *, batch_size: int, seed: int) -> Iterator[Scenes]:
+    """Endless batches, every epoch in another order."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(scenes.images))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield scenes.rows(order[start : start + batch_size])
+
+
+def pretrain(
+    experiment: Experiment, *, workdir: Path, config: dict[str, Any], steps: int, batch_size: int,
+    learning_rate: float, num_images: int,
+) -> None:
+    """Trains every encoder of the model that `workdir` does not hold yet.
+
+    Raises:
+        ConfigError: pictures of a size that the reading set has not, or too few of them.
+    """
+    model = Meteor(experiment.model)
+    side = experiment.model.image_size
+    if num_images < batch_size:
+        raise ConfigError(f"num_images={num_images} do not fill one batch of {batch_size}.")
+    if side % CELL or not 96 <= side <= 128:
+        raise ConfigError(
+            f"model.image_size={side}: the reading set has pictures of 96 to 128 pixels, here in "
+            f"steps of {CELL}."
+        )
+    folders = {name: workdir / name for name in experiment.model.encoders}
+    missing = [name for name, folder in folders.items() if not (folder / "config.json").is_file()]
+    for name in folders.keys() - missing:
+        print(f"{name} is there already: {folders[name]}")
+    if not missing:
+        return
+    scenes = make_scenes(split="train", count=num_images, side=side, pages=True)
+    test = make_scenes(split="test", count=NUM_TEST, side=side, pages=False)
+    for name in missing:
+        folders[name].mkdir(parents=True, exist_ok=True)
+        with MetricsLog(folders[name], first_step=0) as log:
+            params, accuracy = train_encoder(
+                model, name, scenes=scenes, test=test, steps=steps, batch_size=batch_size,
+                learning_rate=learning_rate, seed=experiment.seed, log=log,
+            )
+        shown = ", ".join(f"{group} {share:.1%}" for group, share in accuracy.items())
+        print(f"{name} sees in pictures of the test split: {shown}")
+        with open_checkpoints(folders[name]) as checkpoints:
+            checkpoints.save(
+                steps,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params), config=ocp.args.JsonSave(config)
+                ),
+            )
+            checkpoints.wait_until_finished()
+        write_config(folders[name], config)  # the last, so that it says: finished
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 2, after one line, for what the user can put right."""
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"unexpected argument '{argv[1]}'; flags start with --.")
+        pretrain(
+            load_experiment(CONFIG.value), workdir=Path(WORKDIR.value),
+            config=json.loads(CONFIG.value.to_json_best_effort()), steps=STEPS.value,
+            batch_size=BATCH_SIZE.value, learning_rate=LEARNING_RATE.value,
+            num_images=NUM_IMAGES.value,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    WORKDIR = flags.DEFINE_string("workdir", None, "Folder that gets a folder for each encoder.")
+    STEPS = flags.DEFINE_integer("steps", 3000, "Steps of each encoder.", lower_bound=1)
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures of one step.", lower_bound=1)
+    LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "The peak.", lower_bound=0.0)
+    NUM_IMAGES = flags.DEFINE_integer("num_images", 20_000, "Different pictures.", lower_bound=1)
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)
