@@ -1,5 +1,7 @@
 """The study: reading and easy-vqa together, about two hours on two CPU cores for the full model.
 
+    python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \\
+        --workdir=runs/small_encoders
     python train.py --config=configs/small.py --workdir=runs/small
 
 Every plan then continues from there with itself, full too, same data, steps and schedule:
@@ -43,15 +45,16 @@ def get_config() -> ConfigDict:
         },
         "llama": {
             "depth": 6, "width": 128, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 352,
-            "vocab_size": 512, "max_positions": 512, "tie_embeddings": True, "init_std": 0.09,
+            "vocab_size": 384, "max_positions": 512, "tie_embeddings": True, "init_std": 0.09,
             "remat": REMAT,
         },
     }
     config.data = {
         "sources": ("reading", "easy-vqa"), "weights": (0.8, 0.2), "image_size": 96,
-        "text_length": 104, "questions_per_image": 8, "tokenizer": "bpe:512",
+        "text_length": 112, "questions_per_image": 8, "tokenizer": "bpe:384",
     }
     stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup": 0.03, "weight_decay": 0.01}
+    config.init_from = tuple(f"runs/small_encoders/{name}" for name in config.model.encoders)
     config.train = {
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 64,
                              "steps": 1500},
