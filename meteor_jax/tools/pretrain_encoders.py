@@ -73,6 +73,15 @@ def make_scenes(*, split: str, count: int, side: int, pages: bool) -> Scenes:
     return Scenes(images, classes)
 
 
+@flax.struct.dataclass
+class Learner:
+    """An encoder's parameters, and those of its head: float[E, K · K · P] and float[K · K · P]."""
+
+    encoder: Any
+    head: Array
+    bias: Array
+
+
 def train_encoder(
     model: Meteor, encoder: str, *, scenes: Scenes, test: Scenes, steps: int, batch_size: int,
     learning_rate: float, seed: int, log: MetricsLog,
@@ -82,77 +91,86 @@ def train_encoder(
     Raises:
         ConfigError: if the encoder's grid does not divide the cells.
     """
-    cells = scenes.classes.shape[1]
-    grid = model.config.encoder(encoder).grid
-    if cells % grid:
-        raise ConfigError(
-            f"{encoder}: its {grid} × {grid} tokens do not divide {cells} × {cells} cells of "
-            f"{CELL} pixels; choose image and patch sizes that do."
-        )
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(steps // 50, 1), max(steps, 2)
-    )
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 50 + 1, steps + 1),
+            b2=0.95, weight_decay=0.01,
+        ),
     )
-
-    def classify(params: Any, images: Array) -> Array:
-        """float[I, C, C, P]: every token speaks for its own K × K cells."""
-        tokens = model.apply(
-            {"params": params["encoder"]}, images, encoder=encoder, method="encoder_output"
-        )
-        tokens *= jax.lax.rsqrt(jnp.mean(tokens**2, axis=-1, keepdims=True) + 1e-6)
-        logits = tokens @ params["head"] + params["bias"]
-        side = cells // grid
-        logits = logits.reshape(-1, grid, grid, side, side, len(CLASSES))
-        return logits.swapaxes(2, 3).reshape(-1, cells, cells, len(CLASSES))
-
-    def loss_and_hits(params: Any, batch: Scenes) -> tuple[Array, Array]:
-        """The loss, and which cells are right: bool[I, C, C]."""
-        logits, classes = classify(params, batch.images), batch.classes.astype(jnp.int32)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
-        weight = jnp.where(classes != NOTHING, 1.0, WEIGHT_OF_NOTHING)
-        return jnp.sum(loss * weight) / jnp.sum(weight), logits.argmax(-1) == classes
+    measure = functools.partial(loss_and_hits, model=model, encoder=encoder)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, batch: Scenes) -> tuple[Any, Any, Array, Array]:
-        (loss, hits), grads = jax.value_and_grad(loss_and_hits, has_aux=True)(params, batch)
-        updates, state = optimizer.update(grads, state, params)
+    def step(learner: Learner, state: Any, batch: Scenes) -> tuple[Learner, Any, Array, Array]:
+        (loss, hits), grads = jax.value_and_grad(measure, has_aux=True)(learner, batch)
+        updates, state = optimizer.update(grads, state, learner)
         filled = batch.classes != NOTHING
         accuracy = jnp.sum(hits & filled) / jnp.sum(filled)
-        return optax.apply_updates(params, updates), state, loss, accuracy
+        return optax.apply_updates(learner, updates), state, loss, accuracy
 
-    key, head_key = jax.random.split(jax.random.PRNGKey(seed))
-    variables = jax.jit(functools.partial(model.init, encoder=encoder, method="encoder_output"))(
-        key, scenes.images[:1]
-    )
-    width = jax.eval_shape(
-        functools.partial(model.apply, encoder=encoder, method="encoder_output"),
-        variables, scenes.images[:1],
-    ).shape[-1]
-    outputs = (cells // grid) ** 2 * len(CLASSES)
-    params = {
-        "encoder": variables["params"],
-        "head": jax.random.normal(head_key, (width, outputs)) * width**-0.5,
-        "bias": jnp.zeros(outputs),
-    }
-    state, find_hits = optimizer.init(params), jax.jit(lambda *args: loss_and_hits(*args)[1])
-    started = time.perf_counter()
+    learner = first_learner(model, encoder, scenes=scenes, seed=seed)
+    state, started = optimizer.init(learner), time.perf_counter()
     batches = _shuffled(scenes, batch_size=batch_size, seed=seed)
     with tqdm(total=steps, desc=encoder, unit="step") as bar:
         for number, batch in enumerate(itertools.islice(batches, steps), start=1):
-            params, state, loss, accuracy = step(params, state, batch)
+            learner, state, loss, accuracy = step(learner, state, batch)
             if number % LOG_EVERY == 0 or number == steps:
                 row = {"step": number - 1, "loss": float(loss), "accuracy": float(accuracy)}
                 log.write_steps([row | {"seconds": time.perf_counter() - started}])
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, right {row['accuracy']:.1%}")
                 bar.update(number - bar.n)
+
+    find_hits = jax.jit(lambda *args: measure(*args)[1])
     parts = np.array_split(np.arange(len(test.images)), max(len(test.images) // batch_size, 1))
-    hits = np.concatenate([find_hits(params, test.rows(part)) for part in parts])
-    return params["encoder"], {
+    hits = np.concatenate([find_hits(learner, test.rows(part)) for part in parts])
+    return learner.encoder, {
         group: float(hits[np.isin(test.classes, numbers)].mean())
         for group, numbers in GROUPS.items()
     }
+
+
+def first_learner(model: Meteor, encoder: str, *, scenes: Scenes, seed: int) -> Learner:
+    """Fresh parameters.
+
+    Raises:
+        ConfigError: if the encoder's grid does not divide the cells.
+    """
+    cells, grid = scenes.classes.shape[1], model.config.encoder(encoder).grid
+    if cells % grid:
+        raise ConfigError(
+            f"{encoder}: its {grid} × {grid} tokens do not divide {cells} × {cells} cells of "
+            f"{CELL} pixels; choose image and patch sizes that do."
+        )
+    init = functools.partial(model.init_with_output, encoder=encoder, method="encoder_output")
+    key, head_key = jax.random.split(jax.random.PRNGKey(seed))
+    tokens, variables = jax.jit(init)(key, scenes.images[:1])
+    width, outputs = tokens.shape[-1], (cells // grid) ** 2 * len(CLASSES)
+    return Learner(
+        encoder=variables["params"],
+        head=jax.random.normal(head_key, (width, outputs)) * width**-0.5,
+        bias=jnp.zeros(outputs),
+    )
+
+
+def loss_and_hits(
+    learner: Learner, batch: Scenes, *, model: Meteor, encoder: str
+) -> tuple[Array, Array]:
+    """The weighted cross-entropy of a batch's cells, and which are right: bool[I, C, C]."""
+    tokens = model.apply(
+        {"params": learner.encoder}, batch.images, encoder=encoder, method="encoder_output"
+    )
+    tokens *= jax.lax.rsqrt(jnp.mean(tokens**2, axis=-1, keepdims=True) + 1e-6)
+    # Every token speaks for its own K × K cells.
+    cells, grid = batch.classes.shape[1], model.config.encoder(encoder).grid
+    side = cells // grid
+    logits = tokens @ learner.head + learner.bias
+    logits = logits.reshape(-1, grid, grid, side, side, len(CLASSES))
+    logits = logits.swapaxes(2, 3).reshape(-1, cells, cells, len(CLASSES))
+
+    classes = batch.classes.astype(jnp.int32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
+    weight = jnp.where(classes != NOTHING, 1.0, WEIGHT_OF_NOTHING)
+    return jnp.sum(loss * weight) / jnp.sum(weight), logits.argmax(-1) == classes
 
 
 def _shuffled(scenes: Scenes, *, batch_size: int, seed: int) -> Iterator[Scenes]:
@@ -230,9 +248,9 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder that gets a folder for each encoder.")
-    STEPS = flags.DEFINE_integer("steps", 3000, "Steps of each encoder.", lower_bound=1)
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures of one step.", lower_bound=1)
-    LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "The peak.", lower_bound=0.0)
+    STEPS = flags.DEFINE_integer("steps", 6000, "Steps of each encoder.", lower_bound=1)
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures of one step.", lower_bound=1)
+    LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "The peak.", lower_bound=0.0)
     NUM_IMAGES = flags.DEFINE_integer("num_images", 20_000, "Different pictures.", lower_bound=1)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)
