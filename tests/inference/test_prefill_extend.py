@@ -12,7 +12,13 @@ from meteor_jax.models.fusion import splice
 from tests import tiny_model as tiny
 
 
-@pytest.mark.parametrize("text", ["full", "stage 2", "stage 3", "meteor", "pyramiddrop"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "full", "stage 2", "stage 3", "meteor",
+        pytest.param("pyramiddrop", marks=pytest.mark.long),
+    ],
+)
 def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
     """The cuts are made once, by the prompt. So the reference runs the longer row through the
     layers by hand, over the entries that the prefill kept in each segment."""

@@ -29,12 +29,18 @@ KEEP_ALL = (
 )
 
 
+# SparseVLM cuts three times: its programs take the longest of all to compile.
+with_sparsevlm_long = pytest.mark.parametrize(
+    "text", [pytest.param(SPARSEVLM, marks=pytest.mark.long), *PLANS[1:]]
+)
+
+
 @functools.cache
 def forward_of(text):
     return tiny.forward(tiny.params(), tiny.make_batch(), plan=tiny.plan(text))
 
 
-@pytest.mark.parametrize("text", PLANS)
+@with_sparsevlm_long
 def test_kept_tokens_are_as_many_as_asked_and_in_order(text):
     plan, trace = tiny.plan(text), forward_of(text).trace
     place = np.asarray(trace.fused_encoder) * 1000 + np.asarray(trace.fused_raster)
@@ -45,7 +51,7 @@ def test_kept_tokens_are_as_many_as_asked_and_in_order(text):
         assert (np.diff(cut.visual[:2], axis=1) > 0).all()
 
 
-@pytest.mark.parametrize("text", PLANS)
+@with_sparsevlm_long
 def test_an_example_does_not_depend_on_its_batch_mates(text):
     plan, batch, together = tiny.plan(text), tiny.make_batch(), forward_of(text)
     for i in range(2):
@@ -66,12 +72,14 @@ def test_keeping_everything_changes_no_logit(text):
     np.testing.assert_array_equal(np.asarray(kept)[mask], np.asarray(full)[mask])
 
 
-@pytest.mark.parametrize("text", PLANS)
+@with_sparsevlm_long
 def test_dropping_something_changes_the_answer(text):
     assert np.abs(forward_of(text).logits[0] - forward_of("full").logits[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("text", [SPARSEVLM, "dart(layer=2, keep=11)"])
+@pytest.mark.parametrize(
+    "text", [pytest.param(SPARSEVLM, marks=pytest.mark.long), "dart(layer=2, keep=11)"]
+)
 def test_two_images_get_two_budgets(text):
     batch = tiny.make_batch()
     tokens = np.array(batch.tokens)

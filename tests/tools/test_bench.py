@@ -55,6 +55,7 @@ def rows(experiment):
     )
 
 
+@pytest.mark.long
 def test_a_row_has_all_fields_and_is_json(rows):
     assert [(row["plan"], row["batch"]) for row in rows] == [("full", 2), ("meteor", 2)]
     for row in rows:
@@ -67,6 +68,7 @@ def test_a_row_has_all_fields_and_is_json(rows):
         assert row["peak_bytes"] > 4 * 1e4
 
 
+@pytest.mark.long
 def test_tokens_are_counted_as_measured(experiment, rows):
     full, meteor = rows
     assert full["tokens"] == 16  # one grid of 4 × 4 for all encoders
@@ -106,6 +108,7 @@ def test_the_forms_share_every_weight_but_the_projectors(experiment):
         assert all(one is other and one.dtype == "bfloat16" for one, other in pairs)
 
 
+@pytest.mark.long
 def test_table_and_plot(rows, tmp_path):
     console = Console(width=200, record=True)
     bench_report.print_table(rows, console=console)
