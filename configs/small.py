@@ -1,4 +1,4 @@
-"""The study: reading and easy-vqa together, about two hours on two CPU cores for the full model.
+"""The study: reading and easy-vqa together; by its step times two hours on two CPU cores.
 
     python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \\
         --workdir=runs/small_encoders

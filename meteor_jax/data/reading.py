@@ -109,6 +109,12 @@ class Picture:
     questions: tuple[questions.Question, ...]
 
 
+def check_side(side: int) -> None:
+    """Raises ValueError for a canvas outside 96 to 128 pixels."""
+    if not 96 <= side <= 128:
+        raise ValueError(f"{SOURCE}: canvas_side must be 96 to 128 pixels, got {side}.")
+
+
 def make_picture(index: int, *, split: str, seed: int = 0, side: int = DEFAULT_SIDE) -> Picture:
     """The split's picture number `index`; the same for the same arguments, wherever it runs."""
     rng = random.Random(f"{seed}/{split}/{index}")
@@ -242,8 +248,7 @@ class ReadingConfig(tfds.core.BuilderConfig):
         cls, *, split: str, num_images: int | None, seed: int, canvas_side: int
     ) -> ReadingConfig:
         """Raises ValueError if the canvas is outside 96 to 128 pixels."""
-        if not 96 <= canvas_side <= 128:
-            raise ValueError(f"{SOURCE}: canvas_side must be 96 to 128 pixels, got {canvas_side}.")
+        check_side(canvas_side)
         num_images = num_images or DEFAULT_IMAGES[split]
         return cls(
             name=f"{split}{num_images}_side{canvas_side}_seed{seed}",

@@ -134,25 +134,28 @@ class Stack(nn.Module):
         if start == stop:
             return StackOutput(x=x, last_input=x, extras=None)
 
+        if in_place:
+            layers = jnp.arange(start, stop)
+        else:
+            layers = jax.tree.map(lambda leaf: leaf[start:stop], stack)
+
+        def read(layer: Any) -> Any:
+            if not in_place:
+                return layer
+            return jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack
+            )
+
         def body(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], Any]:
             x, _ = carry
             params, *own = layer
-            if in_place:
-                index = params
-                params = jax.tree.map(
-                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
-                )
-            out, extra = template.apply({"params": params}, x, *aux, *own)
+            out, extra = template.apply({"params": read(params)}, x, *aux, *own)
             return (out, x), extra
 
         if self.remat != "none":
             body = jax.checkpoint(
                 body, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False
             )
-        if in_place:
-            layers = jnp.arange(start, stop)
-        else:
-            layers = jax.tree.map(lambda leaf: leaf[start:stop], stack)
         (x, last_input), extras = jax.lax.scan(body, (x, x), (layers, *per_layer))
         return StackOutput(x=x, last_input=last_input, extras=extras)
 

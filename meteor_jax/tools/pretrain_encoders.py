@@ -1,14 +1,13 @@
 """Teaches small encoders to see, one after the other, before a language model listens to them.
 
-    python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \
+    python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \\
         --workdir=runs/small_encoders
 
 The encoders of a released model come trained on many millions of images. Those of the study start
-from nothing, and predicting captions teaches them to read far too slowly. Here each learns, with
-a linear head over its tokens, what lies in every 4 × 4 pixels of pictures of the reading set: which
-digit, letter, shape or bar. The head is thrown away. WORKDIR/ENCODER is then a run like any other,
-with that encoder alone in its checkpoint, to be named in `init_from`. An encoder that is finished
-is not trained again.
+from nothing, and predicting captions teaches them to read far too slowly. Here each learns, with a
+linear head over its tokens, what lies in every 4 × 4 pixels of pictures of the reading set: which
+digit, letter, shape or bar. The head is thrown away. WORKDIR/ENCODER then holds a checkpoint of
+that encoder alone, to be named in `init_from`. An encoder that has one is not trained again.
 
 I images, N tokens, E encoder width, C cells along a side, K cells along a token's side, P classes.
 """
@@ -34,7 +33,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm.auto import tqdm
 
-from meteor_jax.checkpoint import open_checkpoints, write_config
+from meteor_jax.checkpoint import CheckpointError, find_step, open_checkpoints, write_config
 from meteor_jax.config import ConfigError
 from meteor_jax.data import reading
 from meteor_jax.data.reading_cells import CLASSES, GROUPS, NOTHING, cell_classes
@@ -189,35 +188,36 @@ def pretrain(
     """Trains every encoder of the model that `workdir` does not hold yet.
 
     Raises:
-        ConfigError: pictures of a size that the reading set has not, or too few of them.
+        ValueError: pictures of a size that the reading set has not, or too few of them.
     """
     model = Meteor(experiment.model)
     side = experiment.model.image_size
     if num_images < batch_size:
         raise ConfigError(f"num_images={num_images} do not fill one batch of {batch_size}.")
-    if side % CELL or not 96 <= side <= 128:
-        raise ConfigError(
-            f"model.image_size={side}: the reading set has pictures of 96 to 128 pixels, here in "
-            f"steps of {CELL}."
-        )
-    folders = {name: workdir / name for name in experiment.model.encoders}
-    missing = [name for name, folder in folders.items() if not (folder / "config.json").is_file()]
-    for name in folders.keys() - missing:
-        print(f"{name} is there already: {folders[name]}")
+    reading.check_side(side)
+    if side % CELL:
+        raise ConfigError(f"model.image_size={side}: expected a multiple of {CELL} pixels.")
+    missing = {}
+    for name in experiment.model.encoders:
+        if _is_finished(workdir / name):
+            print(f"{name} is there already: {workdir / name}")
+        else:
+            missing[name] = workdir / name
     if not missing:
         return
     scenes = make_scenes(split="train", count=num_images, side=side, pages=True)
     test = make_scenes(split="test", count=NUM_TEST, side=side, pages=False)
-    for name in missing:
-        folders[name].mkdir(parents=True, exist_ok=True)
-        with MetricsLog(folders[name], first_step=0) as log:
+    for name, folder in missing.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, config)
+        with MetricsLog(folder, first_step=0) as log:
             params, accuracy = train_encoder(
                 model, name, scenes=scenes, test=test, steps=steps, batch_size=batch_size,
                 learning_rate=learning_rate, seed=experiment.seed, log=log,
             )
         shown = ", ".join(f"{group} {share:.1%}" for group, share in accuracy.items())
         print(f"{name} sees in pictures of the test split: {shown}")
-        with open_checkpoints(folders[name]) as checkpoints:
+        with open_checkpoints(folder) as checkpoints:
             checkpoints.save(
                 steps,
                 args=ocp.args.Composite(
@@ -225,7 +225,14 @@ def pretrain(
                 ),
             )
             checkpoints.wait_until_finished()
-        write_config(folders[name], config)  # the last, so that it says: finished
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        find_step(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def main(argv: list[str]) -> int:

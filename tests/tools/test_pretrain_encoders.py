@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from meteor_jax.checkpoint import restore_parts
-from meteor_jax.config import ConfigError
 from meteor_jax.data.pipeline import DataConfig
 from meteor_jax.evaluation.runner import param_shapes
 from meteor_jax.models.clip import ClipConfig
@@ -73,12 +72,13 @@ def test_encoders_learn_and_can_be_started_from(tmp_path, capsys):
 
 
 def test_a_finished_encoder_is_left_alone(tmp_path, capsys):
-    (tmp_path / "clip").mkdir()
-    (tmp_path / "clip/config.json").write_text("{}")
-    run(tmp_path, steps=1)
+    run(tmp_path, model=dataclasses.replace(MODEL, encoders=("clip",)), steps=1)
+    (tmp_path / "pix2struct").mkdir()  # as a run that was killed leaves it: without a checkpoint
+    (tmp_path / "pix2struct/config.json").write_text("{}")
+    run(tmp_path, steps=2)
     assert f"clip is there already: {tmp_path / 'clip'}" in capsys.readouterr().out
-    assert not (tmp_path / "clip/checkpoints").exists()
-    assert (tmp_path / "pix2struct/checkpoints/1").is_dir()
+    assert [path.name for path in (tmp_path / "clip/checkpoints").iterdir()] == ["1"]
+    assert [path.name for path in (tmp_path / "pix2struct/checkpoints").iterdir()] == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -91,5 +91,5 @@ def test_a_finished_encoder_is_left_alone(tmp_path, capsys):
     ],
 )
 def test_what_does_not_fit_is_said(tmp_path, changes, settings, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, model=dataclasses.replace(MODEL, **changes), **settings)
