@@ -53,11 +53,16 @@ def get_config() -> ConfigDict:
         "sources": ("reading", "easy-vqa"), "weights": (0.8, 0.2), "image_size": 96,
         "text_length": 112, "questions_per_image": 8, "tokenizer": "bpe:384",
     }
-    stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup": 0.03, "weight_decay": 0.01}
+    stage = {
+        "batch_size": 16, "learning_rate": 1e-3, "warmup": 0.03, "weight_decay": 0.01,
+        "learning_rates_by_path": ((f"^({'|'.join(config.model.encoders)})/", 0.3),),
+    }
     config.init_from = tuple(f"runs/small_encoders/{name}" for name in config.model.encoders)
     config.train = {
+        # Each encoder alone and all together in turn: no encoder's tokens are left to the others.
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 64,
-                             "steps": 1500},
+                             "steps": 1600,
+                             "plans": ("clip_alone", "convnext_alone", "pix2struct_alone", "full")},
         "finetune": stage
         | {
             "kind": "questions", "template": "qa", "steps": 2000, "plans": ("full",),
@@ -86,6 +91,8 @@ def get_config() -> ConfigDict:
         "divprune": f"divprune(keep={BUDGET})",
         "dart": "dart(layer=1, keep=21)",
         "no_clip": "only(encoders=('convnext', 'pix2struct'))",
+    } | {
+        f"{name}_alone": f"only(encoders=('{name}',))" for name in config.model.encoders
     }
     config.eval = dataclasses.asdict(
         EvalConfig(plans=("full",), max_new_tokens=16, images_per_batch=32, questions_per_batch=64)

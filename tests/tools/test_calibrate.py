@@ -42,6 +42,7 @@ def test_each_cut_of_a_plan_keeps_its_mean():
         assert abs(float(np.mean(cut.num_kept)) - target) <= 0.5
 
 
+@pytest.mark.long
 def test_only_adaptive_plans_are_measured():
     plans = [tiny.plan(text) for text in ("full", "fastv(layer=2, keep=5)", tiny.METEOR)]
     measured = calibrate_plans(

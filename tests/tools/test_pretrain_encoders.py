@@ -54,6 +54,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.long
 def test_encoders_learn_and_can_be_started_from(tmp_path, capsys):
     run(tmp_path)
     out = capsys.readouterr().out
