@@ -58,14 +58,15 @@ def get_config() -> ConfigDict:
         "learning_rates_by_path": ((f"^({'|'.join(config.model.encoders)})/", 0.3),),
     }
     config.init_from = tuple(f"runs/small_encoders/{name}" for name in config.model.encoders)
+    # Each encoder alone and all together in turn: steps are shorter, what one teaches the decoder
+    # the others use, and no encoder's tokens are left to the others.
+    in_turn = (*(f"{name}_alone" for name in config.model.encoders), "full")
     config.train = {
-        # Each encoder alone and all together in turn: no encoder's tokens are left to the others.
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 64,
-                             "steps": 1600,
-                             "plans": ("clip_alone", "convnext_alone", "pix2struct_alone", "full")},
+                             "steps": 1600, "plans": in_turn},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 2000, "plans": ("full",),
+            "kind": "questions", "template": "qa", "steps": 2600, "plans": in_turn,
             "before": "calibrate_ranks",
         },
         "log_every": 20,
