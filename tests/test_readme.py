@@ -63,12 +63,20 @@ def test_training_leaves_what_the_readme_says(workspace):
         ("evaluate.py", "--num_questions=8", "meteor"),
         ("tools.calibrate", "", "meteor"),
         ("models.cost", "", "meteor"),
-        ("tools.pretrain_encoders", "--steps=2 --num_images=32", "pix2struct sees"),
     ],
 )
 def test_the_other_commands_run(workspace, word, extra, expected):
     (command,) = (line for line in COMMANDS if word in line)
     assert expected in run(command, cwd=workspace, extra=extra)
+
+
+def test_the_study_runs(workspace):
+    (encoders,) = (line for line in COMMANDS if "tools.pretrain_encoders" in line)
+    (train,) = (line for line in COMMANDS if "train.py --config=configs/small.py" in line)
+    said = run(encoders, cwd=workspace, extra="--steps=2 --num_images=32")
+    assert "pix2struct sees" in said
+    few = "--config.data.num_images=\"(32, 32)\" --config.eval.num_images=16"
+    assert "reading_digits" in run(train, cwd=workspace, extra=f"{SHORT} {few}")
 
 
 def test_every_command_is_known_to_this_test():

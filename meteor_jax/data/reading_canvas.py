@@ -40,10 +40,14 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The least that is seen as one thing: a glyph, a shape, a bar with its value ('bar 7')."""
+    """The least that is seen as one thing: a glyph, a shape, a bar with its value ('bar 7').
+
+    color: one of COLORS; None for what is black.
+    """
 
     name: str
     box: Box
+    color: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,7 @@ def place(canvas: Image.Image, block: Block, x: int, y: int) -> list[Element]:
 
 
 def _moved(element: Element, x: int, y: int) -> Element:
-    parts = tuple(Part(part.name, _shift(part.box, x, y)) for part in element.parts)
+    parts = tuple(dataclasses.replace(p, box=_shift(p.box, x, y)) for p in element.parts)
     box = _shift(element.box, x, y)
     return Element(element.kind, element.color, element.content, box, parts)
 
@@ -116,7 +120,7 @@ def _shift(box: Box, x: int, y: int) -> Box:
 
 def shape_block(kind: str, color: str, size: int) -> Block:
     box = (0, 0, size, size)
-    element = Element(kind, color, "", box, (Part(kind, box),))
+    element = Element(kind, color, "", box, (Part(kind, box, color),))
     return Block(size, size, (Ink(shape_mask(kind, size), COLORS[color], 0, 0),), (element,))
 
 
@@ -146,7 +150,8 @@ def text_block(
     while max_width and text_mask(word, font, size).width > max_width:
         word = word[:-1]
     mask = text_mask(word, font, size)
-    element = Element("word", color, word, (0, 0, *mask.size), text_parts(word, font, size))
+    parts = text_parts(word, font, size, color=color)
+    element = Element("word", color, word, (0, 0, *mask.size), parts)
     return Block(*mask.size, (Ink(mask, COLORS[color], 0, 0),), (element,))
 
 
@@ -190,8 +195,8 @@ def list_block(
     for i, (key, value) in enumerate(masks):
         x, y = key.width + size // 2, i * pitch
         inks += [Ink(key, COLORS[color], 0, y), Ink(value, COLORS[color], x, y)]
-        parts += text_parts(f"{lines[i][0]}:", font, size, y=y)
-        parts += text_parts(lines[i][1], font, size, x=x, y=y)
+        parts += text_parts(f"{lines[i][0]}:", font, size, y=y, color=color)
+        parts += text_parts(lines[i][1], font, size, x=x, y=y, color=color)
     height = (len(lines) - 1) * pitch + masks[-1][0].height
     element = Element("list", color, lines, (0, 0, width, height), tuple(parts))
     return Block(width, height, tuple(inks), (element,))
@@ -214,7 +219,7 @@ def chart_block(bars: tuple[tuple[str, int, str], ...]) -> Block:
         letter_x = x + (BAR_PITCH - 4 - label.width) // 2
         inks.append(Ink((BAR_PITCH - 4, tall), COLORS[color], x, floor - tall))
         inks.append(Ink(label, BLACK, letter_x, floor + 3))
-        parts.append(Part(f"bar {value}", (x, floor - tall, x + BAR_PITCH - 4, floor)))
+        parts.append(Part(f"bar {value}", (x, floor - tall, x + BAR_PITCH - 4, floor), color))
         parts += text_parts(letter, "DejaVuSans-Bold", 12, x=letter_x, y=floor + 3)
     element = Element("chart", None, bars, (0, 0, width, height), tuple(parts))
     return Block(width, height, tuple(inks), (element,))
@@ -257,11 +262,13 @@ def text_mask(text: str, font: str, size: int) -> Image.Image:
     return mask.crop((left, 0, right, rise + fall))
 
 
-def text_parts(text: str, font: str, size: int, *, x: int = 0, y: int = 0) -> tuple[Part, ...]:
+def text_parts(
+    text: str, font: str, size: int, *, x: int = 0, y: int = 0, color: str | None = None
+) -> tuple[Part, ...]:
     """The letters of `text_mask` with its corner at (x, y): each from where the last one ends."""
     height, edges = text_mask(text, font, size).height, _letter_edges(text, font, size)
     return tuple(
-        Part(letter, (x + left, y, x + right, y + height))
+        Part(letter, (x + left, y, x + right, y + height), color)
         for letter, left, right in zip(text, edges[:-1], edges[1:], strict=True)
     )
 

@@ -1,4 +1,4 @@
-"""What lies where in a picture of the reading set: one class for each small square of it."""
+"""What lies where in a picture of the reading set, and in which colour, by small squares of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from meteor_jax.data.reading_canvas import BAR_LETTERS, SHAPES, Element
+from meteor_jax.data.reading_canvas import BAR_LETTERS, COLORS, SHAPES, Element
 
 NOTHING = 0
 CLASSES = (
@@ -21,21 +21,31 @@ GROUPS = {  # the numbers of the classes of a kind
     "shapes": range(45, 50),
     "bars": range(50, 59),
 }
+COLOR_CLASSES = ("nothing or black", *COLORS)
 _NUMBERS = {name: number for number, name in enumerate(CLASSES)}
+_COLOR_NUMBERS = {name: number for number, name in enumerate(COLOR_CLASSES)}
 
 
-def cell_classes(elements: Sequence[Element], *, side: int, cell: int) -> np.ndarray:
-    """The part in whose box each cell's centre lies, numbered as in `CLASSES`: uint8[C, C].
+def cell_classes(
+    elements: Sequence[Element], *, side: int, cell: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part in whose box each cell's centre lies, and that part's colour.
 
     Args:
         side: of the picture, in pixels.
         cell: side of a square, in pixels; C = side / cell.
+
+    Returns:
+        Numbers of `CLASSES` and of `COLOR_CLASSES`: two arrays uint8[C, C].
     """
     classes = np.full((side // cell,) * 2, NOTHING, np.uint8)
+    colors = np.full_like(classes, NOTHING)
     for element in elements:
         for part in element.parts:
             if part.name in _NUMBERS:  # not the colon after a key
                 # Centres are at (i + 1/2) cells: the first i at or past the edge is rounded up.
                 left, top, right, bottom = (-(-(2 * v - cell) // (2 * cell)) for v in part.box)
-                classes[max(top, 0) : bottom, max(left, 0) : right] = _NUMBERS[part.name]
-    return classes
+                inside = np.s_[max(top, 0) : bottom, max(left, 0) : right]
+                classes[inside] = _NUMBERS[part.name]
+                colors[inside] = _COLOR_NUMBERS[part.color] if part.color else NOTHING
+    return classes, colors

@@ -6,10 +6,12 @@
 The encoders of a released model come trained on many millions of images. Those of the study start
 from nothing, and predicting captions teaches them to read far too slowly. Here each learns, with a
 linear head over its tokens, what lies in every 4 × 4 pixels of pictures of the reading set: which
-digit, letter, shape or bar. The head is thrown away. WORKDIR/ENCODER then holds a checkpoint of
-that encoder alone, to be named in `init_from`. An encoder that has one is not trained again.
+digit, letter, shape or bar, and in which colour. The head is thrown away. WORKDIR/ENCODER then
+holds a checkpoint of that encoder alone, to be named in `init_from`. An encoder that has one is not
+trained again.
 
-I images, N tokens, E encoder width, C cells along a side, K cells along a token's side, P classes.
+I images, N tokens, E encoder width, C cells along a side, K cells along a token's side, P classes
+and colours.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from tqdm.auto import tqdm
 from meteor_jax.checkpoint import CheckpointError, find_step, open_checkpoints, write_config
 from meteor_jax.config import ConfigError
 from meteor_jax.data import reading
-from meteor_jax.data.reading_cells import CLASSES, GROUPS, NOTHING, cell_classes
+from meteor_jax.data.reading_cells import CLASSES, COLOR_CLASSES, GROUPS, NOTHING, cell_classes
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 from meteor_jax.training.metrics import MetricsLog
@@ -46,30 +48,33 @@ CELL = 4  # pixels; half a letter's width
 WEIGHT_OF_NOTHING = 0.1  # in the loss: most cells are empty
 NUM_TEST = 256  # pictures of the test split
 LOG_EVERY = 50
+NUM_OUTPUTS = len(CLASSES) + len(COLOR_CLASSES)  # of a cell
 
 
 @flax.struct.dataclass
 class Scenes:
-    """uint8[I, H, W, 3] pictures and, of each cell, its class: uint8[I, C, C]."""
+    """uint8[I, H, W, 3] pictures and, of each cell, its class and colour: uint8[I, C, C]."""
 
     images: Array
     classes: Array
+    colors: Array
 
     def rows(self, index: Any) -> Scenes:
-        return Scenes(self.images[index], self.classes[index])
+        return Scenes(self.images[index], self.classes[index], self.colors[index])
 
 
 def make_scenes(*, split: str, count: int, side: int, pages: bool) -> Scenes:
     """The first pictures of a split, in memory; with `pages`, every other one full of glyphs."""
     classes = np.empty((count, side // CELL, side // CELL), np.uint8)
+    colors = np.empty_like(classes)
     images = np.empty((count, side, side, 3), np.uint8)
     for index in tqdm(range(count), desc=f"Drawing {split}", unit="image"):
         page = pages and index // len(reading.SCENES) % 2
         make = reading.make_page if page else reading.make_picture
         picture = make(index, split=split, side=side)
         images[index] = picture.image
-        classes[index] = cell_classes(picture.elements, side=side, cell=CELL)
-    return Scenes(images, classes)
+        classes[index], colors[index] = cell_classes(picture.elements, side=side, cell=CELL)
+    return Scenes(images, classes, colors)
 
 
 @flax.struct.dataclass
@@ -101,7 +106,7 @@ def train_encoder(
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(learner: Learner, state: Any, batch: Scenes) -> tuple[Learner, Any, Array, Array]:
-        (loss, hits), grads = jax.value_and_grad(measure, has_aux=True)(learner, batch)
+        (loss, (hits, _)), grads = jax.value_and_grad(measure, has_aux=True)(learner, batch)
         updates, state = optimizer.update(grads, state, learner)
         filled = batch.classes != NOTHING
         accuracy = jnp.sum(hits & filled) / jnp.sum(filled)
@@ -121,11 +126,12 @@ def train_encoder(
 
     find_hits = jax.jit(lambda *args: measure(*args)[1])
     parts = np.array_split(np.arange(len(test.images)), max(len(test.images) // batch_size, 1))
-    hits = np.concatenate([find_hits(learner, test.rows(part)) for part in parts])
+    found = [find_hits(learner, test.rows(part)) for part in parts]
+    hits, color_hits = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     return learner.encoder, {
         group: float(hits[np.isin(test.classes, numbers)].mean())
         for group, numbers in GROUPS.items()
-    }
+    } | {"colours": float(color_hits[test.colors != NOTHING].mean())}
 
 
 def first_learner(model: Meteor, encoder: str, *, scenes: Scenes, seed: int) -> Learner:
@@ -143,7 +149,7 @@ def first_learner(model: Meteor, encoder: str, *, scenes: Scenes, seed: int) -> 
     init = functools.partial(model.init_with_output, encoder=encoder, method="encoder_output")
     key, head_key = jax.random.split(jax.random.PRNGKey(seed))
     tokens, variables = jax.jit(init)(key, scenes.images[:1])
-    width, outputs = tokens.shape[-1], (cells // grid) ** 2 * len(CLASSES)
+    width, outputs = tokens.shape[-1], (cells // grid) ** 2 * NUM_OUTPUTS
     return Learner(
         encoder=variables["params"],
         head=jax.random.normal(head_key, (width, outputs)) * width**-0.5,
@@ -153,8 +159,9 @@ def first_learner(model: Meteor, encoder: str, *, scenes: Scenes, seed: int) -> 
 
 def loss_and_hits(
     learner: Learner, batch: Scenes, *, model: Meteor, encoder: str
-) -> tuple[Array, Array]:
-    """The weighted cross-entropy of a batch's cells, and which are right: bool[I, C, C]."""
+) -> tuple[Array, tuple[Array, Array]]:
+    """The weighted cross-entropy of a batch's cells, their classes' plus their colours', and
+    which of both are right: bool[I, C, C]."""
     tokens = model.apply(
         {"params": learner.encoder}, batch.images, encoder=encoder, method="encoder_output"
     )
@@ -163,13 +170,18 @@ def loss_and_hits(
     cells, grid = batch.classes.shape[1], model.config.encoder(encoder).grid
     side = cells // grid
     logits = tokens @ learner.head + learner.bias
-    logits = logits.reshape(-1, grid, grid, side, side, len(CLASSES))
-    logits = logits.swapaxes(2, 3).reshape(-1, cells, cells, len(CLASSES))
+    logits = logits.reshape(-1, grid, grid, side, side, NUM_OUTPUTS)
+    logits = logits.swapaxes(2, 3).reshape(-1, cells, cells, NUM_OUTPUTS)
 
-    classes = batch.classes.astype(jnp.int32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
-    weight = jnp.where(classes != NOTHING, 1.0, WEIGHT_OF_NOTHING)
-    return jnp.sum(loss * weight) / jnp.sum(weight), logits.argmax(-1) == classes
+    weight = jnp.where(batch.classes != NOTHING, 1.0, WEIGHT_OF_NOTHING)
+    loss, hits = 0.0, []
+    parts = jnp.split(logits, [len(CLASSES)], axis=-1)
+    for part, labels in zip(parts, (batch.classes, batch.colors), strict=True):
+        labels = labels.astype(jnp.int32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(part, labels)
+        loss += jnp.sum(losses * weight) / jnp.sum(weight)
+        hits.append(part.argmax(-1) == labels)
+    return loss, tuple(hits)
 
 
 def _shuffled(scenes: Scenes, *, batch_size: int, seed: int) -> Iterator[Scenes]:

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 
 from meteor_jax.data import reading
-from meteor_jax.data.reading_canvas import Element, Part
-from meteor_jax.data.reading_cells import CLASSES, GROUPS, NOTHING, cell_classes
+from meteor_jax.data.reading_canvas import COLORS, Element, Part
+from meteor_jax.data.reading_cells import (
+    CLASSES,
+    COLOR_CLASSES,
+    GROUPS,
+    NOTHING,
+    cell_classes,
+)
 
 PICTURES = [reading.make_picture(i, split="test") for i in range(20)]
 
@@ -57,13 +63,33 @@ def test_letters_stand_in_their_order():
 
 def test_a_cell_belongs_to_the_part_that_its_centre_lies_in():
     # Centres of cells of 4 pixels lie at 2, 6, 10, …; a box has its first pixel, not its last.
-    parts = (Part("7", (2, 3, 10, 7)), Part(":", (12, 12, 16, 16)), Part("bar 9", (11, 0, 40, 4)))
+    bar = Part("bar 9", (11, 0, 40, 4), "blue")
+    parts = (Part("7", (2, 3, 10, 7)), Part(":", (12, 12, 16, 16)), bar)
     element = Element("digits", None, "7", (0, 0, 16, 16), parts)
-    classes = cell_classes([element], side=16, cell=4)
+    classes, colors = cell_classes([element], side=16, cell=4)
     wanted = np.full((4, 4), NOTHING)
     wanted[1, 0:2] = CLASSES.index("7")
     wanted[0, 3] = CLASSES.index("bar 9")
     np.testing.assert_array_equal(classes, wanted)
+    wanted = np.full((4, 4), NOTHING)
+    wanted[0, 3] = COLOR_CLASSES.index("blue")
+    np.testing.assert_array_equal(colors, wanted)
+
+
+def test_a_cell_has_the_colour_of_its_pixels():
+    seen = set()
+    for picture in PICTURES:
+        classes, colors = cell_classes(picture.elements, side=96, cell=4)
+        pixels = np.asarray(picture.image)
+        for y, x in np.argwhere(np.isin(classes, GROUPS["bars"])):
+            middle = pixels[4 * y + 2, 4 * x + 2]
+            name = COLOR_CLASSES[colors[y, x]]
+            np.testing.assert_array_equal(middle, COLORS[name])
+            seen.add(name)
+        digits = np.isin(classes, GROUPS["digits"]) & (colors != NOTHING)
+        lists = any(element.kind == "list" for element in picture.elements)
+        assert lists or not digits.any()  # handwriting is black
+    assert len(seen) > 3
 
 
 def test_every_class_but_nothing_is_of_one_group():
@@ -76,7 +102,7 @@ def test_a_page_is_full():
     for index in range(10):
         page = reading.make_page(index, split="train")
         assert sum(len(element.parts) for element in page.elements) >= 10
-        assert (cell_classes(page.elements, side=96, cell=4) != NOTHING).mean() > 0.4
+        assert (cell_classes(page.elements, side=96, cell=4)[0] != NOTHING).mean() > 0.4
         assert page.questions == ()
         again = reading.make_page(index, split="train")
         assert again.image.tobytes() == page.image.tobytes()
