@@ -12,6 +12,7 @@ import io
 import random
 import string
 from collections.abc import Iterator
+from typing import ClassVar
 
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -135,7 +136,8 @@ def make_picture(index: int, *, split: str, seed: int = 0, side: int = DEFAULT_S
             counts |= dict.fromkeys(rng.sample(GENERAL, 2), 1)
         elements = _stack(rng, canvas, blocks)
     asked = questions.ask(rng, elements, side=side, keys=KEYS, words=WORDS, counts=counts)
-    return Picture(canvas, tuple(elements), questions.caption(elements, side), tuple(asked))
+    caption = questions.caption(rng, elements, side)
+    return Picture(canvas, tuple(elements), caption, tuple(asked))
 
 
 def make_page(index: int, *, split: str, seed: int = 0, side: int = DEFAULT_SIDE) -> Picture:
@@ -150,7 +152,7 @@ def make_page(index: int, *, split: str, seed: int = 0, side: int = DEFAULT_SIDE
         blocks.append(block)
         height += block.height + GAP
     elements = _stack(rng, canvas, blocks)
-    return Picture(canvas, tuple(elements), questions.caption(elements, side), ())
+    return Picture(canvas, tuple(elements), questions.caption(rng, elements, side), ())
 
 
 def _page_row(rng: random.Random, room: int, split: str) -> draw.Block:
@@ -261,6 +263,9 @@ class ReadingConfig(tfds.core.BuilderConfig):
 
 class Reading(RecordBuilder):
     """Generates the one split that its config names."""
+
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "Captions in random order."}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         del dl_manager  # nothing to download

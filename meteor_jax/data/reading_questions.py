@@ -18,10 +18,16 @@ Question = tuple[str, str, str]  # task, question, answer
 ORDINALS = ("first", "second", "third", "fourth")
 
 
-def caption(elements: Sequence[Element], side: int) -> str:
-    """Everything in the picture with its place, in reading order."""
-    rows = sorted(elements, key=lambda element: (_third(element.center[1], side), element.center))
-    return "; ".join(f"{_describe(element)} at {place_name(element, side)}" for element in rows)
+def caption(rng: random.Random, elements: Sequence[Element], side: int) -> str:
+    """Everything in the picture with its place, in random order.
+
+    In reading order it would be enough to go on from where one is; in random order what follows a
+    key, a bar's letter or a shape's name has to be looked up by it, as questions want it.
+    """
+    shuffled = rng.sample(elements, len(elements))
+    return "; ".join(
+        f"{_describe(rng, element)} at {place_name(element, side)}" for element in shuffled
+    )
 
 
 def place_name(element: Element, side: int) -> str:
@@ -69,14 +75,15 @@ def ask(
     return asked
 
 
-def _describe(element: Element) -> str:
+def _describe(rng: random.Random, element: Element) -> str:
     if element.is_shape:
         return element.name
     if element.kind == "list":
-        lines = ", ".join(f"{key}: {value}" for key, value in element.content)
-        return f"{element.color} list {lines}"
+        lines = rng.sample(element.content, len(element.content))
+        return f"{element.color} list " + ", ".join(f"{key}: {value}" for key, value in lines)
     if element.kind == "chart":
-        return "chart " + ", ".join(f"{color} {a} {value}" for a, value, color in element.content)
+        bars = rng.sample(element.content, len(element.content))
+        return "chart " + ", ".join(f"{letter} {color} {value}" for letter, value, color in bars)
     return " ".join(filter(None, (element.color, element.kind, element.content)))
 
 

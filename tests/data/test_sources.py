@@ -46,7 +46,7 @@ def from_caption(caption: str) -> list[dict]:
             elements.append({"kind": "digits", "content": words[1]})
         elif words[0] == "chart":
             bars = [bar.split() for bar in text.removeprefix("chart ").split(", ")]
-            elements.append({"kind": "chart", "content": {b: (v, c) for c, b, v in bars}})
+            elements.append({"kind": "chart", "content": {b: (v, c) for b, c, v in bars}})
         elif words[1] == "list":
             lines = dict(line.split(": ") for line in text.split(" list ")[1].split(", "))
             elements.append({"kind": "list", "color": words[0], "content": lines})
@@ -115,6 +115,19 @@ def test_captions_hold_every_answer(pictures):
         for task, question, answer in picture.questions:
             if task != "reading_relation":
                 assert answer_from(elements, question) == answer, (question, picture.caption)
+
+
+def test_captions_are_not_in_reading_order(pictures):
+    firsts = {"top": 0, "rest": 0}
+    for picture in pictures:
+        tops = [element.box[1] for element in picture.elements]
+        if len(set(tops)) > 1:
+            first = from_caption(picture.caption)[0]["place"]
+            highest = min(picture.elements, key=lambda element: element.box[1])
+            side = picture.image.width
+            is_top = first == reading_questions.place_name(highest, side)
+            firsts["top" if is_top else "rest"] += 1
+    assert min(firsts.values()) > 0.2 * len(pictures)
 
 
 def test_relations_follow_the_boxes(pictures):
@@ -234,7 +247,7 @@ def test_a_source_is_pickled_and_reused(data_dir, monkeypatch):
     assert sources.open_source("reading", **args)[3] == source[3]
     with pytest.raises(TypeError):
         sources.open_source("reading", **args, seed=1)
-    assert not list(data_dir.glob("reading/train6_side96_seed1/1.0.0"))
+    assert not list(data_dir.glob("reading/train6_side96_seed1/1.1.0"))
 
 
 def test_easy_vqa_is_whole(easy):
