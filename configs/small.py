@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
                              "trainable": ("^llama/", "^projector")},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 2000, "plans": (alone, "full"),
+            "kind": "questions", "template": "qa", "steps": 4000, "plans": (alone, "full"),
             "before": "calibrate_ranks",
         },
         "log_every": 20,
