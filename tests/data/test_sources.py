@@ -247,7 +247,7 @@ def test_a_source_is_pickled_and_reused(data_dir, monkeypatch):
     assert sources.open_source("reading", **args)[3] == source[3]
     with pytest.raises(TypeError):
         sources.open_source("reading", **args, seed=1)
-    assert not list(data_dir.glob("reading/train6_side96_seed1/1.1.0"))
+    assert not list(data_dir.glob(f"reading/train6_side96_seed1/{reading.Reading.VERSION}"))
 
 
 def test_easy_vqa_is_whole(easy):
