@@ -1,4 +1,5 @@
-"""The study: reading and easy-vqa together; by its step times two hours on two CPU cores.
+"""The study: reading and easy-vqa together; two and a quarter hours on two CPU cores, encoders
+included.
 
     python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \\
         --workdir=runs/small_encoders

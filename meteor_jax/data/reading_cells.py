@@ -26,7 +26,7 @@ _NUMBERS = {name: number for number, name in enumerate(CLASSES)}
 _COLOR_NUMBERS = {name: number for number, name in enumerate(COLOR_CLASSES)}
 
 
-def cell_classes(
+def label_cells(
     elements: Sequence[Element], *, side: int, cell: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The part in whose box each cell's centre lies, and that part's colour.

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from meteor_jax.checkpoint import CheckpointError, find_step, open_checkpoints, write_config
 from meteor_jax.config import ConfigError
 from meteor_jax.data import reading
-from meteor_jax.data.reading_cells import CLASSES, COLOR_CLASSES, GROUPS, NOTHING, cell_classes
+from meteor_jax.data.reading_cells import CLASSES, COLOR_CLASSES, GROUPS, NOTHING, label_cells
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 from meteor_jax.training.metrics import MetricsLog
@@ -73,7 +73,7 @@ def make_scenes(*, split: str, count: int, side: int, pages: bool) -> Scenes:
         make = reading.make_page if page else reading.make_picture
         picture = make(index, split=split, side=side)
         images[index] = picture.image
-        classes[index], colors[index] = cell_classes(picture.elements, side=side, cell=CELL)
+        classes[index], colors[index] = label_cells(picture.elements, side=side, cell=CELL)
     return Scenes(images, classes, colors)
 
 

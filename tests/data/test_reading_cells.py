@@ -10,7 +10,7 @@ from meteor_jax.data.reading_cells import (
     COLOR_CLASSES,
     GROUPS,
     NOTHING,
-    cell_classes,
+    label_cells,
 )
 
 PICTURES = [reading.make_picture(i, split="test") for i in range(20)]
@@ -66,7 +66,7 @@ def test_a_cell_belongs_to_the_part_that_its_centre_lies_in():
     bar = Part("bar 9", (11, 0, 40, 4), "blue")
     parts = (Part("7", (2, 3, 10, 7)), Part(":", (12, 12, 16, 16)), bar)
     element = Element("digits", None, "7", (0, 0, 16, 16), parts)
-    classes, colors = cell_classes([element], side=16, cell=4)
+    classes, colors = label_cells([element], side=16, cell=4)
     wanted = np.full((4, 4), NOTHING)
     wanted[1, 0:2] = CLASSES.index("7")
     wanted[0, 3] = CLASSES.index("bar 9")
@@ -79,7 +79,7 @@ def test_a_cell_belongs_to_the_part_that_its_centre_lies_in():
 def test_a_cell_has_the_colour_of_its_pixels():
     seen = set()
     for picture in PICTURES:
-        classes, colors = cell_classes(picture.elements, side=96, cell=4)
+        classes, colors = label_cells(picture.elements, side=96, cell=4)
         pixels = np.asarray(picture.image)
         for y, x in np.argwhere(np.isin(classes, GROUPS["bars"])):
             middle = pixels[4 * y + 2, 4 * x + 2]
@@ -102,7 +102,7 @@ def test_a_page_is_full():
     for index in range(10):
         page = reading.make_page(index, split="train")
         assert sum(len(element.parts) for element in page.elements) >= 10
-        assert (cell_classes(page.elements, side=96, cell=4)[0] != NOTHING).mean() > 0.4
+        assert (label_cells(page.elements, side=96, cell=4)[0] != NOTHING).mean() > 0.4
         assert page.questions == ()
         again = reading.make_page(index, split="train")
         assert again.image.tobytes() == page.image.tobytes()
