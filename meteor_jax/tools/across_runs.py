@@ -1,0 +1,86 @@
+"""Plans of several runs against one of them, question by question.
+
+For models that were trained apart, each with the plan it is evaluated under: each run has its own
+eval.json, none has both sides of the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from meteor_jax.evaluation.metrics import Difference, paired_difference
+from meteor_jax.evaluation.results import averages
+from meteor_jax.tools.page import escape, table
+from meteor_jax.tools.runs import Run
+
+ABSENT = "–"
+Scores = Mapping[str, Mapping[str, float]]  # by task and question
+
+
+def across_runs(runs: Sequence[Run]) -> str:
+    """A section of the report: each plan's mean scores, and how far it is from the reference, the
+    first run's "full", or its first plan where it has no such.
+
+    The difference is the mean over the tasks, each over the questions that both were asked; its
+    95 % interval combines the tasks' as if they were independent. Empty for a single run, and
+    where no predictions lie beside the reference.
+    """
+    first = runs[0]
+    reference = "full" if "full" in first.plan_names else first.model_plans[0]
+    base = _scores(first, reference)
+    if len(runs) == 1 or not base:
+        return ""
+    groups = [group for run in runs for means in averages(run.rows).values() for group in means]
+    groups = [*dict.fromkeys(group for group in groups if group != "all"), "all"]
+    rows = []
+    for run in runs:
+        means = averages(run.rows)
+        for plan in run.model_plans:
+            is_reference = run is first and plan == reference
+            change, asked = (
+                (None, 0) if is_reference else mean_difference(_scores(run, plan), base)
+            )
+            rows.append([
+                escape(f"{run.name}/{plan}"), f"{run.tokens(plan):.1f}",
+                *(f"{100 * means[plan][g]:.1f}" if g in means[plan] else ABSENT for g in groups),
+                *([ABSENT] * 3 if change is None else [
+                    f"{100 * change.mean:+.1f}",
+                    f"{100 * change.low:+.1f} … {100 * change.high:+.1f}", f"{asked:,}",
+                ]),
+            ])
+    header = ["plan", "tokens", *map(escape, groups), "difference", "95 % interval", "questions"]
+    return (
+        f"## Against {escape(f'{first.name}/{reference}')}\n\n"
+        "Percent, mean over the tasks of a group and over all. The difference is of the same "
+        "questions compared one by one, in points, mean over the tasks.\n\n" + table(header, rows)
+    )
+
+
+def mean_difference(scores: Scores, base: Scores) -> tuple[Difference | None, int]:
+    """How much better `scores` are than `base`, mean over the tasks; and of how many questions.
+
+    None where the two have a task apart, or no question of a task in common.
+    """
+    common = {task: base[task].keys() & scores.get(task, {}).keys() for task in base}
+    if scores.keys() != base.keys() or not all(common.values()):
+        return None, 0
+    tasks = [
+        paired_difference(*([side[task][q] for q in sorted(asked)] for side in (scores, base)))
+        for task, asked in common.items()
+    ]
+    mean = float(np.mean([task.mean for task in tasks]))
+    below, above = (
+        float(np.linalg.norm([task.mean - end(task) for task in tasks])) / len(tasks)
+        for end in (lambda task: task.low, lambda task: task.high)
+    )
+    difference = Difference(mean=mean, low=mean - below, high=mean + above)
+    return difference, sum(map(len, common.values()))
+
+
+def _scores(run: Run, plan: str) -> Scores:
+    scores: dict[str, dict[str, float]] = {}
+    for record in run.predictions(plan):
+        scores.setdefault(record["task"], {})[record["question_id"]] = record["score"]
+    return scores

@@ -1,0 +1,45 @@
+"""Differences between plans of runs that were trained apart."""
+
+import pytest
+
+from meteor_jax.tools.across_runs import across_runs, mean_difference
+from meteor_jax.tools.runs import read_runs
+from tests.tools.test_report import write_run
+
+
+def test_the_mean_difference_by_hand():
+    base = {"a": {"1": 1.0, "2": 1.0, "3": 0.0}, "b": {"7": 0.5, "8": 0.0}}
+    scores = {"a": {"1": 1.0, "2": 0.0, "9": 1.0}, "b": {"7": 1.0, "8": 0.5}}
+    difference, asked = mean_difference(scores, base)
+    assert asked == 4  # questions 3 and 9 were asked on one side only
+    assert difference.mean == pytest.approx((-0.5 + 0.5) / 2)
+    # Task a's bootstrap reaches from -1 to 0, task b's is a point: half of a's width on each side.
+    assert (difference.low, difference.high) == pytest.approx((-0.25, 0.25))
+
+
+@pytest.mark.parametrize(
+    "scores", [{}, {"a": {"1": 1.0}}, {"a": {"9": 1.0}, "b": {"7": 1.0}}]
+)
+def test_no_difference_where_the_questions_are_not_the_same(scores):
+    assert mean_difference(scores, {"a": {"1": 1.0}, "b": {"7": 0.5}}) == (None, 0)
+
+
+def test_every_plan_of_every_run_stands_against_the_first_full(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    lines = across_runs(runs).splitlines()
+    assert lines[0] == "## Against a/full"
+    assert "| a/full | 16.0 | 75.0 | 75.0 | – | – | – |" in lines
+    (meteor,) = [line for line in lines if line.startswith("| b/meteor")]
+    assert "| +0.0 |" in meteor and meteor.endswith("| 8 |")
+    assert not any("majority" in line for line in lines)
+
+
+def test_without_predictions_or_a_second_run_there_is_nothing_to_say(tmp_path):
+    bare, whole = (
+        write_run(tmp_path / name, examples=False, predictions=name == "whole")
+        for name in ("bare", "whole")
+    )
+    assert across_runs(read_runs([whole])) == ""
+    assert across_runs(read_runs([bare, whole])) == ""
+    text = across_runs(read_runs([whole, bare]))
+    assert "| bare/full | 16.0 | 75.0 | 75.0 | – | – | – |" in text
