@@ -97,12 +97,16 @@ def evaluate_checkpoint(
 
     Raises:
         ConfigError: for an unknown task, plan or field; a template that drops the question.
-        ValueError: for a prompt that is too long, or a plan that does not fit the model.
+        ValueError: for a prompt that is too long, or a plan that does not fit the model or was not
+            calibrated.
     """
     workdir, source_dir = Path(workdir), Path(source_dir or workdir)
     request = check_request(
         experiment, source_dir=source_dir, tasks=tasks, plans=plans, num_questions=num_questions
     )
+    for plan in request.plans:  # before the first of them takes its time
+        if plan.decode is not None:
+            plan.decode.check_measured(plan.name)
     folder = workdir / PREDICTIONS_FOLDER
     console = console or Console(quiet=display == "quiet" or not is_main_process())
     evaluation = _prepare(

@@ -198,11 +198,7 @@ def num_kept(
     """
     low, high = plan.bounds(cut)
     if plan.budget == "adaptive":
-        if len(plan.scale) != len(plan.layers):
-            raise ValueError(
-                "an adaptive plan needs λ (decode.scale): run `python -m "
-                "meteor_jax.tools.calibrate`, or set decode.budget='fixed'."
-            )
+        plan.check_measured()
         per_image = jnp.clip(jnp.round(plan.scale[cut] * mass), low, high).astype(jnp.int32)
     else:
         per_image = jnp.full(mass.shape, high, jnp.int32)

@@ -195,6 +195,19 @@ class DecodePlan:
         if self.recycle and self.budget != "fixed":
             raise ValueError("decode.recycle needs decode.budget='fixed'.")
 
+    def check_measured(self, name: str = "") -> None:
+        """Refuses an adaptive budget without its λ; `name` is the plan's, for the message.
+
+        Raises:
+            ValueError: if the budget is adaptive and λ was never measured.
+        """
+        if self.budget == "adaptive" and len(self.scale) != len(self.layers):
+            plan, flag = (f"plan '{name}'", f' --plans="{name}"') if name else ("the plan", "")
+            raise ValueError(
+                f"{plan} is adaptive and needs λ (decode.scale): run `python -m "
+                f"meteor_jax.tools.calibrate{flag}`, or set decode.budget='fixed'."
+            )
+
     def bounds(self, cut: int) -> tuple[int, int]:
         """(K_min, K_max): the fewest and the most visual tokens of an image after a cut."""
         if self.budget == "fixed":

@@ -231,6 +231,17 @@ def test_a_prompt_that_is_too_long_is_one_line(data_dir, params, tmp_path):
         evaluate_checkpoint(load_experiment(values), params, workdir=tmp_path, display="quiet")
 
 
+def test_an_adaptive_plan_without_its_measured_scale_fails_before_anything_runs(
+    experiment, params, tmp_path
+):
+    plan = "fastv(layer=1, keep=4, decode.budget=adaptive)"
+    with pytest.raises(ValueError, match=r"plan 'fastv.* needs λ .*calibrate --plans"):
+        evaluate_checkpoint(
+            experiment, params, workdir=tmp_path, plans=("full", plan), display="quiet"
+        )
+    assert not (tmp_path / "predictions").exists()
+
+
 def test_a_budget_above_the_tokens_fails_before_anything_runs(experiment, params, tmp_path):
     with pytest.raises(ValueError, match="only 25 tokens"):
         evaluate_checkpoint(
