@@ -1,5 +1,4 @@
-"""The study: reading and easy-vqa together; two and a quarter hours on two CPU cores, encoders
-included.
+"""The study: reading and easy-vqa together; three hours on two CPU cores, encoders included.
 
     python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \\
         --workdir=runs/small_encoders
@@ -9,7 +8,7 @@ Every plan then continues from there with itself, full too, same data, steps and
 
     python train.py --config=configs/small.py --workdir=runs/small_meteor \\
         --config.init_from="('runs/small',)" --config.train.pretrain.steps=0 \\
-        --config.train.finetune.steps=600 --config.train.finetune.plans="('meteor',)" \\
+        --config.train.finetune.steps=500 --config.train.finetune.plans="('meteor',)" \\
         --config.eval.plans="('meteor',)"
 
 Of 352 visual tokens a pruned plan lets at most 84 (24 %) into the decoder's layers, on average.
@@ -68,7 +67,7 @@ def get_config() -> ConfigDict:
                              "trainable": ("^llama/", "^projector")},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 3000, "plans": plans,
+            "kind": "questions", "template": "qa", "steps": 5000, "plans": plans,
             "before": "calibrate_ranks",
         },
         "log_every": 20,
