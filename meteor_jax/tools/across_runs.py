@@ -12,10 +12,9 @@ import numpy as np
 
 from meteor_jax.evaluation.metrics import Difference, paired_difference
 from meteor_jax.evaluation.results import averages
-from meteor_jax.tools.page import escape, table
+from meteor_jax.tools.page import ABSENT, escape, table
 from meteor_jax.tools.runs import Run
 
-ABSENT = "–"
 Scores = Mapping[str, Mapping[str, float]]  # by task and question
 
 

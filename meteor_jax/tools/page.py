@@ -19,6 +19,7 @@ THEME = {INK: "ink", MUTED: "muted", PAPER: "paper", LINE: "line"} | {
     color: f"series-{index}" for index, color in enumerate(SERIES)
 }
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+ABSENT = "–"  # in a table's cell
 
 
 def render_page(markdown: str, *, title: str, folder: Path) -> str:
