@@ -76,11 +76,12 @@ def get_config() -> ConfigDict:
     }
     config.plans = {
         "meteor": "meteor(encode=(140, 110, 172), fuse=138, layers=(2, 3, 5), keep=(86, 52, 34), "
-        "decode.heads=1)",
+        "encode.rank=energy, fuse.similarity=abs_cosine, decode.heads=0)",
         "meteor_uniform_ranks": "meteor(encode.assignment=uniform)",
         "meteor_inverse_ranks": "meteor(encode.assignment=inverse_rank)",
         "meteor_fixed": "meteor(decode.budget=fixed)",
-        "meteor_all_heads": "meteor(decode.heads=0)",
+        "meteor_one_head": "meteor(decode.heads=1)",
+        "meteor_centered": "meteor(fuse.similarity=centered_cosine)",
         "meteor_no_decode": f"meteor(decode=None, fuse.keep={BUDGET})",
         "random": f"random(keep={BUDGET})",
         "uniform": f"uniform(keep={BUDGET})",

@@ -199,8 +199,8 @@ def fuse_flops(
         return flops, sum(side**2 for side in sides)
     flops = 0.0
     if plan.fuse.criterion == "cooperative":
-        against = total if plan.fuse.similarity == "abs_cosine" else 1
-        flops = 2.0 * total * against * width
+        against = total if plan.fuse.similarity in ("abs_cosine", "max_cosine") else 1
+        flops = 2.0 * total * against * width * plan.fuse.rounds
     elif plan.fuse.criterion == "max_min":
         flops = 2.0 * total**2 * width
     return flops, plan.fuse.keep

@@ -207,6 +207,11 @@ class Meteor(nn.Module):
         if plan.fuse is not None:
             scores = None
             if config.fusion == "pre" and plan.fuse.criterion == "cooperative":
+                if plan.fuse.rounds > 1:
+                    raise ValueError(
+                        f"plan '{plan.name}' counts in {plan.fuse.rounds} rounds what encoders "
+                        "share, but fusion='pre' drops whole places; set fuse.rounds=1."
+                    )
                 parts = self.projector.parts(features)
                 scores = -position_redundancy(parts, similarity=plan.fuse.similarity)
             seed = _hash_images(images)

@@ -74,7 +74,7 @@ def fuse_scores(
     """float32[I, N]: what ranks the tokens of all encoders jointly; the highest stay."""
     num_tokens = x.shape[1]
     if plan.criterion == "cooperative":
-        return -mutual_redundancy(x, spans=spans, similarity=plan.similarity)
+        return _least_redundant(x, plan=plan, spans=spans)
     if plan.criterion == "random":
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(plan.seed), seed))
         return jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys(image_seed))
@@ -87,32 +87,50 @@ def fuse_scores(
     return jnp.broadcast_to(scores, x.shape[:2])
 
 
+def _least_redundant(x: Array, *, plan: FusePlan, spans: tuple[Span, ...]) -> Array:
+    """float32[I, N]: minus R, which every round counts anew over what the one before left."""
+    num_tokens = x.shape[1]
+    left = jnp.ones(x.shape[:2], bool)
+    for done in range(1, plan.rounds + 1):
+        redundancy = mutual_redundancy(x, spans=spans, similarity=plan.similarity, left=left)
+        scores = jnp.where(left, -redundancy, -jnp.inf)
+        size = num_tokens - (num_tokens - plan.keep) * done // plan.rounds
+        left = jnp.argsort(jnp.argsort(-scores, axis=1), axis=1) < size
+    return scores
+
+
 def mutual_redundancy(
-    x: Array, *, spans: tuple[Span, ...], similarity: str = "cosine"
+    x: Array, *, spans: tuple[Span, ...], similarity: str = "cosine", left: Array | None = None
 ) -> Array:
     """METEOR's R_i^j = Σ_{l≠j} Σ_m S(z_i^j, z_m^l): how much other encoders say the same.
 
     With a signed cosine the sum is linear, R_i^j = u_i · Σ of all other encoders' unit tokens,
-    so no N × N matrix is built; "abs_cosine" needs one.
+    so no N × N matrix is built; "abs_cosine" needs one, and "max_cosine", which takes the largest
+    instead of the sum.
 
     Shapes:
         x: float[I, N, D]; returns float32[I, N].
+        left: bool[I, N], the tokens z_m^l that count; None is all.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    left = jnp.ones(x.shape[:2], bool) if left is None else left
     parts = [span.of(x) for span in spans]
     if similarity == "centered_cosine":
         parts = [part - part.mean(1, keepdims=True) for part in parts]
     # The epsilon keeps an all-zero token at similarity 0 instead of NaN.
     units = [part / (jnp.linalg.norm(part, axis=-1, keepdims=True) + 1e-6) for part in parts]
-    if similarity == "abs_cosine":
-        everything = jnp.concatenate(units, axis=1)
-        mass = [jnp.abs(jnp.einsum("ind,imd->inm", unit, everything)) for unit in units]
-        redundancy = [
-            m.sum(-1) - span.of(m.swapaxes(1, 2)).sum(1)
-            for m, span in zip(mass, spans, strict=True)
-        ]
-        return jnp.concatenate(redundancy, axis=1)
-    sums = [unit.sum(1) for unit in units]
+    if similarity in ("abs_cosine", "max_cosine"):
+        encoder = np.repeat(np.arange(len(spans)), [span.size for span in spans])
+        counts = left[:, None] & (encoder[:, None] != encoder)
+        unit = jnp.concatenate(units, axis=1)
+        cosine = jnp.einsum("ind,imd->inm", unit, unit)
+        if similarity == "abs_cosine":
+            return jnp.where(counts, jnp.abs(cosine), 0).sum(-1)
+        return jnp.where(counts, cosine, -1).max(-1)
+    sums = [
+        jnp.where(span.of(left)[..., None], unit, 0).sum(1)
+        for unit, span in zip(units, spans, strict=True)
+    ]
     redundancy = [
         jnp.einsum("ind,id->in", unit, sum(sums) - own)
         for unit, own in zip(units, sums, strict=True)

@@ -118,7 +118,10 @@ class FusePlan:
         similarity: S of METEOR's mutual redundancy. "cosine" is the plain reading; but what all
             tokens of an encoder have in common then decides, so that it ranks encoders instead of
             tokens (measured, see the README). "centered_cosine", our reading, takes each
-            encoder's mean token away first; "abs_cosine" ignores the sign.
+            encoder's mean token away first; "abs_cosine" ignores the sign; "max_cosine" counts
+            the most similar token alone instead of the sum over all.
+        rounds: 1 drops all at once (METEOR as read). With more, each drops its share and R is
+            counted anew over what is left, so that one copy of what two encoders share can stay.
         floor: share of `keep` that every encoder is sure of (our addition; 0 is METEOR).
         seed: of "random", which also depends on the image, never on its batch.
     """
@@ -127,9 +130,14 @@ class FusePlan:
     criterion: Literal[
         "cooperative", "independent", "random", "uniform", "pool", "max_min"
     ] = "cooperative"
-    similarity: Literal["cosine", "centered_cosine", "abs_cosine"] = "centered_cosine"
+    similarity: Literal["cosine", "centered_cosine", "abs_cosine", "max_cosine"] = "centered_cosine"
+    rounds: int = 1
     floor: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"fuse.rounds: expected 1 or more, got {self.rounds}.")
 
 
 @dataclasses.dataclass(frozen=True)

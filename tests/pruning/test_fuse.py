@@ -47,8 +47,9 @@ def test_position_redundancy_sums_over_the_encoders_at_a_place():
     np.testing.assert_allclose(position_redundancy(parts), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "abs_cosine", "centered_cosine"])
-def test_mutual_redundancy_is_the_double_sum(similarity):
+@pytest.mark.parametrize("similarity", ["cosine", "abs_cosine", "centered_cosine", "max_cosine"])
+@pytest.mark.parametrize("left", [[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 0]])
+def test_mutual_redundancy_is_the_double_sum(similarity, left):
     x = np.random.default_rng(0).normal(size=(1, 6, 4)).astype(np.float32)
     y = x[0].copy()
     if similarity == "centered_cosine":
@@ -58,14 +59,37 @@ def test_mutual_redundancy_is_the_double_sum(similarity):
     cosine = y @ y.T
     if similarity == "abs_cosine":
         cosine = np.abs(cosine)
-    expected = np.concatenate([cosine[:3, 3:].sum(1), cosine[3:, :3].sum(1)])
-    actual = mutual_redundancy(jnp.asarray(x), spans=SPANS, similarity=similarity)[0]
+    joined = np.max if similarity == "max_cosine" else np.sum
+    a, b = np.flatnonzero(left[:3]), 3 + np.flatnonzero(left[3:])
+    expected = np.concatenate([joined(cosine[:3, b], axis=1), joined(cosine[3:, a], axis=1)])
+    actual = mutual_redundancy(
+        jnp.asarray(x), spans=SPANS, similarity=similarity, left=jnp.asarray([left], bool)
+    )[0]
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_cooperative_keeps_the_least_redundant():
     plan = FusePlan(keep=3, similarity="cosine")
     np.testing.assert_array_equal(kept(plan), [[1, 2, 4]])
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "max_cosine"])
+def test_rounds_keep_one_copy_of_what_two_encoders_share(similarity):
+    """Two things that both encoders see, one more alike than the other, and a third of each one's
+    own. Dropped at once, the first thing goes with both copies; in rounds a copy of each stays."""
+    things = jnp.eye(6)
+    x = jnp.asarray([[2 * things[0], things[1], things[2], things[0], things[1], things[3]]])
+    x = x.at[0, 3].add(0.05 * things[5]).at[0, 4].add(0.1 * things[4])
+    plan = FusePlan(keep=4, similarity=similarity)
+    assert kept(plan, x)[0].tolist() == [1, 2, 4, 5]
+    in_rounds = set(kept(dataclasses.replace(plan, rounds=2), x)[0].tolist())
+    assert {2, 5} <= in_rounds
+    assert len({0, 3} & in_rounds) == 1 and len({1, 4} & in_rounds) == 1
+
+
+def test_no_rounds_is_an_error():
+    with pytest.raises(ValueError, match=r"fuse\.rounds: expected 1 or more, got 0"):
+        FusePlan(keep=1, rounds=0)
 
 
 def test_centred_cosine_ranks_tokens_where_an_encoder_has_a_bias():
