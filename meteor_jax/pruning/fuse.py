@@ -90,12 +90,12 @@ def fuse_scores(
 def _least_redundant(x: Array, *, plan: FusePlan, spans: tuple[Span, ...]) -> Array:
     """float32[I, N]: minus R, which every round counts anew over what the one before left."""
     num_tokens = x.shape[1]
-    left = jnp.ones(x.shape[:2], bool)
-    for done in range(1, plan.rounds + 1):
-        redundancy = mutual_redundancy(x, spans=spans, similarity=plan.similarity, left=left)
-        scores = jnp.where(left, -redundancy, -jnp.inf)
+    scores = -mutual_redundancy(x, spans=spans, similarity=plan.similarity)
+    for done in range(1, plan.rounds):
         size = num_tokens - (num_tokens - plan.keep) * done // plan.rounds
         left = jnp.argsort(jnp.argsort(-scores, axis=1), axis=1) < size
+        redundancy = mutual_redundancy(x, spans=spans, similarity=plan.similarity, left=left)
+        scores = jnp.where(left, -redundancy, -jnp.inf)
     return scores
 
 
