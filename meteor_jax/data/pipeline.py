@@ -60,22 +60,33 @@ def training_texts(records: Sequence[Sequence[Record]], *, limit: int = 2000) ->
 
 
 def first_questions(
-    records: Sequence[Sequence[Record]], *, count: int
+    records: Sequence[Sequence[Record]], *, count: int, of_image: int = 1
 ) -> list[tuple[str, bytes]]:
-    """Of each source, the first `count` records about one image: a question, the encoded image."""
+    """Of each source, the first `count` records about one image that have `of_image` questions or
+    more: those questions, each with the encoded image."""
+
+    def asked(source: Sequence[Record]) -> Iterator[list[tuple[str, bytes]]]:
+        for record in source:
+            questions = _questions(record)[:of_image]
+            if len(questions) == of_image:
+                yield questions
+
     return [
-        found
+        question
         for source in records
-        for found in itertools.islice(filter(None, map(_first_question, source)), count)
+        for questions in itertools.islice(asked(source), count)
+        for question in questions
     ]
 
 
-def _first_question(record: Record) -> tuple[str, bytes] | None:
+def _questions(record: Record) -> list[tuple[str, bytes]]:
+    """Every question of a record about one image, with the encoded image."""
     if "turns" not in record:
-        return record["qa"][0]["question"], record["image"]
+        return [(item["question"], record["image"]) for item in record["qa"]]
     if len(record["images"]) != 1:
-        return None
-    return record["turns"][0][0].replace(IMAGE_MARKER, "").strip(), record["images"][0]
+        return []
+    image = record["images"][0]
+    return [(question.replace(IMAGE_MARKER, "").strip(), image) for question, _ in record["turns"]]
 
 
 def make_train_iterator(

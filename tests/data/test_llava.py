@@ -361,3 +361,7 @@ def test_texts_and_questions_for_tokenizers_and_calibration(prepared):
     assert len(asked) == 4 and all(question[0] == "q" for question, _ in asked)
     assert "<image>" not in asked[0][0]
     assert Image.open(io.BytesIO(asked[0][1])).size == (32, 24)
+    pairs = first_questions(records, count=2, of_image=2)
+    assert len(pairs) % 2 == 0 and pairs
+    for (one, image), (other, same) in zip(pairs[::2], pairs[1::2], strict=True):
+        assert one != other and image is same
