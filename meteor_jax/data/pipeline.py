@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
@@ -59,17 +60,41 @@ def training_texts(records: Sequence[Sequence[Record]], *, limit: int = 2000) ->
             yield record["caption"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question about one encoded image, and its answer."""
+
+    question: str
+    answer: str
+    image: bytes
+
+
+def questions_about_one_image(record: Record) -> list[Asked]:
+    """Every question of a record; none if it has another number of images than one."""
+    if "turns" not in record:
+        image = record["image"]
+        return [Asked(item["question"], item["answer"], image) for item in record["qa"]]
+    if len(record["images"]) != 1:
+        return []
+    image = record["images"][0]
+    return [
+        Asked(question.replace(IMAGE_MARKER, "").strip(), answer, image)
+        for question, answer in record["turns"]
+    ]
+
+
 def first_questions(
     records: Sequence[Sequence[Record]], *, count: int, of_image: int = 1
-) -> list[tuple[str, bytes]]:
-    """Of each source, the first `count` records about one image that have `of_image` questions or
-    more: those questions, each with the encoded image."""
+) -> list[Asked]:
+    """Of each source, `of_image` questions about each of the first `count` images that have as
+    many: the first one, and others drawn by a fixed seed."""
 
-    def asked(source: Sequence[Record]) -> Iterator[list[tuple[str, bytes]]]:
+    def asked(source: Sequence[Record]) -> Iterator[list[Asked]]:
+        draw = random.Random(0)
         for record in source:
-            questions = _questions(record)[:of_image]
-            if len(questions) == of_image:
-                yield questions
+            questions = questions_about_one_image(record)
+            if len(questions) >= of_image:
+                yield [questions[0], *draw.sample(questions[1:], of_image - 1)]
 
     return [
         question
@@ -77,16 +102,6 @@ def first_questions(
         for questions in itertools.islice(asked(source), count)
         for question in questions
     ]
-
-
-def _questions(record: Record) -> list[tuple[str, bytes]]:
-    """Every question of a record about one image, with the encoded image."""
-    if "turns" not in record:
-        return [(item["question"], record["image"]) for item in record["qa"]]
-    if len(record["images"]) != 1:
-        return []
-    image = record["images"][0]
-    return [(question.replace(IMAGE_MARKER, "").strip(), image) for question, _ in record["turns"]]
 
 
 def make_train_iterator(

@@ -40,7 +40,7 @@ from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 from meteor_jax.types import Array, CutTrace
 
-NUM_PROMPTS = 64
+NUM_IMAGES = 64
 
 
 @flax.struct.dataclass
@@ -53,18 +53,17 @@ class CalibrationBatch:
 
 
 def calibration_batch(
-    experiment: Experiment, *, tokenizer: Tokenizer, records: Sequence[Sequence[Any]],
-    of_image: int = 1,
+    experiment: Experiment, *, tokenizer: Tokenizer, records: Sequence[Sequence[Any]]
 ) -> CalibrationBatch:
-    """The first images of a split, over all sources, each with its first `of_image` questions."""
-    config, count = experiment.data, NUM_PROMPTS // (of_image * len(records))
-    chosen = pipeline.first_questions(records, count=count, of_image=of_image)
+    """The first images of the training split, over all sources, each with its first question."""
+    config, count = experiment.data, NUM_IMAGES // len(records)
+    chosen = pipeline.first_questions(records, count=count)
     prompts = pipeline.collate_prompts(
-        [question for question, _ in chosen], tokenizer=tokenizer,
+        [asked.question for asked in chosen], tokenizer=tokenizer,
         template=eval_config(experiment).template or experiment.train.finetune.template,
         text_length=config.text_length, batch_size=len(chosen),
     )
-    images = [decode_image(encoded, size=config.image_size) for _, encoded in chosen]
+    images = [decode_image(asked.image, size=config.image_size) for asked in chosen]
     return CalibrationBatch(np.stack(images), prompts.tokens, prompts.text_valid)
 
 
@@ -119,7 +118,7 @@ def calibrate_scales(
     for cut in range(len(decode.layers)):
         current = dataclasses.replace(plan, decode=decode)
         masses = np.concatenate(
-            [_chosen_mass(cut_traces(model, params, batch, plan=current)[cut], decode)
+            [_chosen_mass(_run(model, params, batch, plan=current)[cut], decode)
              for batch in batches]
         )
         scale = list(decode.scale)
@@ -147,10 +146,9 @@ def fit_scale(masses: np.ndarray, *, low_high: tuple[int, int], target: float) -
     return float(high)
 
 
-def cut_traces(
+def _run(
     model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan
 ) -> tuple[CutTrace, ...]:
-    """What each cut of `plan` did to the prompts, on the host."""
     return fetch(_cuts(model, params, batch, plan=plan))
 
 

@@ -1,12 +1,13 @@
-"""Where stage 3 may cut: how far each layer's attention depends on the question.
+"""Where stage 3 may cut: what a cut before each layer does to the answers.
 
     python -m meteor_jax.tools.cut_layers --config=configs/small.py --workdir=runs/small \\
         --plan=meteor
 
-Two questions about one image are asked, and one cut after another is put behind every layer, alone.
-A layer whose attention keeps the same tokens whatever is asked does not guide a cut by the text.
+Before each layer in turn, alone, a cut keeps half of the visual tokens: those that the text's
+attention chooses, or as many drawn by chance. Measured is the loss of the right answers, on
+questions of the training split, so that no test question has a say in where a plan cuts.
 
-Q questions, K kept tokens.
+B questions, A answer tokens, K kept tokens, H heads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -28,90 +31,190 @@ from rich.table import Table
 
 from meteor_jax.checkpoint import restore_params
 from meteor_jax.data import pipeline
-from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.evaluation.config import CALIBRATION_FILE
+from meteor_jax.data.sources import decode_image
+from meteor_jax.data.templates import Conversation, get_template, render, with_images
+from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
+from meteor_jax.distributed import fetch
+from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config
 from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, param_shapes
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
-from meteor_jax.tools.calibrate import CalibrationBatch, calibration_batch, cut_traces
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
+from meteor_jax.types import IGNORE_LABEL, Array
 
 QUESTIONS_PER_IMAGE = 2
+BATCH_SIZE = 32  # questions
+
+
+@flax.struct.dataclass
+class AskedBatch:
+    """Prompts about one image each, and their answers.
+
+    Shapes:
+        images: uint8[B, H, W, 3]; tokens: int32[B, T]; text_valid: bool[B, T].
+        answers: int32[B, A]; answer_valid: bool[B, A].
+    """
+
+    images: Array
+    tokens: Array
+    text_valid: Array
+    answers: Array
+    answer_valid: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class CutLayer:
-    """What a cut before one layer would do.
+    """What a cut before one layer does.
 
     Attributes:
         layer: the cut is before it.
-        same: share of the kept tokens that stay whichever of the questions is asked.
-        chance: that share if each question's tokens were drawn by chance: K / N.
-        value: mean of the visual attention value, and its 5th and 95th percentile over the
-            questions: the mass on the image of the heads that count, which sets an adaptive K.
+        loss: of the answers, in nats a token, if attention chooses what stays.
+        loss_by_chance: the same if chance does.
+        same: of what attention keeps, the share that two questions about one image have in common.
+        value: the mean of the visual attention value over the heads that count, and its 5th and
+            95th percentile over the questions; K of an adaptive plan is in proportion to it.
     """
 
     layer: int
+    loss: float
+    loss_by_chance: float
     same: float
-    chance: float
     value: tuple[float, float, float]
 
 
 def measure_cut_layers(
-    model: Meteor, params: Any, *, plan: PrunePlan, batch: CalibrationBatch,
-    groups: Sequence[int], share: float = 0.5,
-) -> list[CutLayer]:
-    """One `CutLayer` for each layer but the first.
+    model: Meteor, params: Any, *, plan: PrunePlan, batches: Sequence[AskedBatch],
+    share: float = 0.5,
+) -> tuple[float, list[CutLayer]]:
+    """The answers' loss without a cut, and one `CutLayer` for each layer but the first.
 
     Args:
         plan: its stages 1 and 2, and how its stage 3 scores (queries, heads, rotation, which
             layer's attention); a plan without stage 3 takes the defaults.
-        batch: a `CalibrationBatch`; groups: of each row, the number of its image.
+        batches: `QUESTIONS_PER_IMAGE` rows after one another are about one image.
         share: of the visual tokens, what the cut keeps.
     """
     decode = plan.decode or DecodePlan(layers=(1,), keep=(1,))
-    entering = count_cost(model.config, dataclasses.replace(plan, decode=None)).visual_tokens_mean
-    keep = max(round(share * entering), 1)
+    uncut = dataclasses.replace(plan, decode=None)
+    entering = count_cost(model.config, uncut).visual_tokens_mean
+    decode = dataclasses.replace(
+        decode, keep=(max(round(share * entering), 1),), budget="fixed", recycle=0.0, scale=(),
+        layers=(1,), criterion="text_attention",
+    )
+    encoded = [_encode(model, params, batch.images, plan=uncut) for batch in batches]
+
+    def answer(**fields: Any) -> tuple[float, list[Any]]:
+        cut = dataclasses.replace(decode, **fields) if fields else None
+        run = dataclasses.replace(plan, decode=cut)
+        asked = zip(encoded, batches, strict=True)
+        answered = [_answer(model, params, visual, batch, plan=run) for visual, batch in asked]
+        losses, traces = zip(*fetch(answered), strict=True)
+        tokens = sum(np.asarray(batch.answer_valid).sum() for batch in batches)
+        return float(sum(loss.sum() for loss in losses) / tokens), list(itertools.chain(*traces))
+
     found = []
     for layer in track(range(1, model.config.llama.depth), "Cutting before layer"):
-        cut = dataclasses.replace(
-            decode, layers=(layer,), keep=(keep,), budget="fixed", recycle=0.0, scale=()
-        )
-        (trace,) = cut_traces(model, params, batch, plan=dataclasses.replace(plan, decode=cut))
-        values = np.sort(trace.visual_attention_value, axis=1)
-        counted = min(decode.heads, values.shape[1]) if decode.heads else values.shape[1]
-        values = values[:, -counted:].mean(1)
-        low, high = np.percentile(values, (5, 95))
-        found.append(
-            CutLayer(
-                layer=layer, same=kept_alike(trace.visual, groups=groups),
-                chance=keep / entering, value=(float(values.mean()), float(low), float(high)),
-            )
-        )
-    return found
+        loss, traces = answer(layers=(layer,))
+        by_chance, _ = answer(layers=(layer,), criterion="random")
+        values = np.concatenate([trace.visual_attention_value for trace in traces])
+        counted = min(decode.heads or values.shape[1], values.shape[1])
+        values = np.sort(values, axis=1)[:, -counted:].mean(1)
+        low, high = np.percentile(values, (5, 95)).tolist()
+        same = float(np.mean([kept_alike(trace.visual) for trace in traces]))
+        value = (float(values.mean()), low, high)
+        found.append(CutLayer(layer, loss, by_chance, same, value))
+    return answer()[0], found
 
 
-def kept_alike(kept: np.ndarray, *, groups: Sequence[int]) -> float:
-    """The mean share of kept tokens that any two rows of one group have in common.
+def kept_alike(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> float:
+    """The mean share of a row's kept tokens that another row about the same image keeps too.
 
     Shapes:
-        kept: int[Q, K], indices of tokens; −1 is none.
-
-    Raises:
-        ValueError: if no group has two rows.
+        kept: int[B, K], indices of tokens, −1 is none; `of_image` rows after one another are
+            about one image.
     """
     sets = [set(row[row >= 0].tolist()) for row in kept]
-    shares = [
-        len(sets[a] & sets[b]) / len(sets[a])
-        for a, b in itertools.combinations(range(len(sets)), 2)
-        if groups[a] == groups[b]
-    ]
-    if not shares:
-        raise ValueError("expected two questions or more about an image, got one about each.")
-    return float(np.mean(shares))
+    return float(np.mean([
+        len(one & other) / len(one)
+        for start in range(0, len(sets), of_image)
+        for one, other in itertools.permutations(sets[start : start + of_image], 2)
+    ]))
+
+
+@jax.jit(static_argnames=("model", "plan"))
+def _encode(model: Meteor, params: Any, images: Array, *, plan: PrunePlan) -> Any:
+    encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
+    return jax.tree.map(lambda x: x[:, None], encoded.tokens)
+
+
+@jax.jit(static_argnames=("model", "plan"))
+def _answer(
+    model: Meteor, params: Any, visual: Any, batch: AskedBatch, *, plan: PrunePlan
+) -> tuple[Array, Any]:
+    """The sum of each answer's losses, float32[B], and the plan's cuts. The prompt alone chooses
+    what stays; the answer comes after, as in generation."""
+    variables = {"params": params}
+    rows, length = batch.answers.shape
+    read = model.apply(
+        variables, visual, image_valid=jnp.ones((rows, 1), bool), tokens=batch.tokens,
+        text_valid=batch.text_valid, plan=plan, max_new_tokens=length, method="prefill",
+    )
+    said = model.apply(variables, read.cache, batch.answers[:, :-1], method="extend")
+    logits = jnp.concatenate([read.logits[:, None], said.logits], axis=1)
+    right = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), batch.answers[..., None], axis=2
+    ).squeeze(2)
+    return -jnp.where(batch.answer_valid, right, 0).sum(1), read.cuts
+
+
+def asked_batches(
+    experiment: Experiment, *, tokenizer: Tokenizer, num_images: int
+) -> list[AskedBatch]:
+    """Questions about the first `num_images` images of each source's training split, in batches of
+    `BATCH_SIZE`; questions that do not fill one are left out if there is another.
+
+    Raises:
+        ValueError: no image with so many questions, or a prompt longer than `data.text_length`.
+    """
+    config = experiment.data
+    chosen = pipeline.first_questions(
+        pipeline.open_sources(config), count=num_images, of_image=QUESTIONS_PER_IMAGE
+    )
+    if not chosen:
+        raise ValueError(
+            f"expected images with {QUESTIONS_PER_IMAGE} questions or more in "
+            f"{', '.join(config.sources)}, found none."
+        )
+    name = eval_config(experiment).template or experiment.train.finetune.template
+    layout, size = get_template(name), min(BATCH_SIZE, len(chosen))
+    answers = []
+    for asked in chosen:
+        turn = (with_images(asked.question, 1, template=layout), asked.answer)
+        labels = render(Conversation((turn,)), template=layout, tokenizer=tokenizer).labels
+        answers.append([label for label in labels if label != IGNORE_LABEL])
+    longest = max(map(len, answers))
+    batches = []
+    for start in range(0, len(chosen) - size + 1, size):
+        rows = slice(start, start + size)
+        prompts = pipeline.collate_prompts(
+            [asked.question for asked in chosen[rows]], tokenizer=tokenizer, template=name,
+            text_length=config.text_length, batch_size=size,
+        )
+        padded = np.zeros((size, longest), np.int32)
+        for row, answer in zip(padded, answers[rows], strict=True):
+            row[: len(answer)] = answer
+        lengths = np.array([len(answer) for answer in answers[rows]])
+        images = [decode_image(asked.image, size=config.image_size) for asked in chosen[rows]]
+        batches.append(
+            AskedBatch(
+                np.stack(images), prompts.tokens, prompts.text_valid, padded,
+                np.arange(longest) < lengths[:, None],
+            )
+        )
+    return batches
 
 
 def main(argv: list[str]) -> int:
@@ -121,44 +224,37 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
         if not 0 < SHARE.value < 1:
             raise ValueError(f"--share: expected a share between 0 and 1, got {SHARE.value}.")
-        found = _measure_workdir(load_experiment(CONFIG.value), workdir=Path(WORKDIR.value))
+        uncut, found = _measure_workdir(load_experiment(CONFIG.value), workdir=Path(WORKDIR.value))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     table = Table(
-        "cut before layer", "kept whatever is asked", "by chance", "VAV", "5 % – 95 %",
-        title=f"plan '{PLAN.value}', {SHARE.value:.0%} of its tokens kept",
+        "cut before layer", "loss, by attention", "by chance", "kept whatever is asked",
+        "VAV", "5 % – 95 %",
+        title=f"plan '{PLAN.value}', {SHARE.value:.0%} of its tokens kept; "
+        f"loss without a cut: {uncut:.3f} nats a token",
     )
     for row in found:
         mean, low, high = row.value
         table.add_row(
-            str(row.layer), f"{row.same:.0%}", f"{row.chance:.0%}", f"{mean:.2f}",
-            f"{low:.2f} – {high:.2f}",
+            str(row.layer), f"{row.loss:.3f}", f"{row.loss_by_chance:.3f}", f"{row.same:.0%}",
+            f"{mean:.2f}", f"{low:.2f} – {high:.2f}",
         )
     Console().print(table)
     return 0
 
 
-def _measure_workdir(experiment: Experiment, *, workdir: Path) -> list[CutLayer]:
+def _measure_workdir(
+    experiment: Experiment, *, workdir: Path
+) -> tuple[float, list[CutLayer]]:
     plan = parse_plan(PLAN.value, library=experiment.plans)
     plan = plan.calibrated(Calibration.load(workdir / CALIBRATION_FILE))
-    if plan.decode is not None and plan.decode.criterion != "text_attention":
-        raise ValueError(
-            f"plan '{plan.name}' cuts by '{plan.decode.criterion}', not by attention; give one "
-            "whose decode.criterion is text_attention."
-        )
     model, mesh = Meteor(experiment.model), make_mesh(experiment.train.mesh)
     with jax.set_mesh(mesh):
         params = restore_params(workdir, param_shapes(experiment, mesh=mesh))
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
-        records = pipeline.open_sources(experiment.data, split="test")
-        batch = calibration_batch(
-            experiment, tokenizer=tokenizer, records=records, of_image=QUESTIONS_PER_IMAGE
-        )
-        groups = [row // QUESTIONS_PER_IMAGE for row in range(len(batch.tokens))]
-        return measure_cut_layers(
-            model, params, plan=plan, batch=batch, groups=groups, share=SHARE.value
-        )
+        batches = asked_batches(experiment, tokenizer=tokenizer, num_images=NUM_IMAGES.value)
+        return measure_cut_layers(model, params, plan=plan, batches=batches, share=SHARE.value)
 
 
 if __name__ == "__main__":
@@ -166,5 +262,6 @@ if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
     PLAN = flags.DEFINE_string("plan", "meteor", "Whose stages 1 and 2, and way to score.")
     SHARE = flags.DEFINE_float("share", 0.5, "Of the visual tokens, what the cut keeps.")
+    NUM_IMAGES = flags.DEFINE_integer("num_images", 128, "Images of a source.", lower_bound=1)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -358,10 +358,10 @@ def test_texts_and_questions_for_tokenizers_and_calibration(prepared):
     records = open_sources(config(prepared))
     assert {"hi", "ho", "a3", "more?"} <= set(training_texts(records))
     asked = first_questions(records, count=4)
-    assert len(asked) == 4 and all(question[0] == "q" for question, _ in asked)
-    assert "<image>" not in asked[0][0]
-    assert Image.open(io.BytesIO(asked[0][1])).size == (32, 24)
+    assert len(asked) == 4 and all(item.question[0] == "q" for item in asked)
+    assert "<image>" not in asked[0].question
+    assert Image.open(io.BytesIO(asked[0].image)).size == (32, 24)
     pairs = first_questions(records, count=2, of_image=2)
     assert len(pairs) % 2 == 0 and pairs
-    for (one, image), (other, same) in zip(pairs[::2], pairs[1::2], strict=True):
-        assert one != other and image is same
+    for one, other in zip(pairs[::2], pairs[1::2], strict=True):
+        assert one.question != other.question and one.image is other.image
