@@ -262,6 +262,6 @@ if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
     PLAN = flags.DEFINE_string("plan", "meteor", "Whose stages 1 and 2, and way to score.")
     SHARE = flags.DEFINE_float("share", 0.5, "Of the visual tokens, what the cut keeps.")
-    NUM_IMAGES = flags.DEFINE_integer("num_images", 128, "Images of a source.", lower_bound=1)
+    NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images of a source.", lower_bound=1)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)
