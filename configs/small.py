@@ -8,7 +8,7 @@ Every plan then continues from there with itself, full too, same data, steps and
 
     python train.py --config=configs/small.py --workdir=runs/small_meteor \\
         --config.init_from="('runs/small',)" --config.train.pretrain.steps=0 \\
-        --config.train.finetune.steps=400 --config.train.finetune.plans="('meteor',)" \\
+        --config.train.finetune.steps=300 --config.train.finetune.plans="('meteor',)" \\
         --config.eval.plans="('meteor',)"
 
 Of 352 visual tokens a pruned plan lets at most 84 (24 %) into the decoder's layers, on average.
