@@ -26,6 +26,8 @@ from meteor_jax.data.templates import (
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.types import IGNORE_LABEL, Batch
 
+SEARCHED = 20
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -87,11 +89,15 @@ def first_questions(
     records: Sequence[Sequence[Record]], *, count: int, of_image: int = 1
 ) -> list[Asked]:
     """Of each source, `of_image` questions about each of the first `count` images that have as
-    many: the first one, and others drawn by a fixed seed."""
+    many: the first one, and others drawn by a fixed seed.
+
+    Looks through `SEARCHED` records for one that is wanted, so that a source of captions, which has
+    none, is not read whole.
+    """
 
     def asked(source: Sequence[Record]) -> Iterator[list[Asked]]:
         draw = random.Random(0)
-        for record in source:
+        for record in itertools.islice(source, SEARCHED * count):
             questions = questions_about_one_image(record)
             if len(questions) >= of_image:
                 yield [questions[0], *draw.sample(questions[1:], of_image - 1)]
@@ -145,7 +151,7 @@ def make_train_iterator(
             that no source serves, or a source with nothing beside what is held out.
     """
     make_example = _example_maker(config, tokenizer, kind, template, records)
-    served = _served(config, kind)
+    served = served_sources(config, kind)
     # grain looks into whatever passes through it, so only indices do until the example is made.
     streams = []
     for index in served:
@@ -236,7 +242,7 @@ def make_held_out_batches(
     """
     make_example = _example_maker(config, tokenizer, kind, template, records)
     collate_rows = _Collate(config, tokenizer.pad_id)
-    served = _served(config, kind)
+    served = served_sources(config, kind)
     rows = [row for index in served for row in make_example.reader.held_out(index)]
     step, batches = batch_size * process_count, []
     for start in range(0, len(rows), step):
@@ -264,7 +270,7 @@ def _example_maker(
     return ExampleMaker(config, tokenizer, layout, kind, reader)
 
 
-def _served(config: DataConfig, kind: Kind) -> list[int]:
+def served_sources(config: DataConfig, kind: Kind) -> list[int]:
     """The numbers of the sources that serve a kind."""
     kinds = config.kinds or ("any",) * len(config.sources)
     found = [index for index, name in enumerate(kinds) if name in (kind, "any")]

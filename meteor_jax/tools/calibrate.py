@@ -118,7 +118,7 @@ def calibrate_scales(
     for cut in range(len(decode.layers)):
         current = dataclasses.replace(plan, decode=decode)
         masses = np.concatenate(
-            [_chosen_mass(_run(model, params, batch, plan=current)[cut], decode)
+            [chosen_mass(_run(model, params, batch, plan=current)[cut], plan=decode)
              for batch in batches]
         )
         scale = list(decode.scale)
@@ -165,7 +165,7 @@ def _cuts(
     ).cuts
 
 
-def _chosen_mass(trace: CutTrace, plan: DecodePlan) -> np.ndarray:
+def chosen_mass(trace: CutTrace, *, plan: DecodePlan) -> np.ndarray:
     """float[B]: Σ of the visual attention values of the heads that count."""
     values = np.sort(trace.visual_attention_value, axis=1)
     heads = min(plan.heads, values.shape[1]) if plan.heads else values.shape[1]

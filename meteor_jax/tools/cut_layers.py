@@ -4,8 +4,9 @@
         --plan=meteor
 
 Before each layer in turn, alone, a cut keeps half of the visual tokens: those that the text's
-attention chooses, or as many drawn by chance. Measured is the loss of the right answers, on
-questions of the training split, so that no test question has a say in where a plan cuts.
+attention chooses, or as many drawn by chance, three times. Measured is the loss of the right
+answers, on questions of the training split, so that no test question has a say in where a plan
+cuts.
 
 B questions, A answer tokens, K kept tokens, H heads.
 """
@@ -23,7 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import track
@@ -31,22 +32,25 @@ from rich.table import Table
 
 from meteor_jax.checkpoint import restore_params
 from meteor_jax.data import pipeline
-from meteor_jax.data.sources import decode_image
+from meteor_jax.data.config import DataConfig
+from meteor_jax.data.sources import CorruptImage, decode_image
 from meteor_jax.data.templates import Conversation, get_template, render, with_images
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
-from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config
+from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config, prompt_template
 from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, param_shapes
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
+from meteor_jax.tools.calibrate import chosen_mass
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
-from meteor_jax.types import IGNORE_LABEL, Array
+from meteor_jax.types import IGNORE_LABEL, Array, CutTrace
 
 QUESTIONS_PER_IMAGE = 2
 BATCH_SIZE = 32  # questions
+DRAWS = 3
 
 
 @flax.struct.dataclass
@@ -55,7 +59,7 @@ class AskedBatch:
 
     Shapes:
         images: uint8[B, H, W, 3]; tokens: int32[B, T]; text_valid: bool[B, T].
-        answers: int32[B, A]; answer_valid: bool[B, A].
+        answers: int32[B, A]; answer_valid: bool[B, A]; a row without an answer only fills up.
     """
 
     images: Array
@@ -72,15 +76,15 @@ class CutLayer:
     Attributes:
         layer: the cut is before it.
         loss: of the answers, in nats a token, if attention chooses what stays.
-        loss_by_chance: the same if chance does.
+        losses_by_chance: the same if chance does, draw by draw.
         same: of what attention keeps, the share that two questions about one image have in common.
-        value: the mean of the visual attention value over the heads that count, and its 5th and
-            95th percentile over the questions; K of an adaptive plan is in proportion to it.
+        value: the sum of the visual attention values of the heads that count, mean, 5th and 95th
+            percentile over the questions; K of an adaptive plan is in proportion to it.
     """
 
     layer: int
     loss: float
-    loss_by_chance: float
+    losses_by_chance: tuple[float, ...]
     same: float
     value: tuple[float, float, float]
 
@@ -96,37 +100,57 @@ def measure_cut_layers(
             layer's attention); a plan without stage 3 takes the defaults.
         batches: `QUESTIONS_PER_IMAGE` rows after one another are about one image.
         share: of the visual tokens, what the cut keeps.
+
+    Raises:
+        ValueError: if the plan's stage 3 does not score by attention.
     """
     decode = plan.decode or DecodePlan(layers=(1,), keep=(1,))
+    if decode.criterion != "text_attention":
+        raise ValueError(
+            f"plan '{plan.name}' cuts by {decode.criterion}; expected one that cuts by the text's "
+            "attention, or does not cut."
+        )
     uncut = dataclasses.replace(plan, decode=None)
-    entering = count_cost(model.config, uncut).visual_tokens_mean
+    entering = count_cost(model.config, uncut).visual_tokens_fused
     decode = dataclasses.replace(
-        decode, keep=(max(round(share * entering), 1),), budget="fixed", recycle=0.0, scale=(),
-        layers=(1,), criterion="text_attention",
+        decode, layers=(1,), keep=(max(round(share * entering), 1),), budget="fixed", recycle=0.0,
+        scale=(),
     )
     encoded = [_encode(model, params, batch.images, plan=uncut) for batch in batches]
+    real = [np.asarray(batch.answer_valid).any(1) for batch in batches]
+    tokens = sum(int(np.asarray(batch.answer_valid).sum()) for batch in batches)
 
-    def answer(**fields: Any) -> tuple[float, list[Any]]:
-        cut = dataclasses.replace(decode, **fields) if fields else None
+    def answer(cut: DecodePlan | None) -> tuple[float, list[CutTrace]]:
         run = dataclasses.replace(plan, decode=cut)
-        asked = zip(encoded, batches, strict=True)
-        answered = [_answer(model, params, visual, batch, plan=run) for visual, batch in asked]
-        losses, traces = zip(*fetch(answered), strict=True)
-        tokens = sum(np.asarray(batch.answer_valid).sum() for batch in batches)
-        return float(sum(loss.sum() for loss in losses) / tokens), list(itertools.chain(*traces))
+        losses, cuts = zip(
+            *fetch([
+                _answer(model, params, visual, batch, plan=run)
+                for visual, batch in zip(encoded, batches, strict=True)
+            ]),
+            strict=True,
+        )
+        return float(sum(map(np.sum, losses)) / tokens), list(itertools.chain(*cuts))
 
     found = []
     for layer in track(range(1, model.config.llama.depth), "Cutting before layer"):
-        loss, traces = answer(layers=(layer,))
-        by_chance, _ = answer(layers=(layer,), criterion="random")
-        values = np.concatenate([trace.visual_attention_value for trace in traces])
-        counted = min(decode.heads or values.shape[1], values.shape[1])
-        values = np.sort(values, axis=1)[:, -counted:].mean(1)
-        low, high = np.percentile(values, (5, 95)).tolist()
-        same = float(np.mean([kept_alike(trace.visual) for trace in traces]))
-        value = (float(values.mean()), low, high)
-        found.append(CutLayer(layer, loss, by_chance, same, value))
-    return answer()[0], found
+        cut = dataclasses.replace(decode, layers=(layer,))
+        loss, traces = answer(cut)
+        draws = (
+            dataclasses.replace(cut, criterion="random", seed=seed) for seed in range(DRAWS)
+        )
+        pairs = list(zip(traces, real, strict=True))
+        values = np.concatenate([chosen_mass(trace, plan=cut)[rows] for trace, rows in pairs])
+        kept = np.concatenate([trace.visual[rows] for trace, rows in pairs])
+        found.append(
+            CutLayer(
+                layer=layer,
+                loss=loss,
+                losses_by_chance=tuple(answer(draw)[0] for draw in draws),
+                same=kept_alike(kept),
+                value=(float(values.mean()), *np.percentile(values, (5, 95)).tolist()),
+            )
+        )
+    return answer(None)[0], found
 
 
 def kept_alike(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> float:
@@ -162,8 +186,8 @@ def _answer(
         variables, visual, image_valid=jnp.ones((rows, 1), bool), tokens=batch.tokens,
         text_valid=batch.text_valid, plan=plan, max_new_tokens=length, method="prefill",
     )
-    said = model.apply(variables, read.cache, batch.answers[:, :-1], method="extend")
-    logits = jnp.concatenate([read.logits[:, None], said.logits], axis=1)
+    said = model.apply(variables, read.cache, batch.answers, method="extend")
+    logits = jnp.concatenate([read.logits[:, None], said.logits[:, :-1]], axis=1)
     right = jnp.take_along_axis(
         jax.nn.log_softmax(logits), batch.answers[..., None], axis=2
     ).squeeze(2)
@@ -173,48 +197,58 @@ def _answer(
 def asked_batches(
     experiment: Experiment, *, tokenizer: Tokenizer, num_images: int
 ) -> list[AskedBatch]:
-    """Questions about the first `num_images` images of each source's training split, in batches of
-    `BATCH_SIZE`; questions that do not fill one are left out if there is another.
+    """Questions about the first `num_images` images of each source's training split.
+
+    An image that cannot be decoded is left out, with its questions; an answer is cut where
+    evaluation would stop. The last batch is filled up with rows that have no answer.
 
     Raises:
         ValueError: no image with so many questions, or a prompt longer than `data.text_length`.
     """
-    config = experiment.data
-    chosen = pipeline.first_questions(
-        pipeline.open_sources(config), count=num_images, of_image=QUESTIONS_PER_IMAGE
-    )
-    if not chosen:
+    config, of_evaluation = experiment.data, eval_config(experiment)
+    name = prompt_template(of_evaluation.template or experiment.train.finetune.template)
+    records = pipeline.open_sources(config)
+    served = [records[index] for index in pipeline.served_sources(config, "questions")]
+    chosen = pipeline.first_questions(served, count=num_images, of_image=QUESTIONS_PER_IMAGE)
+    seen = [(asked, image) for asked in chosen if (image := _decode(asked, config)) is not None]
+    if not seen:
         raise ValueError(
             f"expected images with {QUESTIONS_PER_IMAGE} questions or more in "
             f"{', '.join(config.sources)}, found none."
         )
-    name = eval_config(experiment).template or experiment.train.finetune.template
-    layout, size = get_template(name), min(BATCH_SIZE, len(chosen))
-    answers = []
-    for asked in chosen:
+    layout, answers = get_template(name), []
+    for asked, _ in seen:
         turn = (with_images(asked.question, 1, template=layout), asked.answer)
         labels = render(Conversation((turn,)), template=layout, tokenizer=tokenizer).labels
-        answers.append([label for label in labels if label != IGNORE_LABEL])
-    longest = max(map(len, answers))
+        answer = [label for label in labels if label != IGNORE_LABEL]
+        answers.append(answer[: of_evaluation.max_new_tokens])
+    size, longest = min(BATCH_SIZE, len(seen)), max(map(len, answers))
     batches = []
-    for start in range(0, len(chosen) - size + 1, size):
-        rows = slice(start, start + size)
+    for start in range(0, len(seen), size):
+        part = seen[start : start + size]
         prompts = pipeline.collate_prompts(
-            [asked.question for asked in chosen[rows]], tokenizer=tokenizer, template=name,
+            [asked.question for asked, _ in part], tokenizer=tokenizer, template=name,
             text_length=config.text_length, batch_size=size,
         )
-        padded = np.zeros((size, longest), np.int32)
-        for row, answer in zip(padded, answers[rows], strict=True):
-            row[: len(answer)] = answer
-        lengths = np.array([len(answer) for answer in answers[rows]])
-        images = [decode_image(asked.image, size=config.image_size) for asked in chosen[rows]]
+        images = [image for _, image in part]
+        tokens, valid = np.zeros((size, longest), np.int32), np.zeros((size, longest), bool)
+        for row, answer in enumerate(answers[start : start + size]):
+            tokens[row, : len(answer)], valid[row, : len(answer)] = answer, True
         batches.append(
             AskedBatch(
-                np.stack(images), prompts.tokens, prompts.text_valid, padded,
-                np.arange(longest) < lengths[:, None],
+                np.stack(images + [images[-1]] * (size - len(images))), prompts.tokens,
+                prompts.text_valid, tokens, valid,
             )
         )
     return batches
+
+
+def _decode(asked: pipeline.Asked, config: DataConfig) -> np.ndarray | None:
+    try:
+        return decode_image(asked.image, size=config.image_size)
+    except CorruptImage as error:
+        logging.warning("left out: %s", error)
+        return None
 
 
 def main(argv: list[str]) -> int:
@@ -229,16 +263,18 @@ def main(argv: list[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     table = Table(
-        "cut before layer", "loss, by attention", "by chance", "kept whatever is asked",
-        "VAV", "5 % – 95 %",
-        title=f"plan '{PLAN.value}', {SHARE.value:.0%} of its tokens kept; "
-        f"loss without a cut: {uncut:.3f} nats a token",
+        "cut before", "by attention", "by chance", "kept alike", "VAV",
+        title=f"plan '{PLAN.value}': the answers' loss, nats a token",
+        caption=f"{uncut:.3f} without a cut; {SHARE.value:.0%} of the tokens kept; kept alike: by "
+        "attention, whichever of two questions is asked; VAV: mean, 5 % and 95 %",
     )
     for row in found:
         mean, low, high = row.value
+        chance = row.losses_by_chance
         table.add_row(
-            str(row.layer), f"{row.loss:.3f}", f"{row.loss_by_chance:.3f}", f"{row.same:.0%}",
-            f"{mean:.2f}", f"{low:.2f} – {high:.2f}",
+            f"layer {row.layer}", f"{row.loss:.3f}",
+            f"{np.mean(chance):.3f} ({min(chance):.3f}–{max(chance):.3f})", f"{row.same:.0%}",
+            f"{mean:.2f} ({low:.2f}–{high:.2f})",
         )
     Console().print(table)
     return 0
