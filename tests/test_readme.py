@@ -64,6 +64,7 @@ def test_training_leaves_what_the_readme_says(workspace):
         ("evaluate.py", "--num_questions=8", "meteor"),
         ("tools.calibrate", "", "meteor"),
         ("models.cost", "", "meteor"),
+        ("tools.cut_layers", "--num_images=4", "by chance"),
     ],
 )
 def test_the_other_commands_run(workspace, word, extra, expected):
