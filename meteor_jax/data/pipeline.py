@@ -26,8 +26,6 @@ from meteor_jax.data.templates import (
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.types import IGNORE_LABEL, Batch
 
-SEARCHED = 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -86,18 +84,18 @@ def questions_about_one_image(record: Record) -> list[Asked]:
 
 
 def first_questions(
-    records: Sequence[Sequence[Record]], *, count: int, of_image: int = 1
+    records: Sequence[Sequence[Record]], *, count: int, of_image: int = 1, search: int | None = None
 ) -> list[Asked]:
     """Of each source, `of_image` questions about each of the first `count` images that have as
     many: the first one, and others drawn by a fixed seed.
 
-    Looks through `SEARCHED` records for one that is wanted, so that a source of captions, which has
-    none, is not read whole.
+    Looks through the first `search` records of a source (None: all), so that one which has no such
+    image need not be read whole.
     """
 
     def asked(source: Sequence[Record]) -> Iterator[list[Asked]]:
         draw = random.Random(0)
-        for record in itertools.islice(source, SEARCHED * count):
+        for record in itertools.islice(source, search):
             questions = questions_about_one_image(record)
             if len(questions) >= of_image:
                 yield [questions[0], *draw.sample(questions[1:], of_image - 1)]

@@ -8,7 +8,7 @@ attention chooses, or as many drawn by chance, three times. Measured is the loss
 answers, on questions of the training split, so that no test question has a say in where a plan
 cuts.
 
-B questions, A answer tokens, K kept tokens, H heads.
+B questions, A answer tokens, K kept tokens.
 """
 
 from __future__ import annotations
@@ -44,27 +44,23 @@ from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
-from meteor_jax.tools.calibrate import chosen_mass
+from meteor_jax.tools.calibrate import CalibrationBatch, chosen_mass
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 from meteor_jax.types import IGNORE_LABEL, Array, CutTrace
 
 QUESTIONS_PER_IMAGE = 2
 BATCH_SIZE = 32  # questions
+SEARCH = 20  # records of a source looked through for each image wanted
 DRAWS = 3
 
 
 @flax.struct.dataclass
-class AskedBatch:
-    """Prompts about one image each, and their answers.
+class AskedBatch(CalibrationBatch):
+    """Prompts about one image each, and their answers int32[B, A] with answer_valid bool[B, A].
 
-    Shapes:
-        images: uint8[B, H, W, 3]; tokens: int32[B, T]; text_valid: bool[B, T].
-        answers: int32[B, A]; answer_valid: bool[B, A]; a row without an answer only fills up.
+    A row without an answer only fills up.
     """
 
-    images: Array
-    tokens: Array
-    text_valid: Array
     answers: Array
     answer_valid: Array
 
@@ -209,7 +205,9 @@ def asked_batches(
     name = prompt_template(of_evaluation.template or experiment.train.finetune.template)
     records = pipeline.open_sources(config)
     served = [records[index] for index in pipeline.served_sources(config, "questions")]
-    chosen = pipeline.first_questions(served, count=num_images, of_image=QUESTIONS_PER_IMAGE)
+    chosen = pipeline.first_questions(
+        served, count=num_images, of_image=QUESTIONS_PER_IMAGE, search=SEARCH * num_images
+    )
     seen = [(asked, image) for asked in chosen if (image := _decode(asked, config)) is not None]
     if not seen:
         raise ValueError(
