@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -31,7 +32,7 @@ from meteor_jax.distributed import (
 )
 from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
 from meteor_jax.evaluation.results import averages
-from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, evaluate_checkpoint
+from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.tools.calibrate import (
@@ -41,7 +42,7 @@ from meteor_jax.tools.calibrate import (
     calibration_batch,
 )
 from meteor_jax.training.experiment import Experiment, Stage, load_experiment, parse_flags
-from meteor_jax.training.loop import CALIBRATION_FILE, train
+from meteor_jax.training.loop import train
 from meteor_jax.training.metrics import TrainingFailed
 from meteor_jax.training.profiling import parse_range
 from meteor_jax.types import Batch

@@ -23,8 +23,11 @@ from flax import serialization
 
 from meteor_jax.config import ConfigError
 
+# What lies in a workdir.
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
+CALIBRATION_FILE = "calibration.json"
+TOKENIZER_FOLDER = "tokenizer"
 
 
 class CheckpointError(ConfigError):

@@ -19,9 +19,14 @@ from rich.table import Table as Grid
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from meteor_jax.checkpoint import CONFIG_FILE, CheckpointError, open_checkpoints
+from meteor_jax.checkpoint import (
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    CheckpointError,
+    open_checkpoints,
+)
 from meteor_jax.config import ConfigError, build
-from meteor_jax.convert.loading import AS_IS, TOKENIZER_FOLDER, copy_tokenizer
+from meteor_jax.convert.loading import AS_IS, copy_tokenizer
 from meteor_jax.convert.matching import param_shapes, tables_of
 from meteor_jax.convert.rules import Rule
 from meteor_jax.convert.sizes import TOWERS

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from meteor_jax.checkpoint import write_config
+from meteor_jax.checkpoint import TOKENIZER_FOLDER, write_config
 from meteor_jax.config import ConfigError
 from meteor_jax.convert.formats import recognise, rename
 from meteor_jax.convert.matching import Match, match, param_shapes, parts_of, report, tables_of
@@ -29,7 +29,6 @@ from meteor_jax.models.meteor import MeteorConfig
 
 AS_IS = "as-is"
 DTYPES = (AS_IS, "float32", "bfloat16", "float16")
-TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",

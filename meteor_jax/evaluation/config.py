@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from meteor_jax.checkpoint import CALIBRATION_FILE
 from meteor_jax.config import ConfigError, build
 from meteor_jax.data.records import TaskSpec
 from meteor_jax.data.templates import get_template
@@ -18,8 +19,6 @@ from meteor_jax.parallel import check_batch_size
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan, override
 from meteor_jax.training.experiment import Experiment
-
-CALIBRATION_FILE = "calibration.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,17 +22,17 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
 from meteor_jax.config import ConfigError
 from meteor_jax.data.sources import square_image
 from meteor_jax.data.templates import get_template, stop_id
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.evaluation.answerers import ModelAnswerer, fused_shape
 from meteor_jax.evaluation.answering import Seconds, answer_prompts, prefetch
-from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config, prompt_template
+from meteor_jax.evaluation.config import eval_config, prompt_template
 from meteor_jax.evaluation.lanes import Lanes
 from meteor_jax.evaluation.loading import load_params, read_experiment
 from meteor_jax.evaluation.prompts import Room, make_ask
-from meteor_jax.evaluation.runner import TOKENIZER_FOLDER
 from meteor_jax.evaluation.schedule import Ask, BatchSizes, make_schedule
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh

@@ -139,16 +139,16 @@ def wilson(num_right: int, n: int) -> tuple[float, float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """Mean of a − b over the same questions, with its 95 % interval."""
+class Estimate:
+    """A mean with its 95 % interval."""
 
     mean: float
     low: float
     high: float
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Difference:
-    """How much better plan `a` is than plan `b` on the very same questions.
+def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Estimate:
+    """How much better plan `a` is than plan `b` on the very same questions, in the mean.
 
     Pairing takes out what makes a question hard for both, so the interval is much narrower than
     the two plans' own.
@@ -160,7 +160,15 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) 
         raise ValueError(f"expected scores of the same questions, got {len(a)} and {len(b)}.")
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     low, high = _bootstrap(difference, seed=seed)
-    return Difference(mean=float(difference.mean()), low=low, high=high)
+    return Estimate(mean=float(difference.mean()), low=low, high=high)
+
+
+def mean_estimate(tasks: Sequence[Estimate]) -> Estimate:
+    """The mean of the tasks' means; the interval takes the tasks as independent."""
+    mean = float(np.mean([task.mean for task in tasks]))
+    below = math.hypot(*(task.mean - task.low for task in tasks)) / len(tasks)
+    above = math.hypot(*(task.high - task.mean for task in tasks)) / len(tasks)
+    return Estimate(mean=mean, low=mean - below, high=mean + above)
 
 
 def _bootstrap(scores: np.ndarray, *, seed: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from meteor_jax.evaluation.files import (
     write_lines,
     write_text,
 )
+from meteor_jax.evaluation.metrics import Estimate, mean_estimate
 from meteor_jax.evaluation.results import (
     BLIND,
     COMBINED,
@@ -126,14 +127,12 @@ def plan_points(
     The ends combine the tasks' 95 % intervals as if the tasks were independent.
     """
     points = {}
-    for plan, means in averages(rows).items():
+    for plan in averages(rows):
         of_plan = [row for row in rows if row.plan == plan and row.group != COMBINED]
-        below = sum((row.score - row.low) ** 2 for row in of_plan) ** 0.5 / len(of_plan)
-        above = sum((row.high - row.score) ** 2 for row in of_plan) ** 0.5 / len(of_plan)
-        score = means["all"]
+        score = mean_estimate([Estimate(row.score, row.low, row.high) for row in of_plan])
         points[plan] = Point(
-            x=sum(map(cost, of_plan)) / len(of_plan), score=100 * score,
-            low=100 * (score - below), high=100 * (score + above),
+            x=sum(map(cost, of_plan)) / len(of_plan), score=100 * score.mean,
+            low=100 * score.low, high=100 * score.high,
             series=-1 if plan in (BLIND, MAJORITY) else series,
         )
     return points

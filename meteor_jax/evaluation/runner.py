@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from meteor_jax.checkpoint import TOKENIZER_FOLDER
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.distributed import is_main_process, main_process_first
 from meteor_jax.evaluation.answerers import fused_shape
@@ -51,7 +52,6 @@ from meteor_jax.training.experiment import Experiment
 from meteor_jax.training.state import init_params
 from meteor_jax.types import Batch
 
-TOKENIZER_FOLDER = "tokenizer"
 SUBMISSIONS_FOLDER = "submissions"
 
 

@@ -1,4 +1,4 @@
-"""Plans of several runs against one of them, question by question.
+"""Plans of several runs: against one of them, question by question, and over repeated trainings.
 
 For models that were trained apart, each with the plan it is evaluated under: each run has its own
 eval.json, none has both sides of the difference.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from meteor_jax.evaluation.metrics import Difference, paired_difference
+from meteor_jax.evaluation.metrics import Estimate, mean_estimate, paired_difference
 from meteor_jax.evaluation.results import averages
 from meteor_jax.tools.page import ABSENT, escape, table
 from meteor_jax.tools.runs import Run
@@ -27,7 +27,7 @@ def across_runs(runs: Sequence[Run]) -> str:
     where no predictions lie beside the reference.
     """
     first = runs[0]
-    reference = "full" if "full" in first.plan_names else first.model_plans[0]
+    reference = _reference(first)
     base = _scores(first, reference)
     if len(runs) == 1 or not base:
         return ""
@@ -57,7 +57,43 @@ def across_runs(runs: Sequence[Run]) -> str:
     )
 
 
-def mean_difference(scores: Scores, base: Scores) -> tuple[Difference | None, int]:
+def over_trainings(runs: Sequence[Run]) -> str:
+    """A section of the report: plans that several runs have, as trainings with other seeds do.
+
+    Mean over the runs, standard deviation from run to run, and how far the mean is from that of
+    the reference, as `across_runs` chooses it. Only runs with the first run's tasks count. Empty
+    where no plan is in two runs.
+    """
+    reference = _reference(runs[0])
+    by_plan: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        means = averages(run.rows)
+        for plan in run.model_plans if set(run.tasks) == set(runs[0].tasks) else ():
+            by_plan.setdefault(plan, []).append(means[plan])
+    repeated = {plan: means for plan, means in by_plan.items() if len(means) > 1}
+    if not repeated:
+        return ""
+    groups = [*(group for group in by_plan[reference][0] if group != "all"), "all"]
+    base = np.mean([means["all"] for means in by_plan[reference]])
+    rows = []
+    for plan, means in repeated.items():
+        of_group = {group: 100 * np.asarray([run[group] for run in means]) for group in groups}
+        change = of_group["all"].mean() - 100 * base
+        rows.append([
+            escape(plan), str(len(means)),
+            *(f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}" for scores in of_group.values()),
+            ABSENT if plan == reference else f"{change:+.1f}",
+        ])
+    header = ["plan", "runs", *map(escape, groups), f"against {escape(reference)}"]
+    return (
+        "## Over several runs\n\n"
+        "Percent, mean over the tasks of a group, then over the runs, ± the standard deviation "
+        "from run to run. The last column is the difference of the means, in points.\n\n"
+        + table(header, rows)
+    )
+
+
+def mean_difference(scores: Scores, base: Scores) -> tuple[Estimate | None, int]:
     """How much better `scores` are than `base`, mean over the tasks; and of how many questions.
 
     None where the two have a task apart, or no question of a task in common.
@@ -69,13 +105,11 @@ def mean_difference(scores: Scores, base: Scores) -> tuple[Difference | None, in
         paired_difference(*([side[task][q] for q in sorted(asked)] for side in (scores, base)))
         for task, asked in common.items()
     ]
-    mean = float(np.mean([task.mean for task in tasks]))
-    below, above = (
-        float(np.linalg.norm([task.mean - end(task) for task in tasks])) / len(tasks)
-        for end in (lambda task: task.low, lambda task: task.high)
-    )
-    difference = Difference(mean=mean, low=mean - below, high=mean + above)
-    return difference, sum(map(len, common.values()))
+    return mean_estimate(tasks), sum(map(len, common.values()))
+
+
+def _reference(run: Run) -> str:
+    return "full" if "full" in run.plan_names else run.model_plans[0]
 
 
 def _scores(run: Run, plan: str) -> Scores:

@@ -25,13 +25,13 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from meteor_jax.checkpoint import restore_params
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, restore_params
 from meteor_jax.data import pipeline
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
-from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config
-from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, param_shapes
+from meteor_jax.evaluation.config import eval_config
+from meteor_jax.evaluation.runner import param_shapes
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan, split_plans

@@ -30,15 +30,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from meteor_jax.checkpoint import restore_params
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, restore_params
 from meteor_jax.data import pipeline
 from meteor_jax.data.config import DataConfig
 from meteor_jax.data.sources import CorruptImage, decode_image
 from meteor_jax.data.templates import Conversation, get_template, render, with_images
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
-from meteor_jax.evaluation.config import CALIBRATION_FILE, eval_config, prompt_template
-from meteor_jax.evaluation.runner import TOKENIZER_FOLDER, param_shapes
+from meteor_jax.evaluation.config import eval_config, prompt_template
+from meteor_jax.evaluation.runner import param_shapes
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh

@@ -27,7 +27,7 @@ from meteor_jax.evaluation.figures import (
 )
 from meteor_jax.evaluation.report import choose_examples, plan_points
 from meteor_jax.evaluation.results import BLIND, COMBINED, MAJORITY, Row
-from meteor_jax.tools.across_runs import across_runs
+from meteor_jax.tools.across_runs import across_runs, over_trainings
 from meteor_jax.tools.page import ABSENT, escape, render_page, table
 from meteor_jax.tools.runs import Run, read_runs
 
@@ -45,9 +45,9 @@ def write_report(paths: Sequence[str | Path], output: str | Path) -> Path:
     runs, output = read_runs(paths), Path(output)
     (output / FIGURES).mkdir(parents=True, exist_ok=True)
     sections = [
-        _summary(runs), _scores(runs), across_runs(runs), _beside_the_paper(runs),
-        _charts(runs, output), _kept_tokens(runs, output), _shares(runs, output),
-        _examples(runs, output), _answers(runs), _how(runs),
+        _summary(runs), _scores(runs), across_runs(runs), over_trainings(runs),
+        _beside_the_paper(runs), _charts(runs, output), _kept_tokens(runs, output),
+        _shares(runs, output), _examples(runs, output), _answers(runs), _how(runs),
     ]
     markdown = "\n".join(section for section in sections if section)
     (output / "report.md").write_text(markdown, encoding="utf-8")

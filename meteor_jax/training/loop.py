@@ -37,8 +37,6 @@ from meteor_jax.training.starting import check_stage, first_state, make_steps, t
 from meteor_jax.training.state import TrainState, enter_stage
 from meteor_jax.types import Batch
 
-CALIBRATION_FILE = "calibration.json"
-
 
 class OpenData(Protocol):
     """A stage's endless batches of NumPy arrays from batch `first_batch` on, a shard's rows."""
@@ -171,7 +169,7 @@ def train(
                 ):
                     calibration = calibrate(state.params)
                     if is_main_process():
-                        calibration.save(workdir / CALIBRATION_FILE)
+                        calibration.save(workdir / checkpoint.CALIBRATION_FILE)
                     wait_for_processes("calibrated")
                 plans = training_plans(experiment, stage, _load_calibration(workdir))
                 steps = make_steps(
@@ -237,7 +235,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _load_calibration(workdir: Path) -> Calibration:
-    return Calibration.load(workdir / CALIBRATION_FILE)
+    return Calibration.load(workdir / checkpoint.CALIBRATION_FILE)
 
 
 def _whole_batch(batch: Batch, shard: RowShard) -> Batch:

@@ -3,9 +3,11 @@ import pytest
 
 from meteor_jax.evaluation.metrics import (
     METRICS,
+    Estimate,
     anls,
     exact_match,
     interval,
+    mean_estimate,
     paired_difference,
     relaxed_accuracy,
     wilson,
@@ -159,3 +161,10 @@ def test_paired_difference_is_narrower_than_two_intervals():
     assert difference.high - difference.low < (interval(a)[1] - interval(a)[0]) / 2
     with pytest.raises(ValueError, match="same questions, got 500 and 3"):
         paired_difference(a, b[:3])
+
+
+def test_the_mean_over_tasks_is_known_better_than_each_task():
+    tasks = [Estimate(0.5, 0.1, 0.8), Estimate(0.7, 0.4, 1.1)]
+    mean = mean_estimate(tasks)
+    # Errors of 0.4 and 0.3 below, 0.3 and 0.4 above: 0.5 in the square sum, halved by two tasks.
+    assert (mean.mean, mean.low, mean.high) == pytest.approx((0.6, 0.35, 0.85))

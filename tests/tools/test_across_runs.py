@@ -1,8 +1,10 @@
 """Differences between plans of runs that were trained apart."""
 
+import dataclasses
+
 import pytest
 
-from meteor_jax.tools.across_runs import across_runs, mean_difference
+from meteor_jax.tools.across_runs import across_runs, mean_difference, over_trainings
 from meteor_jax.tools.runs import read_runs
 from tests.tools.test_report import write_run
 
@@ -43,3 +45,24 @@ def test_without_predictions_or_a_second_run_there_is_nothing_to_say(tmp_path):
     assert across_runs(read_runs([bare, whole])) == ""
     text = across_runs(read_runs([whole, bare]))
     assert "| bare/full | 16.0 | 75.0 | 75.0 | – | – | – |" in text
+
+
+def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    better = tuple(
+        dataclasses.replace(row, score=row.score + 0.1) if row.plan == "meteor" else row
+        for row in runs[1].rows
+    )
+    repeated = [runs[0], dataclasses.replace(runs[1], rows=better)]
+    lines = over_trainings(repeated).splitlines()
+    assert "| full | 2 | 75.0 ± 0.0 | 75.0 ± 0.0 | – |" in lines
+    # 75 and 85: the deviation of a sample of two is 10 / √2.
+    assert "| meteor | 2 | 80.0 ± 7.1 | 80.0 ± 7.1 | +5.0 |" in lines
+    assert not any("majority" in line for line in lines)
+
+
+def test_runs_of_one_training_each_or_of_other_tasks_are_no_repetition(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    fewer = tuple(row for row in runs[1].rows if row.task == runs[1].tasks[0])
+    assert over_trainings(runs[:1]) == ""
+    assert over_trainings([runs[0], dataclasses.replace(runs[1], rows=fewer)]) == ""
