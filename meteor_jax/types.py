@@ -46,7 +46,8 @@ class VisualTokens:
 
     Shapes:
         x: float[..., N, D].
-        encoder: int32[..., N]; which encoder a token comes from, in the model's order.
+        encoder: int32[..., N]; which of the encoders that ran a token
+            comes from, in the model's order.
         raster: int32[..., N]; its row-major place in that encoder's own output grid.
         position: int32[..., N]; its place within the span that the image takes in the sequence.
         span: how many positions an image takes (static).

@@ -151,6 +151,7 @@ def test_gradients_are_finite_and_reach_every_part():
         ("random(keep=49)", "fuse.keep=49 but only 48"),
         ("meteor(encode=(33, 22, 30), fuse=20)", "between 0 and 32"),
         ("fastv(layer=2, keep=49)", "only 48 visual tokens"),
+        ("meteor(fuse=20, layers=(2,), keep=(24,))", "only 20 visual tokens"),
         ("fastv(layer=9, keep=4)", "within 1..3"),
         ("only(encoders=sam)", "runs sam, but the model has"),
     ],

@@ -19,7 +19,7 @@ import numpy as np
 from meteor_jax.evaluation.lanes import split_by_rows
 from meteor_jax.inference.generate import generate
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import Array, VisualTokens
+from meteor_jax.types import IMAGE_TOKEN, Array, VisualTokens
 
 
 @flax.struct.dataclass
@@ -121,6 +121,28 @@ def fused_shape(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualToke
         params,
         images,
     )
+
+
+def check_fits(model: nn.Module, params: Any, *, plan: PrunePlan) -> None:
+    """Traces all stages of a plan for a prompt of one image, without computing anything.
+
+    Raises:
+        ValueError: if the plan does not fit the model.
+    """
+    fused = fused_shape(model, params, plan=plan)
+    if plan.decode is not None and not plan.decode.scale:  # whatever λ is, the shapes are the same
+        scale = (1.0,) * len(plan.decode.layers)
+        plan = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
+
+    def first_token(params: Any, visual: VisualTokens) -> Array:
+        prompt = jnp.full((1, 2), IMAGE_TOKEN).at[0, 1].set(0)
+        return model.apply(
+            {"params": params}, jax.tree.map(lambda x: x[:, None], visual),
+            image_valid=jnp.ones((1, 1), bool), tokens=prompt,
+            text_valid=jnp.ones((1, 2), bool), plan=plan, max_new_tokens=0, method="prefill",
+        ).logits
+
+    jax.eval_shape(first_token, params, fused)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))

@@ -175,7 +175,9 @@ class Evaluation:
         for answered in answer_prompts(
             to_ask,
             answerer,
-            schedule=make_schedule(to_ask, sizes=self.config.sizes, lanes=self.lanes.count),
+            schedule=make_schedule(
+                to_ask, sizes=self.config.sizes(lanes=self.lanes.count), lanes=self.lanes.count
+            ),
             read_image=self.read_image,
             decode_image=self.decode_image,
             image_size=self.model.config.image_size,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import jax
 
 from meteor_jax.checkpoint import CALIBRATION_FILE
 from meteor_jax.config import ConfigError, build
@@ -15,7 +14,6 @@ from meteor_jax.data.templates import get_template
 from meteor_jax.evaluation.results import BLIND, MAJORITY
 from meteor_jax.evaluation.schedule import BatchSizes
 from meteor_jax.evaluation.tasks import resolve_tasks
-from meteor_jax.parallel import check_batch_size
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan, override
 from meteor_jax.training.experiment import Experiment
@@ -37,7 +35,7 @@ class EvalConfig:
         max_new_tokens: an answer is cut off there, where its task says nothing else.
         max_new_tokens_limit: cuts off the answers of every task, to save memory; None does not.
         images_per_batch, questions_per_batch: static sizes of encoding and answering, over all
-            devices.
+            devices; rounded up to as many for each of the mesh's data × fsdp lanes.
         group_images: images whose visual tokens lie on the devices at once.
         draw_images: answers in kept_tokens.png and examples/; 0 draws none.
         seed: of the choice of questions.
@@ -73,13 +71,13 @@ class EvalConfig:
         asked = task.max_new_tokens or self.max_new_tokens
         return min(asked, self.max_new_tokens_limit or asked)
 
-    @property
-    def sizes(self) -> BatchSizes:
-        return BatchSizes(
-            images=self.images_per_batch,
-            questions=self.questions_per_batch,
-            group=self.group_images,
+    def sizes(self, *, lanes: int) -> BatchSizes:
+        """The static sizes on so many lanes."""
+        images, questions = (
+            math.ceil(size / lanes) * lanes
+            for size in (self.images_per_batch, self.questions_per_batch)
         )
+        return BatchSizes(images=images, questions=questions, group=self.group_images)
 
 
 def eval_config(experiment: Experiment) -> EvalConfig:
@@ -135,8 +133,8 @@ def check_request(
     """Resolves every name before anything costly happens; see `evaluate_checkpoint`.
 
     Raises:
-        ConfigError: one line, for an unknown task, plan or field, a template that drops the
-            question, or batches that do not divide the mesh in force.
+        ConfigError: one line, for an unknown task, plan or field, or a template that drops the
+            question.
     """
     config = eval_config(experiment)
     if tasks is not None:
@@ -145,10 +143,6 @@ def check_request(
         config = dataclasses.replace(config, plans=tuple(plans))
     if num_questions is not None:
         config = dataclasses.replace(config, num_questions=num_questions)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        for name in ("images_per_batch", "questions_per_batch"):
-            check_batch_size(getattr(config, name), mesh, where=f"eval.{name}")
     template = prompt_template(config.template or experiment.train.finetune.template)
     calibration = Calibration.load(Path(source_dir) / CALIBRATION_FILE)
     return Request(

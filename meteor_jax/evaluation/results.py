@@ -18,8 +18,9 @@ BLIND = "blind"  # the same model, the question alone
 MAJORITY = "majority"  # no model: each task's most frequent answer
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
-# TFLOPs of a question of so many prompt tokens, that many visual tokens being left after each cut.
-QuestionCost = Callable[[float, tuple[float, ...]], float]
+# TFLOPs of a question of so many prompt tokens and images, that many visual tokens being left after
+# each cut.
+QuestionCost = Callable[[float, tuple[float, ...], float], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,12 @@ def _make_row(
 ) -> Row:
     scores = _unit_scores(summary)
     low, high = interval(scores) if scores else (0.0, 1.0)
-    asked = [answer for answer in answers if not answer.corrupt]
+    seen = [(q, a) for q, a in zip(questions, answers, strict=True) if not a.corrupt]
+    asked = [answer for _, answer in seen]
+    num_images = float(np.mean([question.num_images for question, _ in seen])) if seen else 0.0
+    entering = dataclasses.replace(
+        result, visual_tokens_fused=num_images * result.visual_tokens_fused
+    )
     kept = tuple(np.mean([a.kept for a in asked], axis=0).tolist()) if asked else ()
     prompt_tokens = float(np.mean([a.prompt_tokens for a in asked])) if asked else 0.0
     metrics = {question.task.metric for question in questions}
@@ -232,9 +238,9 @@ def _make_row(
         n=len(answers),
         group=questions[0].task.group if name == questions[0].task.name else COMBINED,
         corrupt=sum(answer.corrupt for answer in answers),
-        visual_tokens_mean=layer_average(kept, result=result) if asked else 0.0,
+        visual_tokens_mean=layer_average(kept, result=entering) if asked else 0.0,
         visual_tokens_fused=result.visual_tokens_fused,
-        tflops=tflops(prompt_tokens, kept) if tflops and asked else 0.0,
+        tflops=tflops(prompt_tokens, kept, num_images) if tflops and asked else 0.0,
         seconds=result.seconds,
         f1=f1,
         parts=summary.parts,

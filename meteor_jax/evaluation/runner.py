@@ -23,7 +23,7 @@ from rich.progress import (
 from meteor_jax.checkpoint import TOKENIZER_FOLDER
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.distributed import is_main_process, main_process_first
-from meteor_jax.evaluation.answerers import fused_shape
+from meteor_jax.evaluation.answerers import check_fits, fused_shape
 from meteor_jax.evaluation.asking import Evaluation
 from meteor_jax.evaluation.benchmarks.submission import write_submissions
 from meteor_jax.evaluation.config import Request, check_request
@@ -180,7 +180,8 @@ def _prepare(
     say: Callable[[str], None],
 ) -> Evaluation:
     config, data, model = request.config, experiment.data, Meteor(experiment.model)
-    # A plan that does not fit fails now, not after the others have run.
+    for plan in request.plans:  # one that does not fit fails now, not after the others have run
+        check_fits(model, params, plan=plan)
     fused = [fused_shape(model, params, plan=plan) for plan in request.plans]
     with main_process_first("sources"):  # which builds those that are not there yet
         sources = {
@@ -224,10 +225,11 @@ def _prepare(
 
 
 def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
-    def tflops(text_tokens: float, kept: tuple[float, ...]) -> float:
-        # The counter takes the text around the image; the image's own place is not text.
+    def tflops(prompt_tokens: float, kept: tuple[float, ...], num_images: float) -> float:
+        # The counter takes the text around the images; their own places are not text.
         cost = count_cost(
-            config, plan, text_tokens=round(text_tokens) - 1, decode_tokens=kept or None
+            config, plan, text_tokens=round(prompt_tokens - num_images),
+            decode_tokens=kept or None, num_images=num_images,
         )
         return cost.total_flops / 1e12
 

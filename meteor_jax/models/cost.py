@@ -41,16 +41,16 @@ from meteor_jax.pruning.windows import window_order, window_quotas
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Operations by part for one image, and how many visual tokens the LLM saw.
+    """Operations by part for one prompt, and how many visual tokens the LLM saw.
 
     Attributes:
         rows: (part, operations).
-        visual_tokens_fused: tokens of an image that enter the LLM.
-        visual_tokens_mean: tokens of an image in the LLM, mean over its layers.
+        visual_tokens_fused: tokens of its images that enter the LLM.
+        visual_tokens_mean: tokens of its images in the LLM, mean over its layers.
     """
 
     rows: tuple[tuple[str, float], ...]
-    visual_tokens_fused: int
+    visual_tokens_fused: float
     visual_tokens_mean: float
 
     @property
@@ -64,15 +64,17 @@ def count_cost(
     *,
     text_tokens: int = 0,
     decode_tokens: tuple[float, ...] | None = None,
+    num_images: float = 1,
 ) -> Cost:
-    """Counts the encoders, projectors and the prefill of one image with `text_tokens` around it.
+    """Counts the encoders, projectors and the prefill of a prompt: images, `text_tokens` around.
 
     Embedding and head are left out, as in the paper's table. What the cuts themselves cost is the
     row "scores".
 
     Args:
-        decode_tokens: visual tokens after each cut of stage 3, as measured; the plan's `keep`
-            where not given.
+        decode_tokens: visual tokens of the prompt after each cut of stage 3, as measured; the
+            plan's `keep` an image where not given.
+        num_images: of the prompt; a mean over prompts is counted as one of so many.
     """
     names = config.active_encoders(plan)
     shapes = {name: config.encoder(name) for name in names}
@@ -110,10 +112,13 @@ def count_cost(
         fuse_scores, fused = fuse_flops(plan, sizes=compared, grids=grids, width=width)
         scores += fuse_scores
     llm, llm_scores, mean = llama_flops(
-        config, plan, fused=fused, text_tokens=text_tokens, decode_tokens=decode_tokens
+        config, plan, fused=fused, text_tokens=text_tokens, decode_tokens=decode_tokens,
+        num_images=num_images,
     )
-    rows += [("llm", llm), ("resizing", resizing), ("scores", scores + llm_scores)]
-    return Cost(tuple(rows), visual_tokens_fused=fused, visual_tokens_mean=mean)
+    rows = [(name, num_images * flops) for name, flops in rows]
+    rows += [("llm", llm), ("resizing", num_images * resizing)]
+    rows += [("scores", num_images * scores + llm_scores)]
+    return Cost(tuple(rows), visual_tokens_fused=num_images * fused, visual_tokens_mean=mean)
 
 
 def encoder_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
@@ -213,17 +218,23 @@ def llama_flops(
     fused: int,
     text_tokens: int,
     decode_tokens: tuple[float, ...] | None,
+    num_images: float = 1,
 ) -> tuple[float, float, float]:
-    """Operations of the layers, operations of stage 3's scores, mean visual tokens a layer."""
+    """Operations of the layers, operations of stage 3's scores, mean visual tokens a layer.
+
+    `fused` and the plan's budgets are of one image, `decode_tokens` of the whole prompt.
+    """
     llama, decode = config.llama, plan.decode
     kv_width = llama.num_kv_heads * llama.head_dim
     layers = decode.layers if decode else ()
-    kept = decode_tokens if decode_tokens is not None else (decode.keep if decode else ())
-    visual = (fused, *kept)
+    kept = decode_tokens
+    if kept is None:
+        kept = tuple(num_images * keep for keep in decode.keep) if decode else ()
+    visual = (num_images * fused, *kept)
     bounds = (0, *layers, llama.depth)
     flops = scores = mean = 0.0
     if decode and decode.queries == "raters":
-        scores += 2.0 * (fused + text_tokens) * text_tokens * llama.width
+        scores += 2.0 * (visual[0] + text_tokens) * text_tokens * llama.width
     for segment, (start, stop) in enumerate(itertools.pairwise(bounds)):
         tokens = visual[segment] + text_tokens
         flops += (stop - start) * _block_flops(
@@ -238,8 +249,9 @@ def llama_flops(
         elif segment < len(layers) and decode.criterion == "pivots":
             scores += 2.0 * tokens * llama.width * sum(min(n, tokens) for n in decode.pivots)
         if segment < len(layers):
-            recycled, clusters = decode.recycling(segment, available=visual[segment])
-            scores += 2.0 * recycled * (recycled + clusters) * llama.width
+            of_image = visual[segment] / max(num_images, 1)
+            recycled, clusters = decode.recycling(segment, available=of_image)
+            scores += 2.0 * num_images * recycled * (recycled + clusters) * llama.width
     return flops, scores, mean
 
 

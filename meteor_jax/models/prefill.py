@@ -83,7 +83,7 @@ def run_segments(
     segments = [_cache(segment, num_new=num_new)]
     cuts, available = [], visual_per_image
     for cut, start in enumerate(layers):
-        if plan.bounds(cut)[0] > available:
+        if plan.keep[cut] > available:
             raise ValueError(
                 f"decode.keep[{cut}]={plan.keep[cut]} but only {available} visual tokens of an "
                 "image are left there; lower it."

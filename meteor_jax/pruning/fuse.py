@@ -51,13 +51,13 @@ def fuse(
     Raises:
         ValueError: if the budget is larger than N, or pooling meets tokens cut before.
     """
-    if plan.criterion == "pool":
-        return _pool(tokens, keep=plan.keep, spans=spans)
     if plan.keep > tokens.num_tokens:
         raise ValueError(
             f"fuse.keep={plan.keep} but only {tokens.num_tokens} tokens reach fusion; lower "
             "fuse.keep or keep more inside the encoders."
         )
+    if plan.criterion == "pool":
+        return _pool(tokens, keep=plan.keep, spans=spans)
     if plan.criterion == "independent":
         idx = _keep_in_each(tokens.x, keep=plan.keep, spans=spans)
     else:
@@ -186,9 +186,19 @@ def _keep_in_each(x: Array, *, keep: int, spans: tuple[Span, ...]) -> Array:
 
 
 def pooled_grids(keep: int, *, spans: tuple[Span, ...]) -> tuple[int, ...]:
-    """Sides of the pooled grids: in proportion to the tokens, at most `keep` cells over all."""
+    """Sides of the pooled grids: in proportion to the tokens, at most `keep` cells over all.
+
+    Raises:
+        ValueError: if `keep` has no cell for every encoder.
+    """
+    if keep < len(spans):
+        raise ValueError(
+            f"pool(keep={keep}) has less than a cell for each of {len(spans)} encoders; keep more."
+        )
     total = sum(span.size for span in spans)
-    sides = [max(1, int((keep * span.size / total) ** 0.5)) for span in spans]
+    sides = [int((keep * span.size / total) ** 0.5) or 1 for span in spans]
+    while sum(side * side for side in sides) > keep:  # where small encoders were rounded up
+        sides[sides.index(max(sides))] -= 1
     for i, span in enumerate(spans):
         larger = sides[i] + 1
         if larger <= span.grid and sum(s * s for s in sides) - sides[i] ** 2 + larger**2 <= keep:

@@ -8,6 +8,7 @@ compilation. It is hashable, so a jitted function takes it as a static argument.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping
@@ -196,6 +197,14 @@ class DecodePlan:
             )
         if any(later <= earlier for earlier, later in itertools.pairwise(self.layers)):
             raise ValueError(f"decode.layers must increase, got {self.layers}.")
+        if self.num_buckets < 1:
+            raise ValueError(f"decode.num_buckets: expected 1 or more, got {self.num_buckets}.")
+        low, high = self.limits
+        if not 0 <= low <= 1 <= high:  # the mean of K must lie between them
+            raise ValueError(
+                f"decode.limits: expected a share up to 1 and a multiple from 1 on, got {low}, "
+                f"{high}."
+            )
         if min(self.pivots) < 0 or not sum(self.pivots):
             raise ValueError(f"decode.pivots: expected one pivot at least, got {self.pivots}.")
         if not 0 <= self.recycle <= 1:
@@ -245,7 +254,7 @@ class DecodePlan:
     def buckets(self, cut: int, *, available: int) -> tuple[int, ...]:
         """Static sizes, increasing, that hold any K of the cut; `available` tokens at most."""
         low, high = (min(bound, available) for bound in self.bounds(cut))
-        if low == high:
+        if low == high or self.num_buckets == 1:
             return (high,)
         steps = self.num_buckets - 1
         return tuple(low + round((high - low) * step / steps) for step in range(steps + 1))
@@ -281,10 +290,20 @@ class PrunePlan:
             measured = calibration.ranks[plan.encode.rank]
             ranks = tuple((name, tuple(rank)) for name, rank in measured.items())
             plan = dataclasses.replace(plan, encode=dataclasses.replace(plan.encode, ranks=ranks))
-        if plan.decode is not None and plan.name in calibration.scales:
-            scale = tuple(calibration.scales[plan.name])
+        scale = calibration.scale_of(plan)
+        if scale:
             plan = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
         return plan
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells plans apart that differ in more than what is measured, whatever their names."""
+        encode, decode = self.encode, self.decode
+        bare = dataclasses.replace(
+            self, name="", encode=encode and dataclasses.replace(encode, ranks=()),
+            decode=decode and dataclasses.replace(decode, scale=()),
+        )
+        return hashlib.sha256(bare.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -311,10 +330,26 @@ class Calibration:
         ranks: by kind of rank ("tolerance", "energy") and encoder, the rank of its features at
             each boundary.
         scales: by plan, λ of each cut.
+        fingerprints: by plan, that of the plan as λ was measured: an edited one needs its own.
     """
 
     ranks: dict[str, dict[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
     scales: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def scale_of(self, plan: PrunePlan) -> tuple[float, ...]:
+        """λ of each cut of `plan`; () where it has no stage 3 or was not measured as it is now."""
+        measured = self.fingerprints.get(plan.name, plan.fingerprint)
+        if plan.decode is None or measured != plan.fingerprint:
+            return ()
+        return tuple(self.scales.get(plan.name, ()))
+
+    def with_scale(self, plan: PrunePlan, scale: tuple[float, ...]) -> Calibration:
+        """This calibration and λ of each cut of `plan`."""
+        return dataclasses.replace(
+            self, scales=self.scales | {plan.name: scale},
+            fingerprints=self.fingerprints | {plan.name: plan.fingerprint},
+        )
 
     def save(self, path: Path) -> None:
         """Writes JSON, atomically."""

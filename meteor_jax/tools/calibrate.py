@@ -72,12 +72,12 @@ def calibrate_plans(
     calibration: Calibration,
 ) -> Calibration:
     """`calibration` with λ measured for each adaptive plan among `plans`."""
-    scales = dict(calibration.scales)
     for plan in plans:
         if plan.decode is not None and plan.decode.budget == "adaptive":
             measured = plan.calibrated(calibration)
-            scales[plan.name] = calibrate_scales(model, params, plan=measured, batches=[batch])
-    return dataclasses.replace(calibration, scales=scales)
+            scale = calibrate_scales(model, params, plan=measured, batches=[batch])
+            calibration = calibration.with_scale(plan, scale)
+    return calibration
 
 
 def calibrate_ranks(
@@ -112,23 +112,29 @@ def calibrate_scales(
 ) -> tuple[float, ...]:
     """λ of every cut of an adaptive plan, such that the mean of K over `batches` is its `keep`.
 
-    Cut after cut, because what a cut sees depends on those before it.
+    Cut after cut, because what a cut sees, and how many tokens reach it, depends on those before.
     """
     decode = dataclasses.replace(plan.decode, scale=(1.0,) * len(plan.decode.layers))
     for cut in range(len(decode.layers)):
         current = dataclasses.replace(plan, decode=decode)
-        masses = np.concatenate(
-            [chosen_mass(_run(model, params, batch, plan=current)[cut], plan=decode)
-             for batch in batches]
-        )
+        runs = [_run(model, params, batch, plan=current) for batch in batches]
         scale = list(decode.scale)
-        scale[cut] = fit_scale(masses, low_high=decode.bounds(cut), target=decode.keep[cut])
+        scale[cut] = fit_scale(
+            np.concatenate([chosen_mass(run.cuts[cut], plan=decode) for run in runs]),
+            low_high=decode.bounds(cut), target=decode.keep[cut],
+            available=np.concatenate([run.num_before(cut) for run in runs]),
+        )
         decode = dataclasses.replace(decode, scale=tuple(scale))
     return decode.scale
 
 
-def fit_scale(masses: np.ndarray, *, low_high: tuple[int, int], target: float) -> float:
-    """λ by bisection: the mean of clip(round(λ · mass), low, high) meets `target`.
+def fit_scale(
+    masses: np.ndarray, *, low_high: tuple[int, int], target: float, available: np.ndarray
+) -> float:
+    """λ by bisection: the mean of min(clip(round(λ · mass), low, high), available) meets `target`.
+
+    Shapes:
+        masses: float[B]; available: int[B], the tokens of each example that reach the cut.
 
     Raises:
         ValueError: if no attention falls on the image, so that no λ can.
@@ -137,7 +143,7 @@ def fit_scale(masses: np.ndarray, *, low_high: tuple[int, int], target: float) -
         raise ValueError("no text attention falls on the image; is the model trained?")
 
     def mean(scale: float) -> float:
-        return float(np.clip(np.round(scale * masses), *low_high).mean())
+        return float(np.minimum(np.clip(np.round(scale * masses), *low_high), available).mean())
 
     low, high = 0.0, 2 * low_high[1] / masses[masses > 0].min()
     for _ in range(60):
@@ -146,23 +152,34 @@ def fit_scale(masses: np.ndarray, *, low_high: tuple[int, int], target: float) -
     return float(high)
 
 
-def _run(
-    model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan
-) -> tuple[CutTrace, ...]:
+@flax.struct.dataclass
+class _Run:
+    """What the cuts did, and how many visual tokens of an image reached the first."""
+
+    cuts: tuple[CutTrace, ...]
+    num_visual: int = flax.struct.field(pytree_node=False)
+
+    def num_before(self, cut: int) -> np.ndarray:
+        """int[B]: the visual tokens of each example that reach a cut."""
+        if cut:
+            return np.asarray(self.cuts[cut - 1].num_kept)
+        return np.full(self.cuts[0].num_kept.shape, self.num_visual)
+
+
+def _run(model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan) -> _Run:
     return fetch(_cuts(model, params, batch, plan=plan))
 
 
 @jax.jit(static_argnames=("model", "plan"))
-def _cuts(
-    model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan
-) -> tuple[CutTrace, ...]:
+def _cuts(model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan) -> _Run:
     variables = {"params": params}
     encoded = model.apply(variables, batch.images, plan=plan, method="encode_images")
-    return model.apply(
+    prefilled = model.apply(
         variables, jax.tree.map(lambda x: x[:, None], encoded.tokens),
         image_valid=jnp.ones((batch.tokens.shape[0], 1), bool), tokens=batch.tokens,
         text_valid=batch.text_valid, plan=plan, max_new_tokens=0, method="prefill",
-    ).cuts
+    )
+    return _Run(prefilled.cuts, num_visual=encoded.tokens.num_tokens)
 
 
 def chosen_mass(trace: CutTrace, *, plan: DecodePlan) -> np.ndarray:

@@ -107,11 +107,13 @@ def make_steps(
     state_shardings: TrainState,
 ) -> dict[str, TrainStep]:
     """A train step for each plan."""
+    # Channels that are joined have no encoder of their own.
+    post = experiment.model.fusion == "post"
     return {
         name: make_train_step(
             model, optimizer=optimizer, plan=plan, stage=stage.config, stage_start=stage.start,
-            encoders=experiment.model.encoders, ema_decay=experiment.train.ema,
-            state_shardings=state_shardings,
+            encoders=experiment.model.active_encoders(plan) if post else (),
+            ema_decay=experiment.train.ema, state_shardings=state_shardings,
         )
         for name, plan in plans.items()
     }

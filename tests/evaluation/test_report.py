@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -50,13 +51,27 @@ METEOR = result("meteor", [1, 1, 0, 0, 1, 1, 1, 1], kept=(4, 2), layers=(1, 3))
 
 @pytest.fixture
 def rows():
-    cost = {"full": lambda text, kept: text, "meteor": lambda text, kept: sum(kept)}
+    cost = {"full": lambda text, *_: text, "meteor": lambda text, kept, images: sum(kept)}
     return make_rows(QUESTIONS, [FULL, METEOR, majority(QUESTIONS)], tflops=cost)
 
 
 def find(rows, task, plan):
     (row,) = [row for row in rows if (row.task, row.plan) == (task, plan)]
     return row
+
+
+def test_questions_of_several_images_count_them_all():
+    """Two questions about one image and two about three: two images on the mean."""
+    asked = tuple(
+        dataclasses.replace(question, num_images=1 if i % 2 else 3)
+        for i, question in enumerate(QUESTIONS)
+    )
+    seen = []
+    cost = {"meteor": lambda text, kept, images: seen.append(images) or 1.0}
+    row = find(make_rows(asked, [METEOR], tflops=cost), COUNT.name, "meteor")
+    # A segment of one layer that 2 x 16 tokens enter, one of two with 4 and one of one with 2.
+    assert row.visual_tokens_mean == (2 * 16 + 2 * 4 + 2) / 4
+    assert seen[0] == 2.0
 
 
 def test_rows_by_hand(rows):

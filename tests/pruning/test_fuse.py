@@ -153,6 +153,15 @@ def test_pooled_grids_fit_their_budget():
         assert sum(side**2 for side in sides) <= keep
         assert all(side <= span.grid for side, span in zip(sides, spans, strict=True))
     assert pooled_grids(116, spans=spans) == (8, 4, 6)
+    large = (Span("a", 0, 1024, 32), Span("b", 1024, 4, 2), Span("c", 1028, 4, 2))
+    assert pooled_grids(5, spans=large) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("keep", "message"), [(1, "less than a cell"), (99, "only 6 tokens")])
+def test_pooling_to_more_than_there_is_or_to_less_than_a_cell_is_an_error(keep, message):
+    spans = (Span("a", 0, 4, 2), Span("b", 4, 1, 1), Span("c", 5, 1, 1))
+    with pytest.raises(ValueError, match=message):
+        kept(FusePlan(keep=keep, criterion="pool"), spans=spans)
 
 
 def test_pooling_tokens_cut_before_is_an_error():

@@ -103,6 +103,34 @@ def test_a_calibration_survives_its_file(tmp_path):
     assert plan.decode.scale == (1.5, 2.0, 3.0) and dict(plan.encode.ranks)["clip"][0] == 4.0
 
 
+def test_an_edited_plan_does_not_take_the_scale_of_what_it_was():
+    plan = override(parse_plan("meteor", library=LIBRARY), **{"decode.scale": ()})
+    calibration = tiny.RANKS.with_scale(plan, (1.5, 2.0, 3.0))
+    assert plan.calibrated(calibration).decode.scale == (1.5, 2.0, 3.0)
+    # What is measured is no edit.
+    assert plan.calibrated(calibration).calibrated(calibration).decode.scale == (1.5, 2.0, 3.0)
+    assert override(plan, **{"decode.heads": 1}).calibrated(calibration).decode.scale == ()
+    assert override(plan, **{"fuse.keep": 17}).calibrated(calibration).decode.scale == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_buckets": 0}, "num_buckets: expected 1 or more, got 0"),
+        ({"limits": (1.2, 1.5)}, "limits: expected a share up to 1"),
+        ({"limits": (0.5, 0.9)}, "a multiple from 1 on, got 0.5, 0.9"),
+    ],
+)
+def test_bounds_that_no_k_can_have_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DecodePlan(layers=(1,), keep=(10,), **fields)
+
+
+def test_one_bucket_holds_the_largest_k():
+    plan = DecodePlan(layers=(1,), keep=(10,), limits=(0.5, 2.0), num_buckets=1)
+    assert plan.buckets(0, available=100) == (20,)
+
+
 def test_every_preset_is_reachable():
     assert set(PRESETS) >= {"full", "meteor", "random", "uniform", "pool", "independent", "fastv",
                             "pyramiddrop", "only"}

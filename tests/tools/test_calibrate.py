@@ -23,11 +23,21 @@ def batch():
 
 def test_the_mean_of_k_meets_the_target():
     masses = np.random.default_rng(0).uniform(0.2, 1.0, 500)
-    scale = fit_scale(masses, low_high=(10, 60), target=30)
+    many = np.full(500, 100)
+    scale = fit_scale(masses, low_high=(10, 60), target=30, available=many)
     kept = np.clip(np.round(scale * masses), 10, 60)
     assert abs(kept.mean() - 30) < 0.1 and kept.std() > 3
     with pytest.raises(ValueError, match="no text attention"):
-        fit_scale(np.zeros(4), low_high=(1, 2), target=1)
+        fit_scale(np.zeros(4), low_high=(1, 2), target=1, available=np.full(4, 9))
+
+
+def test_the_mean_of_k_meets_the_target_where_fewer_tokens_reach_the_cut():
+    masses = np.random.default_rng(0).uniform(0.2, 1.0, 500)
+    few = np.full(500, 35)
+    scale = fit_scale(masses, low_high=(10, 60), target=30, available=few)
+    kept = np.clip(np.round(scale * masses), 10, 60)
+    assert abs(np.minimum(kept, few).mean() - 30) < 0.1
+    assert kept.mean() > 32  # what would have been enough without the limit keeps too few
 
 
 @pytest.mark.long
