@@ -30,10 +30,12 @@ from meteor_jax.distributed import (
     start_from_flags,
     wait_for_processes,
 )
+from meteor_jax.evaluation.answerers import check_fits
 from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
 from meteor_jax.evaluation.results import averages
-from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
 from meteor_jax.models.meteor import Meteor
+from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.tools.calibrate import (
     CalibrationBatch,
@@ -45,6 +47,7 @@ from meteor_jax.training.experiment import Experiment, Stage, load_experiment, p
 from meteor_jax.training.loop import train
 from meteor_jax.training.metrics import TrainingFailed
 from meteor_jax.training.profiling import parse_range
+from meteor_jax.training.starting import any_ranks
 from meteor_jax.types import Batch
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
@@ -65,6 +68,27 @@ class Run:
     tokenizer: Tokenizer
     records: Sequence[Sequence[Any]]
 
+    def check(self) -> None:
+        """Meets before the first step what would only be met by a later stage, or at the end.
+
+        Raises:
+            ValueError: data that a stage cannot have, or a plan of `config.eval` that does not fit.
+        """
+        experiment = self.experiment
+        for stage in experiment.train.stages():
+            try:
+                self.open_data(stage, first_batch=0, shard=RowShard())
+            except ValueError as error:
+                raise ConfigError(f"train.{stage.name}: {error}") from error
+        shapes = param_shapes(experiment, mesh=make_mesh(experiment.train.mesh))
+        plans = eval_config(experiment).plans
+        ranks = any_ranks(experiment.model)
+        for plan in resolve_plans(plans, library=experiment.plans, calibration=ranks):
+            try:
+                check_fits(self.model, shapes, plan=plan)
+            except ValueError as error:
+                raise ConfigError(f"eval.plans: plan '{plan.name}': {error}") from error
+
     def open_data(self, stage: Stage, *, first_batch: int, shard: RowShard) -> Iterator[Batch]:
         return pipeline.make_train_iterator(start_batch=first_batch, **self._rows(stage, shard))
 
@@ -74,8 +98,10 @@ class Run:
 
     def _rows(self, stage: Stage, shard: RowShard) -> dict[str, Any]:
         config, data = stage.config, self.experiment.data
-        if config.text_length:
-            data = dataclasses.replace(data, text_length=config.text_length)
+        data = dataclasses.replace(
+            data, seed=data.seed + self.experiment.seed,
+            text_length=config.text_length or data.text_length,
+        )
         return {
             "config": data, "tokenizer": self.tokenizer, "kind": config.kind,
             "template": config.template, "records": self.records,
@@ -133,6 +159,7 @@ def main(argv: list[str]) -> int:
             tokenizer = load_tokenizer(
                 experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER,
                 texts=lambda: pipeline.training_texts(records),
+                inherit=[Path(source) / TOKENIZER_FOLDER for source in experiment.init_from],
             )
         if tokenizer.vocab_size > experiment.model.llama.vocab_size:
             raise ConfigError(
@@ -140,6 +167,7 @@ def main(argv: list[str]) -> int:
                 f"tokenizer's {tokenizer.vocab_size} pieces; raise it."
             )
         run = Run(experiment, workdir, Meteor(experiment.model), tokenizer, records)
+        run.check()
     except (ValueError, OSError) as error:
         return fail(error, code=2)
     try:

@@ -13,9 +13,9 @@ from the step. With many processes all of them save and restore, into one folder
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -32,6 +32,14 @@ TOKENIZER_FOLDER = "tokenizer"
 
 class CheckpointError(ConfigError):
     """There is no checkpoint, or it does not fit. The message is one line."""
+
+
+class CheckPart(Protocol):
+    """Raises CheckpointError where parts of a model are not what their shapes seem to be."""
+
+    def __call__(
+        self, config: Mapping[str, Any], /, *, source: str | Path, parts: Collection[str] | None
+    ) -> None: ...
 
 
 def open_checkpoints(
@@ -122,12 +130,23 @@ def find_step(workdir: Path, *, step: int | None = None) -> int:
         return _choose(checkpoints, step)
 
 
-def restore_params(workdir: Path, like: Any, *, step: int | None = None) -> Any:
+def read_config(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """The config that the checkpoint of `step` was written with; {} where it has none."""
+    if not (_path(checkpoints, step) / "config").exists():
+        return {}
+    args = ocp.args.Composite(config=ocp.args.JsonRestore())
+    return checkpoints.restore(step, args=args)["config"]
+
+
+def restore_params(
+    workdir: Path, like: Any, *, step: int | None = None, check: CheckPart | None = None
+) -> Any:
     """The parameters in a workdir, laid out as `like`: their moving average if it was kept.
 
     Args:
         like: nested dict of ShapeDtypeStructs or arrays, `jax.eval_shape` of the model's init.
         step: of the checkpoint; None takes the newest.
+        check: called with the checkpoint's config, the workdir and None; may refuse.
 
     Raises:
         CheckpointError: no workdir, no such checkpoint, or one of another model.
@@ -136,17 +155,22 @@ def restore_params(workdir: Path, like: Any, *, step: int | None = None) -> Any:
         step = _choose(checkpoints, step)
         name = _params_item(checkpoints, step)
         _check_fit(checkpoints, step, {name: like})
+        if check is not None:
+            check(read_config(checkpoints, step), source=workdir, parts=None)
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
         return checkpoints.restore(step, args=args)[name]
 
 
-def restore_parts(workdirs: Sequence[str | Path], like: Mapping[str, Any]) -> dict[str, Any]:
+def restore_parts(
+    workdirs: Sequence[str | Path], like: Mapping[str, Any], *, check: CheckPart | None = None
+) -> dict[str, Any]:
     """The parts of `like` ("llama", "clip", …) that the newest checkpoints of some workdirs hold.
 
     Every array goes straight into its shards.
 
     Args:
         like: a model's parameters as ShapeDtypeStructs with shardings.
+        check: called with each workdir's config, the workdir and the parts it holds; may refuse.
 
     Raises:
         CheckpointError: no checkpoint, a part that the model lacks, one that two workdirs have, or
@@ -170,6 +194,8 @@ def restore_parts(workdirs: Sequence[str | Path], like: Mapping[str, Any]) -> di
                 )
             wanted = {part: like[part] for part in held}
             _check_fit(checkpoints, step, {name: wanted})
+            if check is not None:
+                check(read_config(checkpoints, step), source=workdir, parts=held)
             args = ocp.args.Composite(**{name: ocp.args.StandardRestore(wanted)})
             parts |= checkpoints.restore(step, args=args)[name]
     return parts

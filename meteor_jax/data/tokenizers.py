@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -135,6 +136,7 @@ def load_tokenizer(
     *,
     folder: str | Path | None = None,
     texts: Callable[[], Iterable[str]] | None = None,
+    inherit: Sequence[Path] = (),
 ) -> Tokenizer:
     """The tokenizer that a config names.
 
@@ -143,6 +145,8 @@ def load_tokenizer(
             a Hugging Face tokenizer folder.
         folder: where a "bpe:…" tokenizer is, or will be written once.
         texts: gives the texts to train it on; called only when `folder` does not exist yet.
+        inherit: folders where the parameters' own may lie; the first that does is copied instead,
+            for another one's pieces would mean other things to them.
 
     Raises:
         ValueError: in one line, for a spec that is none of these, a folder without a tokenizer,
@@ -151,7 +155,7 @@ def load_tokenizer(
     if spec == "byte":
         return ByteTokenizer()
     if spec.startswith("bpe:"):
-        return _load_bpe(spec, folder, texts)
+        return _load_bpe(spec, folder, texts, inherit)
     if Path(spec).is_dir():
         return HuggingFaceTokenizer(spec)
     raise ValueError(
@@ -219,7 +223,8 @@ def _import_transformers() -> Any:
 
 
 def _load_bpe(
-    spec: str, folder: str | Path | None, texts: Callable[[], Iterable[str]] | None
+    spec: str, folder: str | Path | None, texts: Callable[[], Iterable[str]] | None,
+    inherit: Sequence[Path],
 ) -> HuggingFaceTokenizer:
     size = spec.removeprefix("bpe:")
     if not size.isdecimal():
@@ -227,6 +232,10 @@ def _load_bpe(
     if folder is None:
         raise ValueError(f"tokenizer: '{spec}' needs a folder to be kept in.")
     folder = Path(folder)
+    source = next((source for source in inherit if source.is_dir()), None)
+    if source is not None and not folder.exists():
+        with contextlib.suppress(FileExistsError):  # another process of the run was faster
+            _write_folder(lambda to: shutil.copytree(source, to, dirs_exist_ok=True), folder)
     if not folder.exists():
         if texts is None:
             raise ValueError(

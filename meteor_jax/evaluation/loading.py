@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ from meteor_jax.checkpoint import (
     restore_parts,
 )
 from meteor_jax.evaluation.runner import param_shapes
+from meteor_jax.training.compatible import check_model
 from meteor_jax.training.experiment import Experiment, load_experiment
 
 
@@ -56,12 +58,13 @@ def load_params(
         CheckpointError: no such checkpoint, or one that does not fit the experiment.
     """
     like = param_shapes(experiment, mesh=mesh)
+    check = functools.partial(check_model, model=experiment.model)
     if not init_from:
         step = find_step(folder, step=step)
-        return restore_params(folder, like, step=step), step
+        return restore_params(folder, like, step=step, check=check), step
     if step is not None:
         raise CheckpointError(f"step {step}: init_from takes the newest; name one --checkpoint.")
-    params = restore_parts(init_from, like)
+    params = restore_parts(init_from, like, check=check)
     if missing := sorted(like.keys() - params.keys()):
         raise CheckpointError(f"init_from: nothing there holds {', '.join(missing)}.")
     return params, None

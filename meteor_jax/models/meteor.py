@@ -84,6 +84,13 @@ class MeteorConfig:
             raise ValueError(
                 f"encoders: expected names out of {', '.join(ENCODERS)}, got {self.encoders}."
             )
+        for name in (*self.encoders, "llama"):
+            remat = getattr(self, name).remat
+            if remat != "none" and not hasattr(jax.checkpoint_policies, remat):
+                raise ValueError(
+                    f"{name}.remat: expected 'none' or a name in jax.checkpoint_policies, such as "
+                    f"'nothing_saveable', got '{remat}'."
+                )
 
     def encoder(self, name: str) -> Any:
         """The config of one encoder."""

@@ -25,13 +25,14 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, restore_params
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
+from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
 from meteor_jax.evaluation.config import eval_config
-from meteor_jax.evaluation.runner import param_shapes
+from meteor_jax.evaluation.loading import load_params
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan, split_plans
@@ -55,29 +56,65 @@ class CalibrationBatch:
 def calibration_batch(
     experiment: Experiment, *, tokenizer: Tokenizer, records: Sequence[Sequence[Any]]
 ) -> CalibrationBatch:
-    """The first images of the training split, over all sources, each with its first question."""
-    config, count = experiment.data, NUM_IMAGES // len(records)
-    chosen = pipeline.first_questions(records, count=count)
-    prompts = pipeline.collate_prompts(
-        [asked.question for asked in chosen], tokenizer=tokenizer,
-        template=eval_config(experiment).template or experiment.train.finetune.template,
-        text_length=config.text_length, batch_size=len(chosen),
+    """The first images of the training split, over all sources, each with its first question.
+
+    Images that cannot be decoded and questions that do not fit are passed over.
+
+    Raises:
+        ConfigError: if no source has one of both.
+    """
+    config, count = experiment.data, max(NUM_IMAGES // len(records), 1)
+    template = eval_config(experiment).template or experiment.train.finetune.template
+    images, rows = [], []
+    for source in records:
+        found = 0
+        for asked in pipeline.first_questions([source], count=2 * count):
+            try:
+                image = decode_image(asked.image, size=config.image_size)
+                row = pipeline.collate_prompts(
+                    [asked.question], tokenizer=tokenizer, template=template,
+                    text_length=config.text_length, batch_size=1,
+                )
+            except ValueError:
+                continue
+            images.append(image)
+            rows.append(row)
+            found += 1
+            if found == count:
+                break
+    if not images:
+        raise ConfigError(
+            "nothing to calibrate with: among the first records no image can be read, or no "
+            f"question fits data.text_length={config.text_length}; raise it, or look at the files."
+        )
+    return CalibrationBatch(
+        np.stack(images), np.concatenate([row.tokens for row in rows]),
+        np.concatenate([row.text_valid for row in rows]),
     )
-    images = [decode_image(asked.image, size=config.image_size) for asked in chosen]
-    return CalibrationBatch(np.stack(images), prompts.tokens, prompts.text_valid)
 
 
 def calibrate_plans(
     model: Meteor, params: Any, *, plans: Iterable[PrunePlan], batch: CalibrationBatch,
     calibration: Calibration,
 ) -> Calibration:
-    """`calibration` with λ measured for each adaptive plan among `plans`."""
+    """`calibration` with λ measured for each adaptive plan among `plans`, and the ranks too where
+    one goes by ranks that nothing measured."""
+    plans = list(plans)
+    if any(_lacks_ranks(plan, calibration) for plan in plans):
+        ranks = calibrate_ranks(model, params, batch.images)
+        calibration = dataclasses.replace(calibration, ranks=ranks)
     for plan in plans:
         if plan.decode is not None and plan.decode.budget == "adaptive":
             measured = plan.calibrated(calibration)
             scale = calibrate_scales(model, params, plan=measured, batches=[batch])
             calibration = calibration.with_scale(plan, scale)
     return calibration
+
+
+def _lacks_ranks(plan: PrunePlan, calibration: Calibration) -> bool:
+    encode = plan.encode
+    by_rank = encode is not None and encode.assignment in ("rank", "inverse_rank")
+    return by_rank and encode.rank not in calibration.ranks and not encode.ranks
 
 
 def calibrate_ranks(
@@ -212,7 +249,7 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
     plans = [parse_plan(name, library=experiment.plans) for name in names]
     mesh = make_mesh(experiment.train.mesh)
     with jax.set_mesh(mesh):
-        params = restore_params(workdir, param_shapes(experiment, mesh=mesh))
+        params, _ = load_params(experiment, workdir, mesh=mesh)
         records = pipeline.open_sources(experiment.data)
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
         batch = calibration_batch(experiment, tokenizer=tokenizer, records=records)

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, restore_params
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
 from meteor_jax.data import pipeline
 from meteor_jax.data.config import DataConfig
 from meteor_jax.data.sources import CorruptImage, decode_image
@@ -38,7 +38,7 @@ from meteor_jax.data.templates import Conversation, get_template, render, with_i
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
 from meteor_jax.evaluation.config import eval_config, prompt_template
-from meteor_jax.evaluation.runner import param_shapes
+from meteor_jax.evaluation.loading import load_params
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
@@ -285,7 +285,7 @@ def _measure_workdir(
     plan = plan.calibrated(Calibration.load(workdir / CALIBRATION_FILE))
     model, mesh = Meteor(experiment.model), make_mesh(experiment.train.mesh)
     with jax.set_mesh(mesh):
-        params = restore_params(workdir, param_shapes(experiment, mesh=mesh))
+        params, _ = load_params(experiment, workdir, mesh=mesh)
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
         batches = asked_batches(experiment, tokenizer=tokenizer, num_images=NUM_IMAGES.value)
         return measure_cut_layers(model, params, plan=plan, batches=batches, share=SHARE.value)

@@ -143,7 +143,7 @@ class Experiment:
         eval: fields of the evaluation, which builds its own dataclass from them.
         init_from: workdirs, of runs or converted, whose parameters this run starts from: each
             fills the parts of the model that it holds, what none holds starts from nothing.
-        seed: of the parameters' start.
+        seed: of the parameters' start and, added to `data.seed`, of the order of the data.
     """
 
     model: MeteorConfig

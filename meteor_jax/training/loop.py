@@ -26,6 +26,7 @@ from meteor_jax.distributed import (
 )
 from meteor_jax.parallel import make_mesh, shard_batch
 from meteor_jax.pruning.plan import Calibration
+from meteor_jax.training.compatible import resumed_stage
 from meteor_jax.training.experiment import Experiment, Stage
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.held_out import HeldOutLoss
@@ -113,6 +114,12 @@ def train(
             checkpoint.open_checkpoints(workdir, keep=settings.keep_checkpoints)
         )
         first_step = step = saved.latest_step() or 0
+        resumed = None
+        if first_step:
+            resumed = resumed_stage(
+                checkpoint.read_config(saved, first_step), experiment, step=first_step,
+                workdir=workdir,
+            )
         log = stack.enter_context(MetricsLog(workdir, first_step=first_step))
         bar = stack.enter_context(ProgressBar(total=stages[-1].stop, first_step=first_step))
         profiler = stack.enter_context(StepProfiler(workdir, steps=profile))
@@ -142,8 +149,9 @@ def train(
 
         try:
             for stage in stages:
-                if stage.stop <= first_step and stage is not stages[-1]:
+                if stage.stop <= first_step and stage.name != resumed and stage is not stages[-1]:
                     continue
+                begins = state is not None or step == 0
                 optimizer = make_optimizer(stage.config)
                 data = open_data(stage, first_batch=max(step - stage.start, 0), shard=shard)
                 batch = next(data)
@@ -164,9 +172,7 @@ def train(
                         state, optimizer=optimizer, trainable=stage.config.trainable, mesh=mesh
                     )
                 # A checkpoint at the very beginning of a stage was written after this.
-                if stage.config.before == "calibrate_ranks" and (
-                    step == stage.start and (step > first_step or step == 0)
-                ):
+                if stage.config.before == "calibrate_ranks" and begins:
                     calibration = calibrate(state.params)
                     if is_main_process():
                         calibration.save(workdir / checkpoint.CALIBRATION_FILE)
@@ -216,6 +222,8 @@ def train(
                     elif step % settings.log_every == 0:
                         recorder.flush()
             save()
+            if recorder.num_skipped:
+                bar.say(f"{recorder.num_skipped} examples were skipped; each was named above")
             if evaluate:
                 run_evaluation(final=True)
             saved.wait_until_finished()

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ CLOCK_FIELDS = (
     "examples_per_s", "tokens_per_s", "tflops_per_s", "mfu", "data_wait_s", "data_wait_share",
     "step_s", "step_s_p50", "step_s_p90", "step_s_p99",
 )
+MOST_SKIPPED = 64  # examples one after the other: it is the settings then, not a few bad files
 STEPS_AHEAD = 2  # steps that may wait on the device: enough to keep it busy, few enough to hold
 
 
 class TrainingFailed(RuntimeError):
-    """The loss is no longer a number. The message is one line."""
+    """The loss is no number any more, or nothing is left to learn from. The message is one line."""
 
 
 class MetricsLog:
@@ -175,6 +176,8 @@ class StepRecorder:
         self._peak = peak_flops_per_s
         self._pending: list[_Pending] = []
         self._since = time.perf_counter()
+        self._skipped_in_a_row = 0
+        self.num_skipped = 0
 
     def add(
         self,
@@ -204,7 +207,7 @@ class StepRecorder:
 
         Raises:
             TrainingFailed: naming the first step whose loss or gradient is not finite, and its
-                examples.
+                examples; or where all of many examples were skipped.
         """
         if not self._pending:
             return
@@ -228,11 +231,25 @@ class StepRecorder:
             rows[-1] |= after()
         self._log.write_steps(rows)
         self._pending.clear()
+        self._count_skipped(rows)
         self._bar.show(
             rows[-1]["stage"], step=rows[-1]["step"] + 1, loss=rows[-1]["loss"],
             examples_per_s=rates["examples_per_s"],
         )
         self.restart_clock()
+
+    def _count_skipped(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            skipped = row["skipped_rows"]
+            self.num_skipped += skipped
+            all_of_it = skipped >= row["examples"]
+            self._skipped_in_a_row = self._skipped_in_a_row + skipped if all_of_it else 0
+            if self._skipped_in_a_row >= MOST_SKIPPED:
+                raise TrainingFailed(
+                    f"the last {self._skipped_in_a_row} examples, up to step {row['step']}, were "
+                    "all skipped, so that nothing is learnt; each is named above with its reason: "
+                    "raise data.text_length, or look at the files."
+                )
 
     def restart_clock(self) -> None:
         """Leaves out of the rates what happened since the last step."""

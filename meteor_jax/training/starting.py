@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -14,15 +15,23 @@ from jax.sharding import Mesh
 
 from meteor_jax import checkpoint
 from meteor_jax.config import ConfigError
+from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.parallel import check_batch_size, parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.encode import RankMode
 from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.training.compatible import check_model
 from meteor_jax.training.experiment import Experiment, Stage
 from meteor_jax.training.optimizer import check_patterns
 from meteor_jax.training.state import TrainState, init_params, make_state
 from meteor_jax.training.step import TrainStep, make_train_step
 from meteor_jax.types import Batch
+
+
+def any_ranks(model: MeteorConfig) -> Calibration:
+    """Ranks that stand for those to be measured: with any, the budgets are the same."""
+    ranks = dict.fromkeys(model.encoders, (1.0, 1.0, 1.0))
+    return Calibration(ranks=dict.fromkeys(get_args(RankMode), ranks))
 
 
 def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibrate: bool) -> None:
@@ -67,7 +76,12 @@ def first_state(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
         return init_params(model, zeros, seed=experiment.seed)
 
-    like = jax.eval_shape(lambda: with_params(fresh_params()))
+    try:
+        like = jax.eval_shape(lambda: with_params(fresh_params()))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"the model does not take the data: {error}") from error
     _check_whole_run(
         experiment, model=model, params=like.params, batch=batch, calibration=calibration
     )
@@ -78,7 +92,8 @@ def first_state(
     )
     if saved.latest_step() is not None:
         return checkpoint.restore(saved, like)
-    restored = checkpoint.restore_parts(experiment.init_from, like.params)
+    check = functools.partial(check_model, model=experiment.model)
+    restored = checkpoint.restore_parts(experiment.init_from, like.params, check=check)
 
     def begin(restored: dict[str, Any]) -> TrainState:
         # Of the fresh parameters only those are computed that nothing replaces.
@@ -132,12 +147,8 @@ def _check_whole_run(
         check_patterns(config.trainable, paths, where=f"{where}.trainable")
         groups = tuple(pattern for pattern, _ in config.learning_rates_by_path)
         check_patterns(groups, paths, where=f"{where}.learning_rates_by_path")
-        if config.before == "calibrate_ranks":  # of any ranks, the budgets are the same
-            calibration = Calibration(
-                ranks=dict.fromkeys(
-                    get_args(RankMode), dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
-                )
-            )
+        if config.before == "calibrate_ranks":
+            calibration = any_ranks(experiment.model)
         for name, plan in training_plans(experiment, stage, calibration).items():
             try:
                 jax.eval_shape(lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan),

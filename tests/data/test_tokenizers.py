@@ -70,6 +70,22 @@ def test_bpe_spec_trains_once_then_loads(tmp_path):
         load_tokenizer("bpe:300", folder=tmp_path / "elsewhere")
 
 
+def test_bpe_of_the_parameters_is_copied_instead_of_trained(bpe_folder, tmp_path):
+    folder, absent = tmp_path / "tokenizer", tmp_path / "encoders" / "tokenizer"
+    texts = ["other texts make other pieces"] * 9
+    own = load_tokenizer("bpe:320", folder=tmp_path / "own", texts=lambda: texts)
+    found = load_tokenizer(
+        "bpe:320", folder=folder, texts=lambda: texts, inherit=[absent, bpe_folder]
+    )
+    expected = load_tokenizer("bpe:320", folder=bpe_folder)
+    assert found.encode(TEXTS[1]) == expected.encode(TEXTS[1]) != own.encode(TEXTS[1])
+    # What lies in the run's own folder stays.
+    again = load_tokenizer("bpe:320", folder=folder, inherit=[tmp_path / "own"])
+    assert again.encode(TEXTS[1]) == expected.encode(TEXTS[1])
+    with pytest.raises(ValueError, match="made for 320 pieces"):
+        load_tokenizer("bpe:300", folder=tmp_path / "smaller", inherit=[bpe_folder])
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sentencepiece_spaces(tmp_path, legacy):
     reference = write_llama_like(tmp_path, legacy=legacy)

@@ -151,6 +151,30 @@ def test_batch_sizes_do_not_change_predictions(done, data_dir, params, tmp_path)
         assert predictions(tmp_path, plan) == predictions(done[0], plan)
 
 
+@pytest.mark.parametrize(("lanes", "images", "questions"), [(1, 2, 16), (5, 5, 20), (64, 64, 64)])
+def test_batches_are_rounded_up_to_the_lanes(data_dir, lanes, images, questions):
+    sizes = eval_config(load_experiment(config(data_dir))).sizes(lanes=lanes)
+    assert (sizes.images, sizes.questions, sizes.group) == (images, questions, 4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("fastv(layer=2, keep=4)", r"within 1\.\.1"),
+        ("meteor(fuse=9, layers=(1,), keep=(10,), decode.budget=fixed)", "only 9"),
+    ],
+)
+def test_a_plan_that_does_not_fit_ends_it_before_any_is_run(
+    experiment, params, tmp_path, plan, message
+):
+    with pytest.raises(ValueError, match=message):
+        evaluate_checkpoint(
+            experiment, params, workdir=tmp_path, display="quiet",
+            plans=("full", plan),
+        )
+    assert not list(tmp_path.rglob("*.jsonl*"))
+
+
 def test_a_second_evaluation_asks_nothing(done, experiment, params):
     workdir, rows, _ = done
     before = predictions(workdir, "cut"), generate._cache_size()

@@ -6,14 +6,21 @@ import jax
 import numpy as np
 import pytest
 
+from meteor_jax.config import ConfigError
+from meteor_jax.data.tokenizers import ByteTokenizer
+from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.plan import Calibration
 from meteor_jax.tools.calibrate import (
     CalibrationBatch,
     calibrate_plans,
     calibrate_ranks,
     calibrate_scales,
+    calibration_batch,
     fit_scale,
 )
+from meteor_jax.training.experiment import load_experiment
 from tests import tiny_model as tiny
+from tests.evaluation.random_model import config, png
 
 
 def batch():
@@ -50,6 +57,31 @@ def test_each_cut_of_a_plan_keeps_its_mean():
     cuts = tiny.prefill(tiny.params(), visual, rows, plan=plan, max_new_tokens=0).cuts
     for cut, target in zip(cuts, plan.decode.keep, strict=True):
         assert abs(float(np.mean(cut.num_kept)) - target) <= 0.5
+
+
+def test_what_cannot_be_read_or_does_not_fit_is_passed_over():
+    experiment = load_experiment(config("data"))
+
+    def record(question, image):
+        return {"image": image, "caption": "", "qa": [{"question": question, "answer": "yes"}]}
+
+    broken, long = record("is it?", png(0)[:60]), record("is it? " * 40, png(1))
+    records = [[broken, long, record("is it red?", png(2)), record("is it blue?", png(3))]]
+    batch = calibration_batch(experiment, tokenizer=ByteTokenizer(), records=records)
+    expected = calibration_batch(experiment, tokenizer=ByteTokenizer(), records=[records[0][2:]])
+    assert batch.images.shape == (2, 32, 32, 3)
+    jax.tree.map(np.testing.assert_array_equal, batch, expected)
+    with pytest.raises(ConfigError, match=r"no question fits data\.text_length=96"):
+        calibration_batch(experiment, tokenizer=ByteTokenizer(), records=[[broken, long]])
+
+
+@pytest.mark.long
+def test_ranks_are_measured_where_a_plan_goes_by_ranks_that_nothing_did():
+    plan = parse_plan("meteor(encode=(26, 22, 30), fuse=20)")
+    measured = calibrate_plans(
+        tiny.MODEL, tiny.params(), plans=[plan], batch=batch(), calibration=Calibration()
+    )
+    assert set(measured.ranks["tolerance"]) == {"clip", "convnext", "pix2struct"}
 
 
 @pytest.mark.long

@@ -100,6 +100,36 @@ def test_signal_ends_an_evaluation_at_once(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_stage_added_to_a_finished_run_begins_as_it_would_have(tmp_path, uninterrupted):
+    """With its own optimizer, schedule and ranks, not with what the first stage ended with."""
+    whole = make_whole_experiment()
+    first = make_whole_experiment(finetune={"steps": 0})
+    run(tmp_path, first, config=dataclasses.asdict(first))
+    run(tmp_path, whole, config=dataclasses.asdict(whole))
+    assert read_steps(tmp_path) == uninterrupted
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    experiment = make_experiment()
+    run(tmp_path, experiment, config=dataclasses.asdict(experiment))
+    before = read_steps(tmp_path)
+    other = make_experiment(finetune={"batch_size": 16, "steps": 8})
+    with pytest.raises(ConfigError, match="batch_size: checkpoint 8, config 16"):
+        run(tmp_path, other, config=dataclasses.asdict(other))
+    assert read_steps(tmp_path) == before
+
+
+def test_a_run_in_which_nothing_fits_ends_and_says_so(tmp_path):
+    skipped = tiny_run.make_batch(0)
+    skipped = dataclasses.replace(
+        skipped, example_id=np.full_like(skipped.example_id, -1),
+        labels=np.full_like(skipped.labels, tiny_run.IGNORE_LABEL),
+    )
+    with pytest.raises(TrainingFailed, match="64 examples, up to step 7, were all skipped"):
+        run(tmp_path, make_experiment(pretrain={"steps": 20}),
+            open_data=lambda stage, **_: itertools.repeat(skipped))
+
+
 def test_finished_run_only_evaluates(tmp_path):
     experiment, seen = make_experiment(eval_every=4), []
 

@@ -1,5 +1,6 @@
 """One step: what trains, by how much, and that it compiles once."""
 
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from meteor_jax.config import build
+from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.optimizer import make_optimizer, make_schedule
+from meteor_jax.training.starting import make_steps
 from meteor_jax.training.state import init_params, make_state
 from meteor_jax.training.step import make_train_step, token_loss
 from meteor_jax.types import IGNORE_LABEL
-from tests.training.tiny_run import TinyModel, make_batch
+from tests import tiny_model
+from tests.training.tiny_run import TinyModel, make_batch, make_experiment
 
 FULL = parse_plan("full")
 
@@ -140,6 +144,33 @@ def test_metrics():
     assert int(metrics["tokens"]) == batch.text_valid.sum() - 8 + 8 * 4
     assert float(metrics["fused_share/clip"]) == pytest.approx(0.5)
     assert 0 <= float(metrics["accuracy"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("fusion", "plan", "shares"),
+    [
+        ("post", "full", {"clip", "convnext", "pix2struct"}),
+        ("post", "only(encoders=convnext)", {"convnext"}),
+        ("pre", "full", set()),
+    ],
+)
+def test_shares_are_of_the_encoders_that_ran(fusion, plan, shares):
+    """Of the real model: the tokens are numbered by the encoders that ran, not by all there are."""
+    config = dataclasses.replace(tiny_model.CONFIG, fusion=fusion)
+    model, batch = Meteor(config), tiny_model.make_batch()
+    stage = make_stage()
+    optimizer = make_optimizer(stage)
+    state = jax.eval_shape(lambda: make_state(
+        init_params(model, batch, seed=0), optimizer=optimizer, trainable=stage.trainable,
+        rng=jax.random.PRNGKey(0), use_ema=False,
+    ))
+    experiment = dataclasses.replace(make_experiment(), model=config)
+    steps = make_steps(
+        experiment, {"plan": parse_plan(plan)}, model=model, stage=experiment.train.stages()[0],
+        optimizer=optimizer, state_shardings=None,
+    )
+    _, metrics = jax.eval_shape(steps["plan"], state, batch)
+    assert {name.split("/")[1] for name in metrics if name.startswith("fused_share/")} == shares
 
 
 def test_absent_images_do_not_count():

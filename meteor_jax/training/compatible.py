@@ -1,0 +1,124 @@
+"""Whether a checkpoint and a config belong together, beyond the shapes of the parameters.
+
+Another number of heads, or another order of the data, fits all shapes and yet makes no sense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from meteor_jax.checkpoint import CONFIG_FILE, CheckpointError
+from meteor_jax.config import ConfigError, build
+from meteor_jax.models.meteor import MeteorConfig
+from meteor_jax.training.experiment import Experiment, load_experiment
+
+# How a model is computed or began, not what it is.
+FREE_IN_MODEL = ("remat", "dtype", "init_std", "layer_scale_init", "max_positions")
+# An encoder may go on at another resolution, in another model.
+FREE_IN_PARTS = (*FREE_IN_MODEL, "image_size", "grid_side", "position_side", "keep_cls")
+FREE_IN_DATA = ("num_workers", "prefetch", "kept_records", "data_dir")
+DATA_OF_STAGE = ("kind", "template", "text_length", "batch_size")
+
+
+def check_model(
+    document: Mapping[str, Any],
+    *,
+    model: MeteorConfig,
+    source: str | Path,
+    parts: Collection[str] | None = None,
+) -> None:
+    """Refuses a model whose parameters mean something else than those of a checkpoint.
+
+    Args:
+        document: the checkpoint's config; one that says nothing of the model is not judged.
+        source: where the checkpoint is, for the message.
+        parts: of the model that are taken from it ("llama", "clip", …); None takes it whole.
+
+    Raises:
+        CheckpointError: naming the first fields that differ, both values and what to do.
+    """
+    try:
+        saved = build(MeteorConfig, document["model"])
+    except (KeyError, ConfigError):
+        return
+    names = parts if parts is not None else (*model.encoders, "llama")
+    free = FREE_IN_PARTS if parts is not None else FREE_IN_MODEL
+    found = [
+        difference
+        for name in names
+        if hasattr(model, name)
+        for difference in _differences(
+            getattr(saved, name), getattr(model, name), where=f"model.{name}", free=free
+        )
+    ]
+    if parts is None:
+        found += [
+            f"model.{name}: checkpoint {getattr(saved, name)}, config {getattr(model, name)}"
+            for name in ("encoders", "fusion", "image_size")
+            if getattr(saved, name) != getattr(model, name)
+        ]
+    if found:
+        raise _another_config(source, found)
+
+
+def resumed_stage(
+    document: Mapping[str, Any], experiment: Experiment, *, step: int, workdir: str | Path
+) -> str | None:
+    """The stage that the checkpoint of `step` was in, where its config says so.
+
+    A run whose only stage was the first stands at its end, not at the beginning of the second.
+    Steps may be added to a run; what they would go on with must be the same.
+
+    Raises:
+        CheckpointError: if the model, the data or the stages so far are others.
+    """
+    check_model(document, model=experiment.model, source=workdir)
+    try:
+        saved = load_experiment(document)
+    except ConfigError:
+        return None
+    found = _differences(saved.data, experiment.data, where="data", free=FREE_IN_DATA)
+    if saved.seed != experiment.seed:
+        found.append(f"seed: checkpoint {saved.seed}, config {experiment.seed}")
+    stage = saved.train.stage_at(step)
+    now = {other.name: other for other in experiment.train.stages()}
+    for before in saved.train.stages():
+        if before.start > stage.start:
+            continue
+        where, after = f"train.{before.name}", now.get(before.name)
+        if after is None or after.start != before.start:
+            start = "none" if after is None else f"from step {after.start}"
+            found.append(f"{where}: checkpoint from step {before.start}, config {start}")
+            continue
+        found += _differences(before.config, after.config, where=where, only=DATA_OF_STAGE)
+        if after.stop < min(step, before.stop):
+            found.append(
+                f"{where}.steps: checkpoint {before.config.steps}, config {after.config.steps}"
+            )
+    if found:
+        raise _another_config(workdir, found)
+    return stage.name
+
+
+def _differences(
+    saved: Any, now: Any, *, where: str, free: Collection[str] = (), only: Collection[str] = ()
+) -> list[str]:
+    return [
+        f"{where}.{field.name}: checkpoint {getattr(saved, field.name)!r}, config "
+        f"{getattr(now, field.name)!r}"
+        for field in dataclasses.fields(now)
+        if field.name not in free and (not only or field.name in only)
+        and getattr(saved, field.name) != getattr(now, field.name)
+    ]
+
+
+def _another_config(source: str | Path, found: list[str]) -> CheckpointError:
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return CheckpointError(
+        f"the checkpoint in {source} is of another config: {'; '.join(found[:3])}{more}. Use the "
+        f"config it was written with ({CONFIG_FILE} beside it), or another --workdir, which may "
+        "begin with these parameters (init_from)."
+    )
