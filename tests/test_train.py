@@ -56,11 +56,11 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--config.train.finetune.template=qs", "train.finetune: "),
+        ("--config.train.pretrain.template=qs", "train.pretrain: template: no such template"),
         ("--config.data.kinds=\"('caption',)\"", "train.finetune: kinds: no source serves"),
         ("--config.data.image_size=96", "the model does not take the data: expected images of 64"),
         ("--config.model.clip.remat=nothing", "clip.remat: expected 'none' or a name"),
-        ("--config.eval.plans=\"('random(keep=999)',)\"", "eval.plans: plan 'random'"),
+        ("--config.eval.plans=\"('random(fuse.keep=999)',)\"", "eval.plans: plan 'random'"),
         ("--config.eval.plans=\"('fastv(layer=9,keep=4)',)\"", "must lie within 1..3"),
     ],
 )
