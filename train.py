@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, parts_in
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -36,12 +36,13 @@ from meteor_jax.evaluation.results import averages
 from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.tools.calibrate import (
     CalibrationBatch,
     calibrate_plans,
     calibrate_ranks,
     calibration_batch,
+    needs_measuring,
 )
 from meteor_jax.training.experiment import Experiment, Stage, load_experiment, parse_flags
 from meteor_jax.training.loop import train
@@ -81,16 +82,29 @@ class Run:
             except ValueError as error:
                 raise ConfigError(f"train.{stage.name}: {error}") from error
         shapes = param_shapes(experiment, mesh=make_mesh(experiment.train.mesh))
-        plans = eval_config(experiment).plans
-        ranks = any_ranks(experiment.model)
-        for plan in resolve_plans(plans, library=experiment.plans, calibration=ranks):
-            try:
-                check_fits(self.model, shapes, plan=plan)
-            except ValueError as error:
-                raise ConfigError(f"eval.plans: plan '{plan.name}': {error}") from error
+        asked = {"eval.plans": eval_config(experiment).plans}
+        if experiment.train.eval_every:  # on the way a stage's own plans are evaluated
+            asked |= {
+                f"train.{stage.name}.plans": stage.config.plans
+                for stage in experiment.train.stages()
+            }
+        for where, names in asked.items():
+            plans = self._plans(names, any_ranks(experiment.model))
+            for plan in plans:
+                try:
+                    check_fits(self.model, shapes, plan=plan)
+                except ValueError as error:
+                    raise ConfigError(f"{where}: plan '{plan.name}': {error}") from error
+            if needs_measuring(plans, Calibration()):
+                self.calibration_batch()
 
     def open_data(self, stage: Stage, *, first_batch: int, shard: RowShard) -> Iterator[Batch]:
-        return pipeline.make_train_iterator(start_batch=first_batch, **self._rows(stage, shard))
+        rows = self._rows(stage, shard)
+        # What is held out stays the same from seed to seed.
+        rows["config"] = dataclasses.replace(
+            rows["config"], seed=rows["config"].seed + self.experiment.seed
+        )
+        return pipeline.make_train_iterator(start_batch=first_batch, **rows)
 
     def open_held_out(self, stage: Stage, *, shard: RowShard) -> Sequence[Batch]:
         batches = pipeline.make_held_out_batches(**self._rows(stage, shard))
@@ -98,10 +112,8 @@ class Run:
 
     def _rows(self, stage: Stage, shard: RowShard) -> dict[str, Any]:
         config, data = stage.config, self.experiment.data
-        data = dataclasses.replace(
-            data, seed=data.seed + self.experiment.seed,
-            text_length=config.text_length or data.text_length,
-        )
+        if config.text_length:
+            data = dataclasses.replace(data, text_length=config.text_length)
         return {
             "config": data, "tokenizer": self.tokenizer, "kind": config.kind,
             "template": config.template, "records": self.records,
@@ -118,6 +130,9 @@ class Run:
             ranks=calibrate_ranks(self.model, params, self.calibration_batch().images)
         )
 
+    def _plans(self, names: Sequence[str], calibration: Calibration) -> tuple[PrunePlan, ...]:
+        return resolve_plans(names, library=self.experiment.plans, calibration=calibration)
+
     def evaluate(self, params: Any, *, step: int, final: bool) -> dict[str, float]:
         """Everything in config.eval at the end; on the way few questions, as the stage trains."""
         train_config, path = self.experiment.train, self.workdir / CALIBRATION_FILE
@@ -125,13 +140,15 @@ class Run:
         if not final:
             plans = train_config.stage_at(step).config.plans
         calibration = Calibration.load(path)
-        calibration = calibrate_plans(
-            self.model, params, batch=self.calibration_batch(), calibration=calibration,
-            plans=resolve_plans(plans, library=self.experiment.plans, calibration=calibration),
-        )
-        if is_main_process():
-            calibration.save(path)
-        wait_for_processes("calibrated")
+        to_measure = self._plans(plans, calibration)
+        if needs_measuring(to_measure, calibration):
+            calibration = calibrate_plans(
+                self.model, params, batch=self.calibration_batch(), calibration=calibration,
+                plans=to_measure,
+            )
+            if is_main_process():
+                calibration.save(path)
+            wait_for_processes("calibrated")
         rows = evaluate_checkpoint(
             self.experiment, params, workdir=self.workdir, plans=plans, step=step,
             num_questions=None if final else train_config.eval_questions,
@@ -146,7 +163,8 @@ class Run:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0, 2 for what the user can put right, 1 for a loss that is no
-    number, 128 + n for a run that signal n ended after it was saved."""
+    number or data of which nothing can be used, 128 + n for a run that signal n ended after it was
+    saved."""
     try:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument '{argv[1]}'; flags start with --.")
@@ -154,12 +172,16 @@ def main(argv: list[str]) -> int:
         profile = parse_range(PROFILE.value) if PROFILE.value else range(0)
         check_request(experiment, source_dir=workdir)
         start_from_flags(notices=True)
+        inherit = [
+            Path(source) / TOKENIZER_FOLDER
+            for source in experiment.init_from if "llama" in parts_in(source)
+        ]
         with main_process_first("data and tokenizer"):
             records = pipeline.open_sources(experiment.data)
             tokenizer = load_tokenizer(
                 experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER,
                 texts=lambda: pipeline.training_texts(records),
-                inherit=[Path(source) / TOKENIZER_FOLDER for source in experiment.init_from],
+                inherit=inherit,
             )
         if tokenizer.vocab_size > experiment.model.llama.vocab_size:
             raise ConfigError(

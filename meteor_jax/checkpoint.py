@@ -201,6 +201,17 @@ def restore_parts(
     return parts
 
 
+def parts_in(workdir: str | Path) -> set[str]:
+    """The parts of a model ("llama", "clip", …) that the newest checkpoint of a workdir holds.
+
+    Raises:
+        CheckpointError: no workdir, or no checkpoint.
+    """
+    with open_checkpoints(Path(workdir), read_only=True) as checkpoints:
+        step = _newest(checkpoints)
+        return set(checkpoints.item_metadata(step)[_params_item(checkpoints, step)].tree)
+
+
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     """Writes config.json beside the checkpoints, whole or not at all."""
     if jax.process_index() == 0:

@@ -145,8 +145,8 @@ def load_tokenizer(
             a Hugging Face tokenizer folder.
         folder: where a "bpe:…" tokenizer is, or will be written once.
         texts: gives the texts to train it on; called only when `folder` does not exist yet.
-        inherit: folders where the parameters' own may lie; the first that does is copied instead,
-            for another one's pieces would mean other things to them.
+        inherit: folders where the decoder's own may lie; the first that does is copied instead,
+            for another one's pieces would mean other things to it.
 
     Raises:
         ValueError: in one line, for a spec that is none of these, a folder without a tokenizer,
@@ -234,6 +234,7 @@ def _load_bpe(
     folder = Path(folder)
     source = next((source for source in inherit if source.is_dir()), None)
     if source is not None and not folder.exists():
+        _check_size(HuggingFaceTokenizer(source), source, size=int(size))
         with contextlib.suppress(FileExistsError):  # another process of the run was faster
             _write_folder(lambda to: shutil.copytree(source, to, dirs_exist_ok=True), folder)
     if not folder.exists():
@@ -247,12 +248,21 @@ def _load_bpe(
         except FileExistsError:
             pass  # another process of the same run was faster, with the same pieces
     tokenizer = HuggingFaceTokenizer(folder)
-    if tokenizer.requested_vocab_size != int(size):
+    _check_size(tokenizer, folder, size=int(size))
+    return tokenizer
+
+
+def _check_size(tokenizer: HuggingFaceTokenizer, folder: Path, *, size: int) -> None:
+    if tokenizer.requested_vocab_size is None:
+        raise ValueError(
+            f"tokenizer: {folder} is none of our own, but the config asks for 'bpe:{size}'; set "
+            "data.tokenizer to that folder."
+        )
+    if tokenizer.requested_vocab_size != size:
         raise ValueError(
             f"tokenizer: {folder} was made for {tokenizer.requested_vocab_size} pieces, the config "
-            f"asks for '{spec}'; use another workdir or the same size."
+            f"asks for 'bpe:{size}'; use another workdir or the same size."
         )
-    return tokenizer
 
 
 def _auto_tokenizer(folder: Path) -> Any:

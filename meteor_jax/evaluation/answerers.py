@@ -123,8 +123,9 @@ def fused_shape(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualToke
     )
 
 
-def check_fits(model: nn.Module, params: Any, *, plan: PrunePlan) -> None:
-    """Traces all stages of a plan for a prompt of one image, without computing anything.
+def check_fits(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualTokens:
+    """Traces all stages of a plan for a prompt of one image, without computing anything; returns
+    `fused_shape`.
 
     Raises:
         ValueError: if the plan does not fit the model.
@@ -143,6 +144,7 @@ def check_fits(model: nn.Module, params: Any, *, plan: PrunePlan) -> None:
         ).logits
 
     jax.eval_shape(first_token, params, fused)
+    return fused
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))

@@ -214,6 +214,7 @@ class Evaluation:
             score=score_answer(self.questions[index], prediction),
             kept=tuple(int(cut[row]) for cut in answered.kept),
             prompt_tokens=len(ask.tokens),
+            num_images=len(ask.images),
         )
 
 
@@ -226,6 +227,7 @@ def answer_of(line: Mapping[str, Any], *, question: Question) -> Answer:
         score=score_answer(question, line["prediction"]),
         kept=tuple(line["kept"]),
         prompt_tokens=line["prompt_tokens"],
+        num_images=line.get("num_images", question.num_images),
     )
 
 

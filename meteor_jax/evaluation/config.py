@@ -103,12 +103,12 @@ def resolve_plans(
     for text in texts:
         if text in (BLIND, MAJORITY):
             continue
-        plan = parse_plan(text, library=library).calibrated(calibration)
+        plan = parse_plan(text, library=library)
         if plan.name in plans:
             plan = override(plan, name=text.replace(" ", ""))
         if plan.name in plans:
             raise ConfigError(f"plan '{text}' is named twice; name each plan once.")
-        plans[plan.name] = plan
+        plans[plan.name] = plan.calibrated(calibration)
     return tuple(plans.values())
 
 

@@ -49,6 +49,7 @@ def prediction_line(question: Question, answer: Answer) -> dict[str, Any]:
         "score": answer.score,
         "kept": list(answer.kept),
         "prompt_tokens": answer.prompt_tokens,
+        "num_images": answer.num_images,
         "corrupt": answer.corrupt,
     }
 

@@ -30,7 +30,7 @@ def kept_tokens(
         for question, answer in zip(questions, result.answers, strict=True):
             if not answer.corrupt:
                 entering = dataclasses.replace(
-                    result, visual_tokens_fused=fused * question.num_images
+                    result, visual_tokens_fused=fused * answer.num_images
                 )
                 means, cuts = of_task.setdefault(question.task.name, ([], []))
                 means.append(layer_average(answer.kept, result=entering))

@@ -30,6 +30,7 @@ class Answer:
     Attributes:
         kept: visual tokens left after each cut in the LLM; () where there was none.
         prompt_tokens: text tokens of the prompt.
+        num_images: asked about; those for which the decoder has no room are not.
         corrupt: the image could not be decoded, so nothing was asked and the score is 0.
     """
 
@@ -37,6 +38,7 @@ class Answer:
     score: float
     kept: tuple[int, ...] = ()
     prompt_tokens: int = 0
+    num_images: int = 1
     corrupt: bool = False
 
 
@@ -69,8 +71,8 @@ class Row:
         group: the task's group, or "combined" for a source's tasks together.
         corrupt: questions scored 0 because their image could not be decoded.
         visual_tokens_mean: visual tokens of a question, mean over the LLM's layers; measured.
-        visual_tokens_fused: those that enter the LLM.
-        tflops: of one question with its image encoded for it alone, up to the first answer token.
+        visual_tokens_fused: those of an image that enter the LLM.
+        tflops: of one question with its images encoded for it alone, up to the first answer token.
         seconds: wall time of one question as it was run, images shared.
         f1: of "yes", for yes/no tasks.
         delta, delta_low, delta_high: score minus the reference plan's, unit by unit, and its 95 %
@@ -216,9 +218,8 @@ def _make_row(
 ) -> Row:
     scores = _unit_scores(summary)
     low, high = interval(scores) if scores else (0.0, 1.0)
-    seen = [(q, a) for q, a in zip(questions, answers, strict=True) if not a.corrupt]
-    asked = [answer for _, answer in seen]
-    num_images = float(np.mean([question.num_images for question, _ in seen])) if seen else 0.0
+    asked = [answer for answer in answers if not answer.corrupt]
+    num_images = float(np.mean([answer.num_images for answer in asked])) if asked else 0.0
     entering = dataclasses.replace(
         result, visual_tokens_fused=num_images * result.visual_tokens_fused
     )

@@ -21,9 +21,10 @@ from rich.progress import (
 )
 
 from meteor_jax.checkpoint import TOKENIZER_FOLDER
+from meteor_jax.config import ConfigError
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.distributed import is_main_process, main_process_first
-from meteor_jax.evaluation.answerers import check_fits, fused_shape
+from meteor_jax.evaluation.answerers import check_fits
 from meteor_jax.evaluation.asking import Evaluation
 from meteor_jax.evaluation.benchmarks.submission import write_submissions
 from meteor_jax.evaluation.config import Request, check_request
@@ -180,9 +181,12 @@ def _prepare(
     say: Callable[[str], None],
 ) -> Evaluation:
     config, data, model = request.config, experiment.data, Meteor(experiment.model)
+    fused = []
     for plan in request.plans:  # one that does not fit fails now, not after the others have run
-        check_fits(model, params, plan=plan)
-    fused = [fused_shape(model, params, plan=plan) for plan in request.plans]
+        try:
+            fused.append(check_fits(model, params, plan=plan))
+        except ValueError as error:
+            raise ConfigError(f"plan '{plan.name}': {error}") from error
     with main_process_first("sources"):  # which builds those that are not there yet
         sources = {
             task.source: open_task_source(

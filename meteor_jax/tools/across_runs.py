@@ -61,15 +61,18 @@ def over_trainings(runs: Sequence[Run]) -> str:
     """A section of the report: plans that several runs have, as trainings with other seeds do.
 
     Mean over the runs, standard deviation from run to run, and how far the mean is from that of
-    the reference, as `across_runs` chooses it. Only runs with the first run's tasks count. Empty
-    where no plan is in two runs.
+    the reference, as `across_runs` chooses it. Only runs with the first run's tasks count, and of
+    the same parameters only the first. Empty where no plan is in two runs.
     """
     reference = _reference(runs[0])
     by_plan: dict[str, list[dict[str, float]]] = {}
+    seen: set[tuple[str, str]] = set()  # plan and parameters: the same again is no training
     for run in runs:
-        means = averages(run.rows)
+        means, params = averages(run.rows), run.content.get("params", run.name)
         for plan in run.model_plans if set(run.tasks) == set(runs[0].tasks) else ():
-            by_plan.setdefault(plan, []).append(means[plan])
+            if (plan, params) not in seen:
+                by_plan.setdefault(plan, []).append(means[plan])
+            seen.add((plan, params))
     repeated = {plan: means for plan, means in by_plan.items() if len(means) > 1}
     if not repeated:
         return ""
@@ -88,7 +91,7 @@ def over_trainings(runs: Sequence[Run]) -> str:
     return (
         "## Over several runs\n\n"
         "Percent, mean over the tasks of a group, then over the runs, ± the standard deviation "
-        "from run to run. The last column is the difference of the means, in points.\n\n"
+        "from run to run. The last column is the difference of these means, in points.\n\n"
         + table(header, rows)
     )
 

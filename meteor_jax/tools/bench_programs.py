@@ -208,12 +208,17 @@ def _with_scale(
     fixed = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, budget="fixed"))
     prefill = prefill_function(Meteor(model), plan=fixed, new_tokens=0)
     scales = []
+    available = visual.num_tokens
     for cut, trace in enumerate(prefill(params, visual, inputs)[2]):
         value = np.sort(trace.visual_attention_value, axis=1)
         heads = min(plan.decode.heads or value.shape[1], value.shape[1])
         mass = value[:, value.shape[1] - heads :].sum(1)
-        low_high = plan.decode.bounds(cut)
-        scales.append(fit_scale(mass, low_high=low_high, target=plan.decode.keep[cut]))
+        target = plan.decode.keep[cut]
+        scales.append(fit_scale(
+            mass, low_high=plan.decode.bounds(cut), target=target,
+            available=np.full(mass.shape, available),
+        ))
+        available = target
     decode = dataclasses.replace(plan.decode, scale=tuple(scales))
     return dataclasses.replace(plan, decode=decode)
 

@@ -31,11 +31,11 @@ from meteor_jax.data import pipeline
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
-from meteor_jax.evaluation.config import eval_config
+from meteor_jax.evaluation.config import eval_config, resolve_plans
 from meteor_jax.evaluation.loading import load_params
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
-from meteor_jax.pruning.baselines import parse_plan, split_plans
+from meteor_jax.pruning.baselines import split_plans
 from meteor_jax.pruning.encode import RankMode, numerical_rank
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
@@ -101,14 +101,23 @@ def calibrate_plans(
     one goes by ranks that nothing measured."""
     plans = list(plans)
     if any(_lacks_ranks(plan, calibration) for plan in plans):
-        ranks = calibrate_ranks(model, params, batch.images)
+        ranks = calibrate_ranks(model, params, batch.images) | calibration.ranks
         calibration = dataclasses.replace(calibration, ranks=ranks)
     for plan in plans:
-        if plan.decode is not None and plan.decode.budget == "adaptive":
+        if _is_adaptive(plan):
             measured = plan.calibrated(calibration)
             scale = calibrate_scales(model, params, plan=measured, batches=[batch])
             calibration = calibration.with_scale(plan, scale)
     return calibration
+
+
+def needs_measuring(plans: Iterable[PrunePlan], calibration: Calibration) -> bool:
+    """Whether `calibrate_plans` has something to do, for which it needs a batch."""
+    return any(_is_adaptive(plan) or _lacks_ranks(plan, calibration) for plan in plans)
+
+
+def _is_adaptive(plan: PrunePlan) -> bool:
+    return plan.decode is not None and plan.decode.budget == "adaptive"
 
 
 def _lacks_ranks(plan: PrunePlan, calibration: Calibration) -> bool:
@@ -246,7 +255,7 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
     model, path = Meteor(experiment.model), workdir / CALIBRATION_FILE
     calibration = Calibration.load(path)
     names = split_plans(PLANS.value) if PLANS.value else list(experiment.plans)
-    plans = [parse_plan(name, library=experiment.plans) for name in names]
+    plans = resolve_plans(names, library=experiment.plans, calibration=calibration)
     mesh = make_mesh(experiment.train.mesh)
     with jax.set_mesh(mesh):
         params, _ = load_params(experiment, workdir, mesh=mesh)

@@ -147,6 +147,7 @@ def _train(request: Request, mesh: Mesh) -> Program:
         stage.batch_size // stage.accumulate, mesh,
         where=f"train.{request.stage}.batch_size / accumulate",
     )
+    plan = _plan(request)
     model, optimizer = Meteor(experiment.model), make_optimizer(stage)
     text_length = stage.text_length or experiment.data.text_length
     batch = _batch(experiment, rows=stage.batch_size, text_length=text_length)
@@ -161,8 +162,8 @@ def _train(request: Request, mesh: Mesh) -> Program:
     shardings = parameter_shardings(state, mesh)
     state = _placed(state, shardings)
     step = make_train_step(
-        model, optimizer=optimizer, plan=_plan(request), stage=stage,
-        encoders=experiment.model.encoders, ema_decay=experiment.train.ema,
+        model, optimizer=optimizer, plan=plan, stage=stage,
+        encoders=experiment.model.active_encoders(plan), ema_decay=experiment.train.ema,
         state_shardings=shardings,
     )
     gradients = ()

@@ -16,9 +16,9 @@ from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.training.experiment import Experiment, load_experiment
 
 # How a model is computed or began, not what it is.
-FREE_IN_MODEL = ("remat", "dtype", "init_std", "layer_scale_init", "max_positions")
-# An encoder may go on at another resolution, in another model.
-FREE_IN_PARTS = (*FREE_IN_MODEL, "image_size", "grid_side", "position_side", "keep_cls")
+FREE_IN_MODEL = ("remat", "init_std", "layer_scale_init", "max_positions")
+# In another model an encoder may go on at another resolution, a decoder with longer texts.
+FREE_IN_PARTS = (*FREE_IN_MODEL, "image_size", "grid_side", "position_side", "rope_theta")
 FREE_IN_DATA = ("num_workers", "prefetch", "kept_records", "data_dir")
 DATA_OF_STAGE = ("kind", "template", "text_length", "batch_size")
 
@@ -54,14 +54,21 @@ def check_model(
             getattr(saved, name), getattr(model, name), where=f"model.{name}", free=free
         )
     ]
-    if parts is None:
-        found += [
-            f"model.{name}: checkpoint {getattr(saved, name)}, config {getattr(model, name)}"
-            for name in ("encoders", "fusion", "image_size")
-            if getattr(saved, name) != getattr(model, name)
-        ]
+    joined = () if parts is not None else ("encoders", "fusion", "image_size")
+    if parts is not None and "projector" in parts:  # its input is their channels, one by one
+        joined = ("encoders", "fusion")
+    if parts is None and model.fusion == "pre":
+        joined += ("grid",)
+    found += [
+        f"model.{name}: checkpoint {getattr(saved, name)}, config {getattr(model, name)}"
+        for name in joined
+        if getattr(saved, name) != getattr(model, name)
+    ]
     if found:
-        raise _another_config(source, found)
+        raise _another_config(
+            source, found, advice=f"Use the fields it was written with, as {CONFIG_FILE} there has "
+            "them."
+        )
 
 
 def resumed_stage(
@@ -99,7 +106,10 @@ def resumed_stage(
                 f"{where}.steps: checkpoint {before.config.steps}, config {after.config.steps}"
             )
     if found:
-        raise _another_config(workdir, found)
+        raise _another_config(
+            workdir, found, advice="Go on with the config it was written with "
+            f"({CONFIG_FILE} there), or begin in another --workdir with init_from."
+        )
     return stage.name
 
 
@@ -111,14 +121,19 @@ def _differences(
         f"{getattr(now, field.name)!r}"
         for field in dataclasses.fields(now)
         if field.name not in free and (not only or field.name in only)
-        and getattr(saved, field.name) != getattr(now, field.name)
+        and _unmoved(getattr(saved, field.name)) != _unmoved(getattr(now, field.name))
     ]
 
 
-def _another_config(source: str | Path, found: list[str]) -> CheckpointError:
+def _unmoved(value: Any) -> Any:
+    """Paths by their last part, for folders may lie elsewhere by now."""
+    if isinstance(value, tuple):
+        return tuple(map(_unmoved, value))
+    return Path(value).name if isinstance(value, str) and "/" in value else value
+
+
+def _another_config(source: str | Path, found: list[str], *, advice: str) -> CheckpointError:
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     return CheckpointError(
-        f"the checkpoint in {source} is of another config: {'; '.join(found[:3])}{more}. Use the "
-        f"config it was written with ({CONFIG_FILE} beside it), or another --workdir, which may "
-        "begin with these parameters (init_from)."
+        f"the checkpoint in {source} is of another config: {'; '.join(found[:3])}{more}. {advice}"
     )

@@ -115,7 +115,7 @@ def train(
         )
         first_step = step = saved.latest_step() or 0
         resumed = None
-        if first_step:
+        if saved.latest_step() is not None:
             resumed = resumed_stage(
                 checkpoint.read_config(saved, first_step), experiment, step=first_step,
                 workdir=workdir,

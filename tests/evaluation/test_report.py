@@ -62,13 +62,13 @@ def find(rows, task, plan):
 
 def test_questions_of_several_images_count_them_all():
     """Two questions about one image and two about three: two images on the mean."""
-    asked = tuple(
-        dataclasses.replace(question, num_images=1 if i % 2 else 3)
-        for i, question in enumerate(QUESTIONS)
+    answers = tuple(
+        dataclasses.replace(answer, num_images=1 if i % 2 else 3)
+        for i, answer in enumerate(METEOR.answers)
     )
-    seen = []
+    result, seen = dataclasses.replace(METEOR, answers=answers), []
     cost = {"meteor": lambda text, kept, images: seen.append(images) or 1.0}
-    row = find(make_rows(asked, [METEOR], tflops=cost), COUNT.name, "meteor")
+    row = find(make_rows(QUESTIONS, [result], tflops=cost), COUNT.name, "meteor")
     # A segment of one layer that 2 x 16 tokens enter, one of two with 4 and one of one with 2.
     assert row.visual_tokens_mean == (2 * 16 + 2 * 4 + 2) / 4
     assert seen[0] == 2.0

@@ -61,6 +61,12 @@ def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):
     assert not any("majority" in line for line in lines)
 
 
+def test_one_training_evaluated_twice_is_no_repetition(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    same = [dataclasses.replace(run, content=run.content | {"params": "abc"}) for run in runs]
+    assert over_trainings(same) == ""
+
+
 def test_runs_of_one_training_each_or_of_other_tasks_are_no_repetition(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
     fewer = tuple(row for row in runs[1].rows if row.task == runs[1].tasks[0])

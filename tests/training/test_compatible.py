@@ -33,6 +33,8 @@ DOCUMENT = dataclasses.asdict(SAVED)
     ("fields", "message"),
     [
         ({"model__clip__num_heads": 8}, "model.clip.num_heads: checkpoint 16, config 8"),
+        ({"model__image_size": 512}, "model.image_size: checkpoint 1024, config 512"),
+        ({"data__sources": ("elsewhere/vqa",)}, r"data.sources: checkpoint \('easy-vqa',\)"),
         ({"model__llama__rope_theta": 5e5}, "rope_theta: checkpoint 10000.0, config 500000.0"),
         ({"model__encoders": ("pix2struct", "clip")}, r"model.encoders: checkpoint \('clip'"),
         ({"data__seed": 3}, "data.seed: checkpoint 0, config 3"),
@@ -87,6 +89,23 @@ def test_parts_may_come_from_a_model_of_another_resolution_but_not_of_other_head
     with pytest.raises(CheckpointError, match=r"model\.clip\.num_heads"):
         check_model(DOCUMENT, model=heads, source="", parts=("clip",))
     check_model(DOCUMENT, model=heads, source="", parts=("llama",))
+
+
+def test_channels_that_are_joined_keep_their_order_and_their_grid():
+    saved = replaced(SAVED, model__fusion="pre")
+    document = dataclasses.asdict(saved)
+    swapped = replaced(saved, model__encoders=("pix2struct", "clip")).model
+    with pytest.raises(CheckpointError, match=r"model\.encoders"):
+        check_model(document, model=swapped, source="", parts=("llama", "projector"))
+    check_model(document, model=swapped, source="", parts=("llama",))
+    with pytest.raises(CheckpointError, match=r"model\.grid: checkpoint 32, config 16"):
+        check_model(document, model=replaced(saved, model__grid=16).model, source="")
+
+
+def test_folders_may_have_moved():
+    saved = replaced(SAVED, data__tokenizer="/old/vicuna/tokenizer", data__sources=("/a/x.json",))
+    moved = replaced(SAVED, data__tokenizer="vicuna/tokenizer", data__sources=("/b/x.json",))
+    assert resumed_stage(dataclasses.asdict(saved), moved, step=6, workdir="") == "finetune"
 
 
 @pytest.mark.parametrize("document", [{}, {"model": {"a field of later": 1}}, {"written by": "me"}])
