@@ -15,10 +15,14 @@ from meteor_jax.types import IMAGE_TOKEN
 from tests import tiny_model as tiny
 
 
-@pytest.mark.parametrize("stage", ["encode", "fuse", "decode", "all"])
+@pytest.mark.parametrize("stage", ["encode", "fuse", "decode", "all", "adaptive"])
 def test_keeping_everything_changes_no_logit(stage):
     batch, plan = tiny.make_batch(), tiny.keep_all()
-    if stage != "all":
+    if stage == "adaptive":  # a K above what there is, so that the largest bucket is taken
+        scale = (1e6,) * len(plan.decode.layers)
+        decode = dataclasses.replace(plan.decode, budget="adaptive", scale=scale)
+        plan = dataclasses.replace(plan, decode=decode)
+    elif stage != "all":
         others = {name: None for name in ("encode", "fuse", "decode") if name != stage}
         plan = dataclasses.replace(plan, **others)
     full = tiny.forward(tiny.params(), batch, plan=PrunePlan()).logits
@@ -27,7 +31,11 @@ def test_keeping_everything_changes_no_logit(stage):
     np.testing.assert_array_equal(np.asarray(kept)[mask], np.asarray(full)[mask])
 
 
-@pytest.mark.parametrize("text", ["meteor", "random", "pyramiddrop"])
+@pytest.mark.parametrize(
+    "text",
+    ["meteor", "random", "pyramiddrop",
+     *(pytest.param(f"stage {i}", marks=pytest.mark.long) for i in (1, 2, 3))],
+)
 def test_an_example_does_not_depend_on_its_batch_mates(text):
     plan, batch = tiny.plan(tiny.PLANS[text]), tiny.make_batch()
     together = tiny.forward(tiny.params(), batch, plan=plan)

@@ -16,7 +16,7 @@ from tests import tiny_model as tiny
     "text",
     [
         "full", "stage 2", "stage 3", "meteor",
-        pytest.param("pyramiddrop", marks=pytest.mark.long),
+        *(pytest.param(text, marks=pytest.mark.long) for text in ("stage 1", "pyramiddrop")),
     ],
 )
 def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
