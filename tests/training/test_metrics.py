@@ -39,7 +39,8 @@ def add(recorder, clock, *, seconds, waited=0.5, tokens=30.0):
     clock.now += seconds
     step = add.step = getattr(add, "step", -1) + 1
     recorder.add(
-        {"loss": jnp.float32(1), "grad_norm": jnp.float32(1), "tokens": jnp.float32(tokens)},
+        {"loss": jnp.float32(1), "grad_norm": jnp.float32(1), "tokens": jnp.float32(tokens),
+         "skipped_rows": jnp.int32(0)},
         row={"step": step, "stage": "finetune", "plan": "full", "examples": 4,
              "data_wait_s": waited},
         example_id=np.arange(4), flops=2e12,
