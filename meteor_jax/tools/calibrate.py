@@ -160,7 +160,10 @@ def calibrate_scales(
 
     Cut after cut, because what a cut sees, and how many tokens reach it, depends on those before.
     """
-    decode = dataclasses.replace(plan.decode, scale=(1.0,) * len(plan.decode.layers))
+    # One bucket: how much room a batch is packed into changes no K, and there is less to compile.
+    decode = dataclasses.replace(
+        plan.decode, scale=(1.0,) * len(plan.decode.layers), num_buckets=1
+    )
     for cut in range(len(decode.layers)):
         current = dataclasses.replace(plan, decode=decode)
         runs = [_run(model, params, batch, plan=current) for batch in batches]
