@@ -73,7 +73,8 @@ class Run:
         """Meets before the first step what would only be met by a later stage, or at the end.
 
         Raises:
-            ValueError: data that a stage cannot have, or a plan of `config.eval` that does not fit.
+            ConfigError: data that a stage or a calibration cannot have, or a plan that does not fit
+                where it is evaluated.
         """
         experiment = self.experiment
         for stage in experiment.train.stages():
@@ -89,14 +90,16 @@ class Run:
                 for stage in experiment.train.stages()
             }
         for where, names in asked.items():
-            plans = self._plans(names, any_ranks(experiment.model))
-            for plan in plans:
+            for plan in self._plans(names, any_ranks(experiment.model)):
                 try:
                     check_fits(self.model, shapes, plan=plan)
                 except ValueError as error:
                     raise ConfigError(f"{where}: plan '{plan.name}': {error}") from error
-            if needs_measuring(plans, Calibration()):
-                self.calibration_batch()
+        nothing = Calibration()
+        plans = [plan for names in asked.values() for plan in self._plans(names, nothing)]
+        before = {stage.config.before for stage in experiment.train.stages()}
+        if "calibrate_ranks" in before or needs_measuring(plans, nothing):
+            self.calibration_batch()
 
     def open_data(self, stage: Stage, *, first_batch: int, shard: RowShard) -> Iterator[Batch]:
         rows = self._rows(stage, shard)

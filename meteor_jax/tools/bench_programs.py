@@ -18,7 +18,7 @@ import numpy as np
 from meteor_jax.models.cost import Cost, count_cost, count_traced
 from meteor_jax.models.meteor import Meteor, MeteorConfig
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.tools.calibrate import fit_scale
+from meteor_jax.tools.calibrate import chosen_mass, fit_scale
 from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import TrainState, init_params, make_state
@@ -210,9 +210,7 @@ def _with_scale(
     scales = []
     available = visual.num_tokens
     for cut, trace in enumerate(prefill(params, visual, inputs)[2]):
-        value = np.sort(trace.visual_attention_value, axis=1)
-        heads = min(plan.decode.heads or value.shape[1], value.shape[1])
-        mass = value[:, value.shape[1] - heads :].sum(1)
+        mass = chosen_mass(trace, plan=plan.decode)
         target = plan.decode.keep[cut]
         scales.append(fit_scale(
             mass, low_high=plan.decode.bounds(cut), target=target,

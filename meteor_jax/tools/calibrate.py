@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,7 @@ from meteor_jax.data import pipeline
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
-from meteor_jax.evaluation.config import eval_config, resolve_plans
+from meteor_jax.evaluation.config import eval_config, prompt_template, resolve_plans
 from meteor_jax.evaluation.loading import load_params
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
@@ -64,32 +65,33 @@ def calibration_batch(
         ConfigError: if no source has one of both.
     """
     config, count = experiment.data, max(NUM_IMAGES // len(records), 1)
-    template = eval_config(experiment).template or experiment.train.finetune.template
-    images, rows = [], []
-    for source in records:
-        found = 0
+    template = prompt_template(
+        eval_config(experiment).template or experiment.train.finetune.template
+    )
+
+    def usable(source: Sequence[Any]) -> Iterator[tuple[np.ndarray, pipeline.Prompts]]:
         for asked in pipeline.first_questions([source], count=2 * count):
             try:
                 image = decode_image(asked.image, size=config.image_size)
-                row = pipeline.collate_prompts(
+                prompt = pipeline.collate_prompts(
                     [asked.question], tokenizer=tokenizer, template=template,
                     text_length=config.text_length, batch_size=1,
                 )
-            except ValueError:
+            except ValueError as error:
+                logging.warning("not calibrated with: %s", error)
                 continue
-            images.append(image)
-            rows.append(row)
-            found += 1
-            if found == count:
-                break
-    if not images:
+            yield image, prompt
+
+    chosen = [pair for source in records for pair in itertools.islice(usable(source), count)]
+    if not chosen:
         raise ConfigError(
             "nothing to calibrate with: among the first records no image can be read, or no "
             f"question fits data.text_length={config.text_length}; raise it, or look at the files."
         )
+    images, prompts = zip(*chosen, strict=True)
     return CalibrationBatch(
-        np.stack(images), np.concatenate([row.tokens for row in rows]),
-        np.concatenate([row.text_valid for row in rows]),
+        np.stack(images), np.concatenate([prompt.tokens for prompt in prompts]),
+        np.concatenate([prompt.text_valid for prompt in prompts]),
     )
 
 
