@@ -44,10 +44,10 @@ def get_config() -> ConfigDict:
     stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup": 0.05, "weight_decay": 0.01}
     config.train = {
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 16,
-                             "steps": 500},
+                             "steps": 300},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 600, "plans": ("full", "meteor"),
+            "kind": "questions", "template": "qa", "steps": 650, "plans": ("full", "meteor"),
             "before": "calibrate_ranks",
         },
         "log_every": 10,
