@@ -62,6 +62,11 @@ def whole(tmp_path_factory):
         ("--config.model.clip.remat=nothing", "clip.remat: expected 'none' or a name"),
         ("--config.eval.plans=\"('random(fuse.keep=999)',)\"", "fuse.keep=999 but only 116"),
         ("--config.eval.plans=\"('fastv(layer=9,keep=4)',)\"", "must lie within 1..3"),
+        (
+            "--config.data.text_length=4 "
+            "--config.train.finetune.plans=\"('meteor(decode=None)',)\"",
+            "nothing to calibrate with",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_step(tmp_path, flags, expected):

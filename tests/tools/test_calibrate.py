@@ -75,6 +75,19 @@ def test_what_cannot_be_read_or_does_not_fit_is_passed_over():
         calibration_batch(experiment, tokenizer=ByteTokenizer(), records=[[broken, long]])
 
 
+def test_an_unknown_template_is_not_taken_for_examples_that_do_not_fit():
+    experiment = load_experiment(config("data"))
+    finetune = dataclasses.replace(experiment.train.finetune, template="qs")
+    train = dataclasses.replace(experiment.train, finetune=finetune)
+    qa = [{"question": "is it red?", "answer": "yes"}]
+    records = [[{"image": png(0), "caption": "", "qa": qa}]]
+    with pytest.raises(ValueError, match="no such template 'qs'"):
+        calibration_batch(
+            dataclasses.replace(experiment, train=train, eval={"template": "qs"}),
+            tokenizer=ByteTokenizer(), records=records,
+        )
+
+
 @pytest.mark.long
 def test_ranks_are_measured_where_a_plan_goes_by_ranks_that_nothing_did():
     plan = parse_plan("meteor(encode=(26, 22, 30), fuse=20)")
