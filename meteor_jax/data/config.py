@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
+from meteor_jax.config import suggest
 from meteor_jax.data.templates import get_template
 
 Kind = Literal["caption", "questions"]
+Turns = Literal["together", "apart"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,10 @@ class DataConfig:
         image_size: pixels a side. text_length: T, an image counts as one token.
         questions_per_image: turns at most in a training conversation, where a source has
             questions; a source of conversations gives them whole.
+        turns: of such a conversation: "together", each sees those before it (LLaVA); "apart", each
+            sees the images alone, as if it were the only one (Molmo, arXiv:2409.17146, section 3),
+            which is how evaluation asks. Where an earlier answer tells a later one, only "apart"
+            has to look. Splash attention does not take its mask, so TPUs run XLA's.
         max_images: of one row; an example with more is skipped.
         tokenizer: "byte", "bpe:SIZE" or a folder. template: see `templates.TEMPLATES`.
         caption_question: what asks for a caption, in templates that keep the question.
@@ -43,6 +49,7 @@ class DataConfig:
     image_size: int = 64
     text_length: int = 256
     questions_per_image: int = 8
+    turns: Turns = "together"
     max_images: int = 1
     tokenizer: str = "byte"
     template: str = "qa"
@@ -56,6 +63,10 @@ class DataConfig:
 
     def __post_init__(self):
         get_template(self.template)
+        if self.turns not in get_args(Turns):
+            raise ValueError(
+                f"turns: no such way '{self.turns}'.{suggest(self.turns, get_args(Turns))}"
+            )
         if not self.sources:
             raise ValueError("sources: expected at least one name.")
         for name in ("weights", "kinds", "num_images"):

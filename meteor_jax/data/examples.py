@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from meteor_jax.data import sources
-from meteor_jax.data.config import DataConfig, Kind
+from meteor_jax.data.config import DataConfig, Kind, Turns
 from meteor_jax.data.conversations import place_images
 from meteor_jax.data.templates import (
     Conversation,
@@ -36,12 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row before it is padded: `images` are uint8[H, W, 3], lists hold at most T ids."""
+    """One row before it is padded: `images` are uint8[H, W, 3], lists hold at most T ids; `turn`
+    is None where all of them see each other."""
 
     images: tuple[np.ndarray, ...]
     tokens: list[int]
     labels: list[int]
     example_id: int
+    turn: list[int] | None = None
 
 
 class NothingFits(ValueError):
@@ -56,34 +58,46 @@ def pack_questions(
     template: Template,
     tokenizer: Tokenizer,
     text_length: int,
+    turns: Turns = "together",
 ) -> Rendered:
     """A conversation of the first `max_turns` of `pairs` that fit whole, in their order.
+
+    With turns "apart" each is written as the first of a conversation is, and what that begins
+    with, up to the last image, stands once.
 
     Raises:
         NothingFits: not even one does.
     """
     if not pairs:
         raise NothingFits("it has no questions.")
-    tokens, labels, shortest, turns = [], [], None, 0
+    tokens, labels, numbers, shortest, count = [], [], [], None, 0
     for question, answer in pairs:
-        if turns == 0:
+        first = count == 0 or turns == "apart"
+        if first:
             question = with_images(question, num_images, template=template)
-        turn = render_turn(
-            question, answer, first=turns == 0, template=template, tokenizer=tokenizer
-        )
-        length = len(turn.tokens)
+        turn = render_turn(question, answer, first=first, template=template, tokenizer=tokenizer)
+        shared = num_shared(turn.tokens) if turns == "apart" else 0
+        start = shared if count else 0
+        length = len(turn.tokens) - start
         if len(tokens) + length <= text_length:
-            tokens, labels, turns = tokens + turn.tokens, labels + turn.labels, turns + 1
-        elif turns == 0:
+            count += 1
+            tokens, labels = tokens + turn.tokens[start:], labels + turn.labels[start:]
+            numbers += [0] * (shared - start) + [count] * (len(turn.tokens) - shared)
+        elif count == 0:
             shortest = length if shortest is None else min(shortest, length)
-        if turns == max_turns:
+        if count == max_turns:
             break
-    if not turns:
+    if not count:
         raise NothingFits(
             f"the shortest of {len(pairs)} questions with its answer takes {shortest} tokens, "
             f"text_length is {text_length}; raise text_length or shorten the answers."
         )
-    return Rendered(tokens, labels)
+    return Rendered(tokens, labels, numbers if turns == "apart" else None)
+
+
+def num_shared(tokens: Sequence[int]) -> int:
+    """How many ids of a conversation's first turn there are up to its last image."""
+    return max((place + 1 for place, token in enumerate(tokens) if token == IMAGE_TOKEN), default=0)
 
 
 def cut_text(text: Rendered, *, text_length: int) -> Rendered:
@@ -160,7 +174,7 @@ class ExampleMaker:
         except (sources.CorruptImage, NothingFits) as error:
             logger.error("example %d skipped: %s", record["image_id"], error)
             return self.skipped()
-        return Example(images, text.tokens, text.labels, record["image_id"])
+        return Example(images, text.tokens, text.labels, record["image_id"], text.turn)
 
     def skipped(self) -> Example:
         return Example((), [self.tokenizer.pad_id], [IGNORE_LABEL], SKIPPED_ID)
@@ -178,6 +192,7 @@ class ExampleMaker:
             template=self.template,
             tokenizer=self.tokenizer,
             text_length=self.config.text_length,
+            turns=self.config.turns,
         )
 
     def _conversation(self, record: Record) -> Rendered:

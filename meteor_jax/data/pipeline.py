@@ -13,7 +13,7 @@ import numpy as np
 
 from meteor_jax.config import suggest
 from meteor_jax.data import sources
-from meteor_jax.data.config import DataConfig, Kind
+from meteor_jax.data.config import DataConfig, Kind, Turns
 from meteor_jax.data.examples import Example, ExampleMaker, Record, RecordReader
 from meteor_jax.data.templates import (
     IMAGE_MARKER,
@@ -278,9 +278,18 @@ def served_sources(config: DataConfig, kind: Kind) -> list[int]:
 
 
 def collate(
-    examples: Sequence[Example], *, max_images: int, image_size: int, text_length: int, pad_id: int
+    examples: Sequence[Example],
+    *,
+    max_images: int,
+    image_size: int,
+    text_length: int,
+    pad_id: int,
+    turns: Turns = "together",
 ) -> Batch:
     """Pads examples of 0 to `max_images` images to one `Batch` of NumPy arrays.
+
+    With turns "apart" the batch says which turn a token belongs to; an example that does not is
+    one conversation.
 
     Raises:
         ValueError: an example with more images or more tokens than there is room for, or whose
@@ -290,6 +299,7 @@ def collate(
     images = np.zeros((rows, max_images, image_size, image_size, 3), np.uint8)
     image_valid = np.zeros((rows, max_images), bool)
     labels = np.full((rows, text_length), IGNORE_LABEL, np.int32)
+    turn = np.zeros((rows, text_length), np.int32)
     for row, example in enumerate(examples):
         num_images = Rendered(example.tokens, example.labels).num_images
         if num_images != len(example.images) or num_images > max_images:
@@ -301,6 +311,8 @@ def collate(
             images[row, :num_images] = example.images
             image_valid[row, :num_images] = True
         labels[row, : len(example.labels)] = example.labels[:text_length]
+        if example.turn is not None:
+            turn[row, : len(example.turn)] = example.turn[:text_length]
     tokens, text_valid = _pad_rows(
         [example.tokens for example in examples],
         text_length=text_length,
@@ -314,6 +326,7 @@ def collate(
         text_valid=text_valid,
         labels=labels,
         example_id=np.array([example.example_id for example in examples], np.int32),
+        turn=turn if turns == "apart" else None,
     )
 
 
@@ -379,4 +392,5 @@ class _Collate:
             image_size=self.config.image_size,
             text_length=self.config.text_length,
             pad_id=self.pad_id,
+            turns=self.config.turns,
         )

@@ -79,10 +79,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Ids with `IMAGE_TOKEN` at each image's place, and labels as `Batch` has them."""
+    """Ids with `IMAGE_TOKEN` at each image's place, labels and turns as `Batch` has them."""
 
     tokens: list[int]
     labels: list[int]
+    turn: list[int] | None = None
 
     @property
     def num_images(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import jax
 import jax.numpy as jnp
 
 from meteor_jax.models.resize import resize
@@ -69,7 +70,8 @@ def to_common_grid(features: Seq[Array], *, grids: Seq[int], grid: int) -> list[
 
 
 def splice(
-    text: Array, *, tokens: Array, text_valid: Array, visual: VisualTokens, image_valid: Array
+    text: Array, *, tokens: Array, text_valid: Array, visual: VisualTokens, image_valid: Array,
+    turn: Array | None = None,
 ) -> Sequence:
     """Puts each image's tokens where its `IMAGE_TOKEN` stands, and packs the row.
 
@@ -80,6 +82,7 @@ def splice(
         text: float[B, T, D], embeddings; what stands at an `IMAGE_TOKEN` is not used.
         tokens: int32[B, T]; text_valid: bool[B, T]; image_valid: bool[B, M].
         visual: VisualTokens of [B, M, N, D].
+        turn: int32[B, T] or None, as in `Batch`; each turn's positions follow those of turn 0.
     """
     batch, length = tokens.shape
     num_images, num_visual = visual.x.shape[1:3]
@@ -103,7 +106,13 @@ def splice(
     flat = num_images * num_visual
     both = jnp.concatenate([text, visual.x.reshape(batch, flat, -1).astype(text.dtype)], axis=1)
     source = jnp.where(visual_here, length + index, slot)
-    positions = jnp.cumsum(jnp.where(present, visual.span, is_text), axis=1)
+    width = jnp.where(present, visual.span, is_text)
+    positions = jnp.cumsum(width, axis=1)
+    if turn is not None:
+        begins = jnp.diff(turn, axis=1, prepend=0) > 0
+        begin = jax.lax.cummax(jnp.where(begins, positions - width, 0), axis=1)
+        shared = jnp.sum(jnp.where(turn == 0, width, 0), axis=1, keepdims=True)
+        positions -= jnp.where(turn > 0, begin - shared, 0)
     within = jnp.take_along_axis(visual.position.reshape(batch, flat), index, axis=1)
     return Sequence(
         x=jnp.take_along_axis(both, source[..., None], axis=1),
@@ -113,6 +122,7 @@ def splice(
         valid=valid,
         slot=slot,
         visual=jnp.where(visual_here, index, -1),
+        turn=None if turn is None else of_slot(turn),
     )
 
 

@@ -108,14 +108,18 @@ class LlamaBlock(nn.Module):
         self.down = linear(config.width)
 
     def __call__(
-        self, x: Array, tables: tuple[Array, Array], cache: tuple[Array, Array, Array] | None = None
+        self, x: Array, tables: tuple[Array, Array], mask: Array | None = None,
+        cache: tuple[Array, Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
-        """Without `cache` (k, v, valid), x is a whole packed sequence and attends to itself; with
-        it, x are new entries that also see what is cached."""
+        """Without `cache` (k, v, valid), x is a whole packed sequence and attends to itself, where
+        `mask` (bool[B, S, S]) lets it; with it, x are new entries that also see what is cached."""
         hidden = self.attention_norm(x)
         q, k = self._query_key(hidden, tables)
         v = constrain(self._heads(self.value(hidden)), "bthd")
-        attended = attend_cached(q, k, v, cache) if cache else attend(q, k, v, causal=True)
+        if cache:
+            attended = attend_cached(q, k, v, cache)
+        else:
+            attended = attend(q, k, v, causal=True, mask=mask)
         x = x + self.out(attended.reshape(*x.shape[:2], -1))
         hidden = self.mlp_norm(x)
         hidden = constrain(gated_silu(self.gate(hidden), self.up(hidden)), "btf")
@@ -178,11 +182,16 @@ class Llama(nn.Module):
         logits = self.embedding.attend(x) if self.config.tie_embeddings else self.head(x)
         return logits.astype(jnp.float32)
 
-    def run(self, x: Array, position: Array, *, start: int, stop: int) -> Any:
+    def run(
+        self, x: Array, position: Array, *, start: int, stop: int, turn: Array | None = None
+    ) -> Any:
         """Layers `[start, stop)` over a packed sequence: `StackOutput`, its extras the layers'
         (k, v), each [L, B, S, K, d]."""
         tables = rotary_tables(position, config=self.config)
-        return self.blocks(x, tables, start=start, stop=stop)
+        mask = None
+        if turn is not None:
+            mask = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])
+        return self.blocks(x, tables, mask, start=start, stop=stop)
 
     def run_cached(
         self, x: Array, position: Array, cache: SegmentCache, *, start: int, stop: int
@@ -192,7 +201,7 @@ class Llama(nn.Module):
         valid = jnp.broadcast_to(cache.valid, (stop - start, *cache.valid.shape))
         per_layer = ((cache.k, cache.v, valid),)
         return self.blocks(
-            x, tables, start=start, stop=stop, per_layer=per_layer, in_place=True
+            x, tables, None, start=start, stop=stop, per_layer=per_layer, in_place=True
         )
 
     def text_attention(

@@ -172,7 +172,7 @@ class Meteor(nn.Module):
         )
         run = self._run_segments(
             visual, image_valid=batch.image_valid, tokens=batch.tokens,
-            text_valid=batch.text_valid, plan=plan, num_new=0,
+            text_valid=batch.text_valid, turn=batch.turn, plan=plan, num_new=0,
         )
         entries = entry_of_slot(run.sequence, num_slots=batch.tokens.shape[1])
         x = jnp.take_along_axis(run.sequence.x, entries[..., None], axis=1)
@@ -305,7 +305,7 @@ class Meteor(nn.Module):
 
     def _run_segments(
         self, visual: VisualTokens, *, image_valid: Array, tokens: Array, text_valid: Array,
-        plan: PrunePlan, num_new: int,
+        plan: PrunePlan, num_new: int, turn: Array | None = None,
     ) -> SegmentRun:
         longest = tokens.shape[1] + image_valid.shape[1] * visual.span + num_new
         if longest > self.config.llama.max_positions and not self.is_initializing():
@@ -317,7 +317,8 @@ class Meteor(nn.Module):
             )
         text = self.llama.embed(jnp.maximum(tokens, 0))
         sequence = splice(
-            text, tokens=tokens, text_valid=text_valid, visual=visual, image_valid=image_valid
+            text, tokens=tokens, text_valid=text_valid, visual=visual, image_valid=image_valid,
+            turn=turn,
         )
         sequence = sequence.replace(x=constrain(sequence.x, "btd"))
         if self.is_initializing():

@@ -76,6 +76,11 @@ def run_segments(
     if layers and not 0 < layers[0] <= layers[-1] < depth:
         raise ValueError(f"decode.layers={layers} must lie within 1..{depth - 1}.")
     bounds = (0, *layers, depth)
+    if layers and sequence.turn is not None:
+        raise ValueError(
+            "decode: turns that do not see each other share their image's tokens, so no cut can "
+            "follow the question of one; train with the plan's stages 1 and 2, or give turn=None."
+        )
     raters = None
     if plan and plan.queries == "raters":
         raters = text_raters(sequence, num_text=num_text)
@@ -154,7 +159,8 @@ def _cut_and_run(
 
 def _run(llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int) -> _Segment:
     out = llama.apply(
-        variables, sequence.x, sequence.position, start=start, stop=stop, method="run"
+        variables, sequence.x, sequence.position, start=start, stop=stop, turn=sequence.turn,
+        method="run",
     )
     k, v = out.extras
     return _Segment(sequence.replace(x=out.x), last_input=out.last_input, k=k, v=v)

@@ -259,6 +259,7 @@ def _batch(experiment: Experiment, *, rows: int, text_length: int) -> Batch:
         text_valid=struct((text_length,), jnp.bool_),
         labels=struct((text_length,), jnp.int32),
         example_id=struct((), jnp.int32),
+        turn=struct((text_length,), jnp.int32) if experiment.data.turns == "apart" else None,
     )
 
 

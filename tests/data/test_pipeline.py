@@ -268,7 +268,7 @@ def test_an_answer_longer_than_the_sequence_is_one_line_and_counted(caplog):
     }
 
 
-def _pack(pairs, text_length, max_turns=9, num_images=1):
+def _pack(pairs, text_length, max_turns=9, num_images=1, turns="together"):
     return pack_questions(
         pairs,
         num_images=num_images,
@@ -276,6 +276,7 @@ def _pack(pairs, text_length, max_turns=9, num_images=1):
         template=get_template("vicuna_v1"),
         tokenizer=TOKENIZER,
         text_length=text_length,
+        turns=turns,
     )
 
 
@@ -284,6 +285,30 @@ def _whole(pairs, num_images=1):
     (question, answer), *rest = pairs
     first = (with_images(question, num_images, template=template), answer)
     return render(Conversation((first, *rest)), template=template, tokenizer=TOKENIZER)
+
+
+def test_turns_apart_are_each_written_as_the_only_one():
+    pairs = [("long?", "x" * 50), ("q?", "a"), ("r?", "bc")]
+    alone = [_whole([pair]) for pair in pairs[1:]]
+    shared = alone[0].tokens.index(IMAGE_TOKEN) + 1
+    length = sum(len(text.tokens) for text in alone) - shared
+    packed = _pack(pairs, length, turns="apart")
+    assert packed.tokens == alone[0].tokens + alone[1].tokens[shared:]
+    assert packed.labels == alone[0].labels + alone[1].labels[shared:]
+    counts = [shared, *(len(text.tokens) - shared for text in alone)]
+    assert packed.turn == list(np.repeat([0, 1, 2], counts))
+    assert _pack(pairs, length - 1, turns="apart").tokens == alone[0].tokens
+
+
+def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
+    assert next(make(CONFIG)).turn is None
+    batch = next(make(dataclasses.replace(CONFIG, turns="apart")))
+    assert batch.turn.shape == batch.tokens.shape
+    answers = batch.labels != IGNORE_LABEL
+    assert set(batch.turn[answers]) >= {1, 2}
+    assert (batch.turn[batch.tokens == IMAGE_TOKEN] == 0).all()
+    with pytest.raises(ValueError, match=r"no such way .apar.\. Did you mean .apart."):
+        dataclasses.replace(CONFIG, turns="apar")
 
 
 def test_packing_keeps_whole_turns_only():

@@ -178,6 +178,16 @@ def test_a_train_step_holds_gradients_too_and_counts_remat_apart(mesh):
     assert 1.05 < flops / model_flops < 1.5
 
 
+def test_a_train_step_knows_of_turns_where_they_stand_apart(mesh):
+    experiment = make_experiment()
+    _, batch = build_program(Request("train", experiment), mesh, platform="tpu").args
+    assert batch.turn is None
+    data = dataclasses.replace(experiment.data, turns="apart")
+    request = Request("train", dataclasses.replace(experiment, data=data))
+    _, batch = build_program(request, mesh, platform="tpu").args
+    assert batch.turn.shape == batch.tokens.shape
+
+
 def test_extend_takes_the_cache_of_prefill_split_by_rows(mesh):
     request = Request(
         "extend", with_remat_in_the_decoder(), plan="full", rows=8, param_dtype="bfloat16"
