@@ -76,7 +76,7 @@ def pack_questions(
         if first:
             question = with_images(question, num_images, template=template)
         turn = render_turn(question, answer, first=first, template=template, tokenizer=tokenizer)
-        shared = num_shared(turn.tokens) if turns == "apart" else 0
+        shared = _num_shared(turn.tokens) if turns == "apart" else 0
         start = shared if count else 0
         length = len(turn.tokens) - start
         if len(tokens) + length <= text_length:
@@ -95,7 +95,7 @@ def pack_questions(
     return Rendered(tokens, labels, numbers if turns == "apart" else None)
 
 
-def num_shared(tokens: Sequence[int]) -> int:
+def _num_shared(tokens: Sequence[int]) -> int:
     """How many ids of a conversation's first turn there are up to its last image."""
     return max((place + 1 for place, token in enumerate(tokens) if token == IMAGE_TOKEN), default=0)
 

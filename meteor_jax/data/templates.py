@@ -79,7 +79,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Ids with `IMAGE_TOKEN` at each image's place, labels and turns as `Batch` has them."""
+    """Ids with `IMAGE_TOKEN` at each image's place, labels and turns as `Batch` has them; `turn` is
+    None where all ids see each other."""
 
     tokens: list[int]
     labels: list[int]

@@ -8,7 +8,7 @@ from absl import flags
 from PIL import Image
 
 from meteor_jax.config import ConfigError, build
-from meteor_jax.data.examples import SKIPPED_ID, Example, NothingFits, pack_questions
+from meteor_jax.data.examples import SKIPPED_ID, Example
 from meteor_jax.data.pipeline import (
     DataConfig,
     collate,
@@ -268,38 +268,6 @@ def test_an_answer_longer_than_the_sequence_is_one_line_and_counted(caplog):
     }
 
 
-def _pack(pairs, text_length, max_turns=9, num_images=1, turns="together"):
-    return pack_questions(
-        pairs,
-        num_images=num_images,
-        max_turns=max_turns,
-        template=get_template("vicuna_v1"),
-        tokenizer=TOKENIZER,
-        text_length=text_length,
-        turns=turns,
-    )
-
-
-def _whole(pairs, num_images=1):
-    template = get_template("vicuna_v1")
-    (question, answer), *rest = pairs
-    first = (with_images(question, num_images, template=template), answer)
-    return render(Conversation((first, *rest)), template=template, tokenizer=TOKENIZER)
-
-
-def test_turns_apart_are_each_written_as_the_only_one():
-    pairs = [("long?", "x" * 50), ("q?", "a"), ("r?", "bc")]
-    alone = [_whole([pair]) for pair in pairs[1:]]
-    shared = alone[0].tokens.index(IMAGE_TOKEN) + 1
-    length = sum(len(text.tokens) for text in alone) - shared
-    packed = _pack(pairs, length, turns="apart")
-    assert packed.tokens == alone[0].tokens + alone[1].tokens[shared:]
-    assert packed.labels == alone[0].labels + alone[1].labels[shared:]
-    counts = [shared, *(len(text.tokens) - shared for text in alone)]
-    assert packed.turn == list(np.repeat([0, 1, 2], counts))
-    assert _pack(pairs, length - 1, turns="apart").tokens == alone[0].tokens
-
-
 def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
     assert next(make(CONFIG)).turn is None
     batch = next(make(dataclasses.replace(CONFIG, turns="apart")))
@@ -311,28 +279,12 @@ def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
         dataclasses.replace(CONFIG, turns="apar")
 
 
-def test_packing_keeps_whole_turns_only():
-    long, short, other = ("long?", "x" * 50), ("q?", "a"), ("r?", "bc")
-    full = len(_whole([short, long, other]).tokens)
-    assert _pack([short, long, other], full) == _whole([short, long, other])
-    assert _pack([short, long, other], full - 1) == _whole([short, long])
-    assert _pack([short, long, other], len(_whole([short, long]).tokens) - 1) == _whole(
-        [short, other]
-    )
-    # Where the first does not fit, the next one brings the opening and the image.
-    assert _pack([long, short], len(_whole([short]).tokens)) == _whole([short])
-    assert _pack([short, long, other], full, max_turns=2) == _whole([short, long])
-    with pytest.raises(NothingFits, match=r"takes \d+ tokens, text_length is 50"):
-        _pack([long, short], 50)
-    with pytest.raises(NothingFits, match="no questions"):
-        _pack([], 50)
-
-
 def test_collate_takes_no_one_or_two_images():
     picture = np.full((8, 8, 3), 7, np.uint8)
-    examples = []
+    template, examples = get_template("vicuna_v1"), []
     for number in range(3):
-        text = _whole([("q?", "a")], num_images=number)
+        question = with_images("q?", number, template=template)
+        text = render(Conversation(((question, "a"),)), template=template, tokenizer=TOKENIZER)
         examples.append(Example((picture,) * number, text.tokens, text.labels, number))
     options = {"image_size": 8, "text_length": 250, "pad_id": TOKENIZER.pad_id}
     batch = collate(examples, max_images=2, **options)
