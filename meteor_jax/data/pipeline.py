@@ -149,6 +149,7 @@ def make_train_iterator(
             that no source serves, or a source with nothing beside what is held out.
     """
     make_example = _example_maker(config, tokenizer, kind, template, records)
+    collate_rows = _Collate(make_example.config, tokenizer.pad_id)
     served = served_sources(config, kind)
     # grain looks into whatever passes through it, so only indices do until the example is made.
     streams = []
@@ -160,7 +161,7 @@ def make_train_iterator(
     batches = (
         grain.MapDataset.mix(streams, weights)
         .random_map(make_example, seed=config.seed)[process_index::process_count]
-        .batch(batch_size, drop_remainder=True, batch_fn=_Collate(config, tokenizer.pad_id))
+        .batch(batch_size, drop_remainder=True, batch_fn=collate_rows)
     )
     return TrainIterator(
         batches, prefetch=config.prefetch, num_workers=config.num_workers, start=start_batch
@@ -239,7 +240,7 @@ def make_held_out_batches(
             same.
     """
     make_example = _example_maker(config, tokenizer, kind, template, records)
-    collate_rows = _Collate(config, tokenizer.pad_id)
+    collate_rows = _Collate(make_example.config, tokenizer.pad_id)
     served = served_sources(config, kind)
     rows = [row for index in served for row in make_example.reader.held_out(index)]
     step, batches = batch_size * process_count, []
@@ -264,6 +265,8 @@ def _example_maker(
         raise ValueError(f"kind: no such kind '{kind}'.{suggest(kind, get_args(Kind))}")
     if kind == "questions" and not layout.keeps_question:
         raise ValueError(f"template: '{name}' drops questions, use it for captions only.")
+    if kind == "caption":  # which is alone in its row: there is nothing to keep apart
+        config = dataclasses.replace(config, turns="together")
     reader = RecordReader(config, tuple(open_sources(config) if records is None else records))
     return ExampleMaker(config, tokenizer, layout, kind, reader)
 

@@ -150,7 +150,8 @@ def _train(request: Request, mesh: Mesh) -> Program:
     plan = _plan(request)
     model, optimizer = Meteor(experiment.model), make_optimizer(stage)
     text_length = stage.text_length or experiment.data.text_length
-    batch = _batch(experiment, rows=stage.batch_size, text_length=text_length)
+    apart = experiment.data.turns == "apart" and stage.kind == "questions"
+    batch = _batch(experiment, rows=stage.batch_size, text_length=text_length, apart=apart)
 
     def fresh(batch: Batch) -> Any:
         return make_state(
@@ -246,7 +247,9 @@ def _plan(request: Request) -> PrunePlan:
     return plan.calibrated(stand_in).calibrated(request.calibration)
 
 
-def _batch(experiment: Experiment, *, rows: int, text_length: int) -> Batch:
+def _batch(
+    experiment: Experiment, *, rows: int, text_length: int, apart: bool = False
+) -> Batch:
     size, images = experiment.model.image_size, experiment.data.max_images
 
     def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -259,7 +262,7 @@ def _batch(experiment: Experiment, *, rows: int, text_length: int) -> Batch:
         text_valid=struct((text_length,), jnp.bool_),
         labels=struct((text_length,), jnp.int32),
         example_id=struct((), jnp.int32),
-        turn=struct((text_length,), jnp.int32) if experiment.data.turns == "apart" else None,
+        turn=struct((text_length,), jnp.int32) if apart else None,
     )
 
 

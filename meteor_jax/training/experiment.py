@@ -35,6 +35,8 @@ class StageConfig:
         learning_rates_by_path: (pattern, multiplier); the first pattern found in a parameter's
             path scales its learning rate.
         trainable: patterns; parameters whose path holds none of them are frozen.
+        restart: patterns; parameters whose path holds one of them begin the stage from nothing
+            again: what the stage before taught them is dropped, what it taught the rest stays.
         grad_clip: largest global norm of the gradient; 0 does not clip.
         before: what is done before the stage's first step: "calibrate_ranks" measures the ranks
             that rank-guided plans need, with the parameters as they are then.
@@ -51,6 +53,7 @@ class StageConfig:
     warmup: float = 0.03
     learning_rates_by_path: tuple[tuple[str, float], ...] = ()
     trainable: tuple[str, ...] = (".*",)
+    restart: tuple[str, ...] = ()
     weight_decay: float = 0.0
     adam_b1: float = 0.9
     adam_b2: float = 0.95

@@ -34,7 +34,13 @@ from meteor_jax.training.metrics import MetricsLog, ProgressBar, StepRecorder, T
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.profiling import StepProfiler
 from meteor_jax.training.signals import Interrupted, StopSignals
-from meteor_jax.training.starting import check_stage, first_state, make_steps, training_plans
+from meteor_jax.training.starting import (
+    check_stage,
+    first_state,
+    make_steps,
+    restart_params,
+    training_plans,
+)
 from meteor_jax.training.state import TrainState, enter_stage
 from meteor_jax.types import Batch
 
@@ -172,6 +178,11 @@ def train(
                         state, optimizer=optimizer, trainable=stage.config.trainable, mesh=mesh
                     )
                 # A checkpoint at the very beginning of a stage was written after this.
+                if begins:
+                    state = restart_params(
+                        state, patterns=stage.config.restart, model=model, batch=shapes,
+                        seed=experiment.seed,
+                    )
                 if stage.config.before == "calibrate_ranks" and begins:
                     calibration = calibrate(state.params)
                     if is_main_process():

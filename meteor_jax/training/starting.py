@@ -22,7 +22,7 @@ from meteor_jax.pruning.encode import RankMode
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.compatible import check_model
 from meteor_jax.training.experiment import Experiment, Stage
-from meteor_jax.training.optimizer import check_patterns
+from meteor_jax.training.optimizer import check_patterns, join_params, split_trainable
 from meteor_jax.training.state import TrainState, init_params, make_state
 from meteor_jax.training.step import TrainStep, make_train_step
 from meteor_jax.types import Batch
@@ -73,8 +73,7 @@ def first_state(
         )
 
     def fresh_params() -> Any:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-        return init_params(model, zeros, seed=experiment.seed)
+        return init_params(model, _zeros(batch), seed=experiment.seed)
 
     try:
         like = jax.eval_shape(lambda: with_params(fresh_params()))
@@ -100,6 +99,31 @@ def first_state(
         return with_params(fresh_params() | restored)
 
     return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(restored)
+
+
+def restart_params(
+    state: TrainState, *, patterns: tuple[str, ...], model: nn.Module, batch: Batch, seed: int
+) -> TrainState:
+    """`state` with the parameters that `patterns` find as they were before the first step."""
+
+    def begin(params: dict[str, Any]) -> dict[str, Any]:
+        again, _ = split_trainable(init_params(model, _zeros(batch), seed=seed), patterns)
+        _, kept = split_trainable(params, patterns)
+        return join_params(again, kept)
+
+    def restarted(params: dict[str, Any]) -> dict[str, Any]:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+        return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+
+    if not patterns:
+        return state
+    return state.replace(
+        params=restarted(state.params), ema=None if state.ema is None else restarted(state.ema)
+    )
+
+
+def _zeros(batch: Batch) -> Batch:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
 
 
 def training_plans(
@@ -145,6 +169,7 @@ def _check_whole_run(
     for stage in experiment.train.stages():
         where, config = f"train.{stage.name}", stage.config
         check_patterns(config.trainable, paths, where=f"{where}.trainable")
+        check_patterns(config.restart, paths, where=f"{where}.restart")
         groups = tuple(pattern for pattern, _ in config.learning_rates_by_path)
         check_patterns(groups, paths, where=f"{where}.learning_rates_by_path")
         if config.before == "calibrate_ranks":

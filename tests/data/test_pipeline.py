@@ -270,7 +270,9 @@ def test_an_answer_longer_than_the_sequence_is_one_line_and_counted(caplog):
 
 def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
     assert next(make(CONFIG)).turn is None
-    batch = next(make(dataclasses.replace(CONFIG, turns="apart")))
+    apart = dataclasses.replace(CONFIG, turns="apart")
+    assert next(make(apart, kind="caption", template="plain")).turn is None
+    batch = next(make(apart))
     assert batch.turn.shape == batch.tokens.shape
     answers = batch.labels != IGNORE_LABEL
     assert set(batch.turn[answers]) >= {1, 2}

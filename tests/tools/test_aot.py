@@ -183,9 +183,11 @@ def test_a_train_step_knows_of_turns_where_they_stand_apart(mesh):
     _, batch = build_program(Request("train", experiment), mesh, platform="tpu").args
     assert batch.turn is None
     data = dataclasses.replace(experiment.data, turns="apart")
-    request = Request("train", dataclasses.replace(experiment, data=data))
-    _, batch = build_program(request, mesh, platform="tpu").args
+    experiment = dataclasses.replace(experiment, data=data)
+    _, batch = build_program(Request("train", experiment), mesh, platform="tpu").args
     assert batch.turn.shape == batch.tokens.shape
+    captions = Request("train", experiment, stage="pretrain")
+    assert build_program(captions, mesh, platform="tpu").args[1].turn is None
 
 
 def test_extend_takes_the_cache_of_prefill_split_by_rows(mesh):

@@ -165,11 +165,33 @@ def test_init_from_gives_parameters_only(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, second.params, first.params)
 
 
+def test_restart_takes_back_what_the_stage_before_taught(tmp_path):
+    fresh = run(
+        tmp_path / "fresh", make_experiment(pretrain={"steps": 0}, finetune={"learning_rate": 0.0})
+    ).state.params
+    captions = run(
+        tmp_path / "captions", make_experiment(ema=0.5, finetune={"steps": 0})
+    ).state
+    both = run(
+        tmp_path / "both",
+        make_experiment(
+            ema=0.5, finetune={"steps": 1, "learning_rate": 0.0, "restart": ("^llama/head",)}
+        ),
+    ).state
+    equal = np.testing.assert_array_equal
+    jax.tree.map(equal, both.params["clip"], captions.params["clip"])
+    jax.tree.map(equal, both.params["llama"]["embedding"], captions.params["llama"]["embedding"])
+    for params in (both.params, both.ema):
+        jax.tree.map(equal, params["llama"]["head"], fresh["llama"]["head"])
+    assert np.any(captions.params["llama"]["head"]["kernel"] != fresh["llama"]["head"]["kernel"])
+
+
 @pytest.mark.parametrize(
     ("experiment", "message"),
     [
         (make_experiment(finetune={"plans": ("ful",)}), "no plan 'ful'.* 'full'"),
         (make_experiment(finetune={"trainable": ("lamma",)}), "finetune.trainable: 'lamma' match"),
+        (make_experiment(finetune={"restart": ("lamma",)}), "finetune.restart: 'lamma' matches no"),
         (
             make_experiment(finetune={"learning_rates_by_path": (("clap", 0.1),)}),
             "learning_rates_by_path: 'clap' matches no parameter; they begin with clip, llama",
