@@ -178,7 +178,8 @@ def train(
                         state, optimizer=optimizer, trainable=stage.config.trainable, mesh=mesh
                     )
                 # A checkpoint at the very beginning of a stage was written after this.
-                if begins:
+                if begins and stage.config.restart:
+                    bar.say(f"{stage.name}: from nothing again: {', '.join(stage.config.restart)}")
                     state = restart_params(
                         state, patterns=stage.config.restart, model=model, batch=shapes,
                         seed=experiment.seed,

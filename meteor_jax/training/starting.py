@@ -115,8 +115,6 @@ def restart_params(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
 
-    if not patterns:
-        return state
     return state.replace(
         params=restarted(state.params), ema=None if state.ema is None else restarted(state.ema)
     )
