@@ -3,8 +3,8 @@
 The three encoders have the architectures of the large ones and start from nothing, so everything
 trains in both stages. The captions are for the encoders: the questions begin with a decoder and
 projectors that have learnt nothing, because those that captions taught to name what an image shows
-often never learn to compare it with what a question asks for. Of 116 visual tokens METEOR lets 40
-into the decoder, whose layers see 28 on average.
+often do not learn in these steps to compare it with what a question asks for. Of 116 visual tokens
+METEOR lets 40 into the decoder, whose layers see 28 on average.
 """
 
 import dataclasses

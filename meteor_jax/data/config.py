@@ -83,3 +83,7 @@ class DataConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
         if self.held_out < 0:
             raise ValueError(f"held_out: expected at least 0, got {self.held_out}.")
+
+    def turns_of(self, kind: Kind) -> Turns:
+        """How the turns of a stage's rows stand: a caption is alone in its row, and unmasked."""
+        return "together" if kind == "caption" else self.turns

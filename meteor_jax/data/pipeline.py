@@ -265,8 +265,7 @@ def _example_maker(
         raise ValueError(f"kind: no such kind '{kind}'.{suggest(kind, get_args(Kind))}")
     if kind == "questions" and not layout.keeps_question:
         raise ValueError(f"template: '{name}' drops questions, use it for captions only.")
-    if kind == "caption":  # which is alone in its row: there is nothing to keep apart
-        config = dataclasses.replace(config, turns="together")
+    config = dataclasses.replace(config, turns=config.turns_of(kind))
     reader = RecordReader(config, tuple(open_sources(config) if records is None else records))
     return ExampleMaker(config, tokenizer, layout, kind, reader)
 

@@ -150,7 +150,7 @@ def _train(request: Request, mesh: Mesh) -> Program:
     plan = _plan(request)
     model, optimizer = Meteor(experiment.model), make_optimizer(stage)
     text_length = stage.text_length or experiment.data.text_length
-    apart = experiment.data.turns == "apart" and stage.kind == "questions"
+    apart = experiment.data.turns_of(stage.kind) == "apart"
     batch = _batch(experiment, rows=stage.batch_size, text_length=text_length, apart=apart)
 
     def fresh(batch: Batch) -> Any:

@@ -111,12 +111,10 @@ def restart_params(
         _, kept = split_trainable(params, patterns)
         return join_params(again, kept)
 
-    def restarted(params: dict[str, Any]) -> dict[str, Any]:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-        return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
-
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)  # the average's too
+    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=0)
     return state.replace(
-        params=restarted(state.params), ema=None if state.ema is None else restarted(state.ema)
+        params=begin(state.params), ema=None if state.ema is None else begin(state.ema)
     )
 
 
