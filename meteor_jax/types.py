@@ -109,6 +109,8 @@ class SegmentCache:
         valid: bool[B, S].
         next_position: int32[B]; rotary position of the first new token in this segment.
         num_room: entries at the end of S that are for new tokens (static).
+        lengths: static numbers of prompt entries, increasing, that `trim` may leave; the last
+            holds any prompt, the others hold those that kept fewer tokens.
     """
 
     k: Array
@@ -116,26 +118,73 @@ class SegmentCache:
     valid: Array
     next_position: Array
     num_room: int = flax.struct.field(pytree_node=False)
+    lengths: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+    def trim(self, length: int) -> SegmentCache:
+        """Without the prompt entries from `length` on, which no row may fill."""
+        prompt = self.valid.shape[1] - self.num_room
+        if length == prompt:
+            return self
+
+        def cut(array: Array, axis: int) -> Array:
+            kept = jax.lax.slice_in_dim(array, 0, length, axis=axis)
+            room = jax.lax.slice_in_dim(array, prompt, None, axis=axis)
+            return jnp.concatenate([kept, room], axis=axis)
+
+        return self.replace(
+            k=cut(self.k, 2), v=cut(self.v, 2), valid=cut(self.valid, 1), lengths=(length,)
+        )
 
     def append(self, k: Array, v: Array, *, num_new: Array) -> SegmentCache:
         """Writes keys and values float[L, B, T, num_kv_heads, head_dim] of T more tokens, after
         the `num_new` that came since the prefill. All rows write at one place, so nothing is
-        scattered; `num_room` is what `prefill` was asked for."""
-        start = self.valid.shape[1] - self.num_room + num_new
-        added = jnp.ones((self.valid.shape[0], k.shape[2]), bool)
+        scattered. Where there is no room for them nothing changes."""
+        count = k.shape[2]
+        fits = num_new + count <= self.num_room
+        start = self.valid.shape[1] - self.num_room + jnp.minimum(num_new, self.num_room - count)
+
+        def write(array: Array, new: Array, axis: int) -> Array:
+            # The few entries that are there stay where nothing fits; the rest is not touched.
+            old = jax.lax.dynamic_slice_in_dim(array, start, count, axis=axis)
+            new = jnp.where(fits, new.astype(array.dtype), old)
+            return jax.lax.dynamic_update_slice_in_dim(array, new, start, axis=axis)
+
+        added = jnp.ones((self.valid.shape[0], count), bool)
         return self.replace(
-            k=jax.lax.dynamic_update_slice_in_dim(self.k, k.astype(self.k.dtype), start, axis=2),
-            v=jax.lax.dynamic_update_slice_in_dim(self.v, v.astype(self.v.dtype), start, axis=2),
-            valid=jax.lax.dynamic_update_slice_in_dim(self.valid, added, start, axis=1),
+            k=write(self.k, k, 2), v=write(self.v, v, 2), valid=write(self.valid, added, 1)
         )
 
 
 @flax.struct.dataclass
 class DecodeCache:
-    """One `SegmentCache` a segment, and how many tokens were appended since the prefill."""
+    """One `SegmentCache` a segment.
+
+    Shapes:
+        num_new: int32[]; tokens appended since the prefill.
+        overflowed: bool[]; whether tokens came for which there was no room. They were not
+            written, and their logits are NaN.
+    """
 
     segments: tuple[SegmentCache, ...]
-    num_new: Array  # int32[]
+    num_new: Array
+    overflowed: Array
+
+    @property
+    def num_room(self) -> int:
+        """New tokens that there was room for after the prefill."""
+        return self.segments[0].num_room
+
+    @property
+    def num_lengths(self) -> int:
+        """Static lengths that `trim` chooses among."""
+        return max(len(segment.lengths) for segment in self.segments)
+
+    def trim(self, choice: int) -> DecodeCache:
+        """Every segment cut to its `choice`-th length (static), or its last."""
+        return self.replace(segments=tuple(
+            segment.trim(segment.lengths[min(choice, len(segment.lengths) - 1)])
+            for segment in self.segments
+        ))
 
 
 @flax.struct.dataclass
@@ -152,14 +201,15 @@ class CutTrace:
     Shapes:
         visual: int32[B, K_max]; kept visual tokens (indices into M·N), −1 where none.
         num_kept: int32[B]; visual tokens kept for the example.
-        bucket: int32[]; static size that the batch was packed into (visual tokens a row).
+        num_computed: float32[B]; visual tokens that the layers after the cut computed for it: its
+            share of the static total that its batch was packed into.
         visual_attention_value: float32[B, heads]; VAV of every head (METEOR's name), 0 where the
             criterion does not use attention.
     """
 
     visual: Array
     num_kept: Array
-    bucket: Array
+    num_computed: Array
     visual_attention_value: Array
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.evaluation.lanes import split_by_rows
-from meteor_jax.inference.generate import generate
+from meteor_jax.inference.generate import Generated, Started, choose_cache_length, decode, start
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IMAGE_TOKEN, Array, VisualTokens
 
@@ -28,12 +28,16 @@ class Replies:
 
     Shapes:
         tokens: int32[B, max_new_tokens]; num_tokens: int32[B].
-        kept: int32[B] a cut in the LLM.
+        finite: bool[B]; False where logits were NaN or infinite.
+        kept: int32[B] a cut in the LLM: visual tokens kept.
+        computed: float32[B] a cut: visual tokens that the layers after it computed.
     """
 
     tokens: Array
     num_tokens: Array
+    finite: Array
     kept: tuple[Array, ...] = ()
+    computed: tuple[Array, ...] = ()
 
 
 @flax.struct.dataclass
@@ -50,7 +54,8 @@ class Rows:
 
 
 class Answerer(Protocol):
-    """A model under one plan. Every call returns before it is done."""
+    """A model under one plan. A call returns before it is done, or, where the budget of stage 3 is
+    adaptive, when the prefill is."""
 
     sees_images: bool
 
@@ -59,6 +64,9 @@ class Answerer(Protocol):
 
     def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
         """Replies to B prompts about their images in `visual`, [B, M, N, D]."""
+
+    def warm_up(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Any:
+        """Compiles whatever `answer` may run for such shapes; returns what is to be waited for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,21 +83,38 @@ class ModelAnswerer:
         return encode_images(self.params, images, model=self.model, plan=self.plan)
 
     def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
-        generated = generate(
-            self.model,
-            self.params,
-            visual,
-            image_valid=rows.image_valid,
-            tokens=rows.tokens,
-            text_valid=rows.text_valid,
-            plan=self.plan,
-            max_new_tokens=max_new_tokens,
-            eos_id=self.eos_id,
+        started = self._start(visual, rows, max_new_tokens=max_new_tokens)
+        generated = self._decode(
+            started, max_new_tokens=max_new_tokens, cache_length=choose_cache_length(started)
         )
         return Replies(
             tokens=generated.tokens,
             num_tokens=generated.num_tokens,
+            finite=generated.finite,
             kept=tuple(cut.num_kept for cut in generated.cuts),
+            computed=tuple(cut.num_computed for cut in generated.cuts),
+        )
+
+    def warm_up(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Any:
+        started = self._start(visual, rows, max_new_tokens=max_new_tokens)
+        return [
+            self._decode(started, max_new_tokens=max_new_tokens, cache_length=choice)
+            for choice in range(started.cache.num_lengths)
+        ]
+
+    def _start(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Started:
+        return start(
+            self.model, self.params, visual, image_valid=rows.image_valid, tokens=rows.tokens,
+            text_valid=rows.text_valid, plan=self.plan, max_new_tokens=max_new_tokens,
+            key=jax.random.key(0),
+        )
+
+    def _decode(
+        self, started: Started, *, max_new_tokens: int, cache_length: int
+    ) -> Generated:
+        return decode(
+            self.model, self.params, started, max_new_tokens=max_new_tokens, eos_id=self.eos_id,
+            key=jax.random.key(0), cache_length=cache_length,
         )
 
 

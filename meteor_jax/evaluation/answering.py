@@ -63,14 +63,16 @@ class Answered:
     Shapes:
         index: int64[n] into the prompts.
         tokens: int32[n, max_new_tokens]; num_tokens: int32[n].
-        kept: int32[n] a cut in the LLM.
+        finite: bool[n]; kept: int32[n] and computed: float32[n] a cut in the LLM; see `Replies`.
         unreadable: bool[n]; an image could not be decoded, so the answer means nothing.
     """
 
     index: np.ndarray
     tokens: np.ndarray
     num_tokens: np.ndarray
+    finite: np.ndarray
     kept: tuple[np.ndarray, ...]
+    computed: tuple[np.ndarray, ...]
     unreadable: np.ndarray
 
 
@@ -135,7 +137,7 @@ def answer_prompts(
         steps = [step for group in schedule.groups for step in group.steps]
         for step in {step.shape: step for step in steps if warm_up}.values():
             slot, rows = _lay_out(asks, step, lanes=lanes)
-            jax.block_until_ready(_ask(answerer, step, warm, slot=slot, rows=rows))
+            jax.block_until_ready(_ask(answerer.warm_up, step, warm, slot=slot, rows=rows))
 
     begin = time.perf_counter()
     pending: deque[tuple[Step, Replies, Array]] = deque()
@@ -170,7 +172,7 @@ def answer_prompts(
             for step in group.steps:
                 slot, rows = _lay_out(asks, step, lanes=lanes)
                 with seconds.adding("model"):
-                    replies = _ask(answerer, step, visual, slot=slot, rows=rows)
+                    replies = _ask(answerer.answer, step, visual, slot=slot, rows=rows)
                 pending.append((step, lanes.everywhere(replies), readable))
                 if len(pending) > 1:
                     yield settle()
@@ -180,10 +182,10 @@ def answer_prompts(
 
 
 def _ask(
-    answerer: Answerer, step: Step, group: VisualTokens, *, slot: Array, rows: Rows
-) -> Replies:
+    answer: Callable[..., Any], step: Step, group: VisualTokens, *, slot: Array, rows: Rows
+) -> Any:
     visual, rows = look_up(group, slot, rows)
-    return answerer.answer(visual, rows, max_new_tokens=step.shape.max_new_tokens)
+    return answer(visual, rows, max_new_tokens=step.shape.max_new_tokens)
 
 
 def _lay_out(asks: Sequence[Ask], step: Step, *, lanes: Lanes) -> tuple[Array, Rows]:
@@ -215,7 +217,9 @@ def _answered(step: Step, replies: Replies, readable: np.ndarray) -> Answered:
         index=step.asked[step.counts],
         tokens=replies.tokens[counts],
         num_tokens=replies.num_tokens[counts],
+        finite=replies.finite[counts],
         kept=tuple(cut[counts] for cut in replies.kept),
+        computed=tuple(cut[counts] for cut in replies.computed),
         unreadable=~sound[step.counts],
     )
 

@@ -87,6 +87,7 @@ class Evaluation:
             run.result,
             visual_tokens_fused=fused_shape(self.model, self.params, plan=plan).num_tokens,
             layers=plan.decode.layers if plan.decode else (),
+            rows=self.config.sizes(lanes=self.lanes.count).questions // self.lanes.count,
             depth=self.model.config.llama.depth,
         )
         return dataclasses.replace(run, result=result)
@@ -213,8 +214,11 @@ class Evaluation:
             prediction=prediction,
             score=score_answer(self.questions[index], prediction),
             kept=tuple(int(cut[row]) for cut in answered.kept),
+            computed=tuple(float(cut[row]) for cut in answered.computed),
             prompt_tokens=len(ask.tokens),
+            prompt_length=ask.shape.prompt_length,
             num_images=len(ask.images),
+            non_finite=not answered.finite[row],
         )
 
 
@@ -226,8 +230,11 @@ def answer_of(line: Mapping[str, Any], *, question: Question) -> Answer:
         prediction=line["prediction"],
         score=score_answer(question, line["prediction"]),
         kept=tuple(line["kept"]),
+        computed=tuple(line["computed"]),
         prompt_tokens=line["prompt_tokens"],
-        num_images=line.get("num_images", question.num_images),
+        prompt_length=line["prompt_length"],
+        num_images=line["num_images"],
+        non_finite=line["non_finite"],
     )
 
 

@@ -18,7 +18,8 @@ from sklearn.isotonic import isotonic_regression
 
 from meteor_jax.evaluation.kept import PERCENTILES
 
-TOKENS_LABEL = "visual tokens a question (mean over the layers of the LLM)"
+KEPT_LABEL = "visual tokens kept a question (mean over the layers of the LLM)"
+TOKENS_LABEL = "visual tokens computed a question (mean over the layers of the LLM)"
 LONGEST_NAME = 30
 LABEL_WIDTH, LABEL_HEIGHT = 0.2, 0.055  # of a name in a chart, as shares of the axes
 INK, MUTED, PAPER, LINE = "#1b1f24", "#6b7280", "#ffffff", "#d8dce1"
@@ -82,7 +83,7 @@ def spread_figure(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.set_yticks(range(len(rows)), [*map(shorten, rows)], color=INK)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.set_xlabel(TOKENS_LABEL, color=INK, fontsize=9)
+    axes.set_xlabel(KEPT_LABEL, color=INK, fontsize=9)
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     return figure
 

@@ -48,9 +48,12 @@ def prediction_line(question: Question, answer: Answer) -> dict[str, Any]:
         "prediction": answer.prediction,
         "score": answer.score,
         "kept": list(answer.kept),
+        "computed": list(answer.computed),
         "prompt_tokens": answer.prompt_tokens,
+        "prompt_length": answer.prompt_length,
         "num_images": answer.num_images,
         "corrupt": answer.corrupt,
+        "non_finite": answer.non_finite,
     }
 
 

@@ -39,13 +39,14 @@ PREDICTIONS_FOLDER = "predictions"
 def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
     """The rows task by task, then every plan's mean over the tasks of a group and of all.
 
-    ± is half the width of a 95 % interval; eval.json has both ends.
+    ± is half the width of a 95 % interval; eval.json has both ends. "kept" and "computed" are visual
+    tokens, means over the decoder's layers; GFLOPs are those computed.
     """
     console = console or Console()
     table = Table(header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("task", "plan"):  # these fold where a terminal is narrow; numbers never do
         table.add_column(name, overflow="fold", min_width=5)
-    for name in ("score %", "vs full", "F1", "n", "tokens", "GFLOPs", "ms"):
+    for name in ("score %", "vs full", "F1", "n", "kept", "computed", "GFLOPs", "ms"):
         table.add_column(name, justify="right", no_wrap=True)
     tasks = list(dict.fromkeys(row.task for row in rows))
     for task in tasks:
@@ -60,6 +61,11 @@ def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
     corrupt = max((row.corrupt for row in rows if row.group != COMBINED), default=0)
     if corrupt:
         console.print(f"Up to {corrupt} questions of a task have a corrupt image; scored wrong.")
+    if non_finite := sum(row.non_finite for row in rows if row.group != COMBINED):
+        console.print(
+            f"{non_finite} answers come from logits that are NaN or infinite and mean nothing "
+            "(non_finite in predictions): look at the checkpoint, or compute in float32."
+        )
 
 
 def _mean_table(rows: Sequence[Row]) -> Table:
@@ -111,7 +117,7 @@ def write_predictions(folder: Path, questions: Sequence[Question], result: PlanR
 
 def draw_curve(path: Path, rows: Sequence[Row]) -> None:
     """accuracy_vs_tokens.png: mean score over the tasks against visual tokens, a point a plan."""
-    points = plan_points(rows, cost=lambda row: row.visual_tokens_mean)
+    points = plan_points(rows, cost=lambda row: row.visual_tokens_computed)
     reference = points["full"].score if "full" in points else None
     figure = score_figure(points, x_label=TOKENS_LABEL, reference=reference)
     partial = path.with_suffix(".partial.png")
@@ -167,7 +173,8 @@ def _cells(row: Row) -> list[str]:
         delta,
         "" if row.f1 is None else _percent(row.f1),
         str(row.n),
-        f"{row.visual_tokens_mean:.1f}" if measured else "",
+        f"{row.visual_tokens_kept:.1f}" if measured else "",
+        f"{row.visual_tokens_computed:.1f}" if measured else "",
         f"{1000 * row.tflops:,.3g}" if measured else "",
         f"{1000 * row.seconds:.1f}" if measured else "",
     ]

@@ -18,8 +18,8 @@ BLIND = "blind"  # the same model, the question alone
 MAJORITY = "majority"  # no model: each task's most frequent answer
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
-# TFLOPs of a question of so many prompt tokens and images, that many visual tokens being left after
-# each cut.
+# TFLOPs of a question, as it was computed: mean places of its text, visual tokens computed after each
+# cut, and images.
 QuestionCost = Callable[[float, tuple[float, ...], float], float]
 
 
@@ -29,17 +29,23 @@ class Answer:
 
     Attributes:
         kept: visual tokens left after each cut in the LLM; () where there was none.
-        prompt_tokens: text tokens of the prompt.
+        computed: visual tokens that the layers after each cut computed, this question's share of
+            its batch's total; never fewer than it kept, on average.
+        prompt_tokens: text tokens of the prompt; prompt_length: places that it was padded to.
         num_images: asked about; those for which the decoder has no room are not.
         corrupt: the image could not be decoded, so nothing was asked and the score is 0.
+        non_finite: a logit was NaN or infinite, so the prediction means nothing.
     """
 
     prediction: str
     score: float
     kept: tuple[int, ...] = ()
+    computed: tuple[float, ...] = ()
     prompt_tokens: int = 0
+    prompt_length: int = 0
     num_images: int = 1
     corrupt: bool = False
+    non_finite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,7 @@ class PlanResult:
     Attributes:
         visual_tokens_fused: tokens of an image that enter the LLM.
         layers: the first layer after each cut; depth: layers of the LLM.
+        rows: prompts of a batch on one shard of its rows.
         seconds: wall time a question, everything compiled before.
     """
 
@@ -57,6 +64,7 @@ class PlanResult:
     visual_tokens_fused: int = 0
     layers: tuple[int, ...] = ()
     depth: int = 1
+    rows: int = 1
     seconds: float = 0.0
 
 
@@ -70,9 +78,13 @@ class Row:
             or, where some count only together, over such units.
         group: the task's group, or "combined" for a source's tasks together.
         corrupt: questions scored 0 because their image could not be decoded.
-        visual_tokens_mean: visual tokens of a question, mean over the LLM's layers; measured.
+        non_finite: questions with a logit that was NaN or infinite.
+        visual_tokens_kept: visual tokens of a question, mean over the LLM's layers.
+        visual_tokens_computed: those that its layers computed: the static sizes that the batches
+            were packed into, a question's share.
         visual_tokens_fused: those of an image that enter the LLM.
-        tflops: of one question with its images encoded for it alone, up to the first answer token.
+        tflops: computed for one question with its images encoded for it alone, up to the first
+            answer token.
         seconds: wall time of one question as it was run, images shared.
         f1: of "yes", for yes/no tasks.
         delta, delta_low, delta_high: score minus the reference plan's, unit by unit, and its 95 %
@@ -90,7 +102,9 @@ class Row:
     n: int
     group: str
     corrupt: int = 0
-    visual_tokens_mean: float = 0.0
+    non_finite: int = 0
+    visual_tokens_kept: float = 0.0
+    visual_tokens_computed: float = 0.0
     visual_tokens_fused: int = 0
     tflops: float = 0.0
     seconds: float = 0.0
@@ -207,6 +221,10 @@ def averages(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     }
 
 
+def _means(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(np.mean(values, axis=0).tolist()) if values else ()
+
+
 def _make_row(
     name: str,
     questions: Sequence[Question],
@@ -223,8 +241,9 @@ def _make_row(
     entering = dataclasses.replace(
         result, visual_tokens_fused=num_images * result.visual_tokens_fused
     )
-    kept = tuple(np.mean([a.kept for a in asked], axis=0).tolist()) if asked else ()
-    prompt_tokens = float(np.mean([a.prompt_tokens for a in asked])) if asked else 0.0
+    kept = _means([a.kept for a in asked])
+    computed = _means([a.computed for a in asked])
+    prompt_length = float(np.mean([a.prompt_length for a in asked])) if asked else 0.0
     metrics = {question.task.metric for question in questions}
     f1 = summary.parts.get("f1")
     if metrics == {"yes_no"}:
@@ -239,9 +258,11 @@ def _make_row(
         n=len(answers),
         group=questions[0].task.group if name == questions[0].task.name else COMBINED,
         corrupt=sum(answer.corrupt for answer in answers),
-        visual_tokens_mean=layer_average(kept, result=entering) if asked else 0.0,
+        non_finite=sum(answer.non_finite for answer in answers),
+        visual_tokens_kept=layer_average(kept, result=entering) if asked else 0.0,
+        visual_tokens_computed=layer_average(computed, result=entering) if asked else 0.0,
         visual_tokens_fused=result.visual_tokens_fused,
-        tflops=tflops(prompt_tokens, kept, num_images) if tflops and asked else 0.0,
+        tflops=tflops(prompt_length, computed, num_images) if tflops and asked else 0.0,
         seconds=result.seconds,
         f1=f1,
         parts=summary.parts,

@@ -122,7 +122,10 @@ def evaluate_checkpoint(
         corrupt = [index for index, answer in enumerate(first) if answer.corrupt]
         runs.append(evaluation.run_blind(corrupt=corrupt, progress=progress))
     results = [run.result for run in runs] + [majority(evaluation.questions)]
-    tflops = {plan.name: _tflops(evaluation.model.config, plan) for plan in request.plans}
+    tflops = {
+        plan.name: _tflops(evaluation.model.config, plan, rows=run.result.rows)
+        for plan, run in zip(request.plans, runs, strict=False)
+    }
     rows = make_rows(evaluation.questions, results, tflops=tflops)
 
     pruned = [plan for plan in request.plans if plan.encode or plan.fuse or plan.decode]
@@ -228,12 +231,11 @@ def _prepare(
     )
 
 
-def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
-    def tflops(prompt_tokens: float, kept: tuple[float, ...], num_images: float) -> float:
-        # The counter takes the text around the images; their own places are not text.
+def _tflops(config: MeteorConfig, plan: PrunePlan, *, rows: int) -> QuestionCost:
+    def tflops(prompt_length: float, computed: tuple[float, ...], num_images: float) -> float:
         cost = count_cost(
-            config, plan, text_tokens=round(prompt_tokens - num_images),
-            decode_tokens=kept or None, num_images=num_images,
+            config, plan, text_tokens=round(prompt_length), computed=computed or None,
+            num_images=num_images, rows=rows,
         )
         return cost.total_flops / 1e12
 

@@ -1,4 +1,7 @@
-"""Answers, token by token, in one compiled program: prefill, then a loop until all rows end.
+"""Answers, token by token, in two compiled programs: prefill, then a loop until all rows end.
+
+Between the two the host looks at how many tokens the rows kept, and picks one of a few static
+lengths of cache, so that decoding reads no more than it must.
 
 B rows, T prompt tokens, V vocabulary.
 """
@@ -12,6 +15,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.plan import PrunePlan
@@ -40,11 +45,34 @@ class Sampling:
 
 @flax.struct.dataclass
 class Generated:
-    """`tokens` int32[B, max_new_tokens] (the end token after a row's end), `num_tokens` int32[B]
-    without the end token, and what stage 3 did."""
+    """The answers, and what stage 3 did.
+
+    Shapes:
+        tokens: int32[B, max_new_tokens], the end token after a row's end.
+        num_tokens: int32[B], without the end token.
+        finite: bool[B]; False where a row had a logit that is NaN or infinite, so that its tokens
+            mean nothing.
+    """
 
     tokens: Array
     num_tokens: Array
+    finite: Array
+    cuts: tuple[CutTrace, ...]
+
+
+@flax.struct.dataclass
+class Started:
+    """Rows after their first token.
+
+    Shapes:
+        first: int32[B]; finite: bool[B].
+        longest: int32[segments]; prompt entries in the fullest row of each segment's cache.
+    """
+
+    first: Array
+    finite: Array
+    longest: Array
+    cache: DecodeCache
     cuts: tuple[CutTrace, ...]
 
 
@@ -53,13 +81,10 @@ class _State:
     step: Array
     tokens: Array
     done: Array
+    finite: Array
     cache: DecodeCache
-    key: Array
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "plan", "max_new_tokens", "eos_id", "sampling")
-)
 def generate(
     model: Meteor,
     params: Any,
@@ -74,31 +99,98 @@ def generate(
     sampling: Sampling = Sampling(),
     key: Array | None = None,
 ) -> Generated:
-    """Answers every prompt.
+    """Answers every prompt. Where the budget of stage 3 is adaptive it waits for the prefill.
 
     Shapes:
         visual: VisualTokens of [B, M, N, D], from `Meteor.encode_images`; image_valid: bool[B, M].
         tokens: int32[B, T], prompts padded on the right; text_valid: bool[B, T].
         key: a PRNG key, needed where `sampling.temperature` is above 0.
     """
-    variables = {"params": params}
-    prefilled = model.apply(
-        variables, visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid,
-        plan=plan, max_new_tokens=max_new_tokens, method="prefill",
-    )
     if key is None:
         if sampling.temperature > 0:
             raise ValueError("sampling with a temperature needs key=jax.random.key(seed).")
         key = jax.random.key(0)
-    first_key, key = jax.random.split(key)
-    first = draw(prefilled.logits, sampling=sampling, key=first_key)
-    out = jnp.full((tokens.shape[0], max_new_tokens), eos_id, jnp.int32)
+    started = start(
+        model, params, visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid,
+        plan=plan, max_new_tokens=max_new_tokens, sampling=sampling, key=key,
+    )
+    return decode(
+        model, params, started, max_new_tokens=max_new_tokens, eos_id=eos_id, sampling=sampling,
+        key=key, cache_length=choose_cache_length(started),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "plan", "max_new_tokens", "sampling"))
+def start(
+    model: Meteor,
+    params: Any,
+    visual: VisualTokens,
+    *,
+    image_valid: Array,
+    tokens: Array,
+    text_valid: Array,
+    plan: PrunePlan,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    key: Array,
+) -> Started:
+    """Reads the prompts and draws the first token of every answer; see `generate`."""
+    prefilled = model.apply(
+        {"params": params}, visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid,
+        plan=plan, max_new_tokens=max_new_tokens, method="prefill",
+    )
+    longest = jnp.stack([segment.valid.sum(1).max() for segment in prefilled.cache.segments])
+    return Started(
+        first=draw(prefilled.logits, sampling=sampling, key=jax.random.fold_in(key, 0)),
+        finite=jnp.isfinite(prefilled.logits).all(-1),
+        longest=_on_every_host(longest),
+        cache=prefilled.cache,
+        cuts=prefilled.cuts,
+    )
+
+
+def choose_cache_length(started: Started) -> int:
+    """The first choice of `DecodeCache.trim` that holds every row; waits only where there is one.
+    """
+    choices = started.cache.num_lengths
+    if choices == 1:
+        return 0
+    longest = np.asarray(jax.device_get(started.longest))
+    for choice in range(choices - 1):
+        lengths = [s.lengths[min(choice, len(s.lengths) - 1)] for s in started.cache.segments]
+        if (longest <= lengths).all():
+            return choice
+    return choices - 1
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "max_new_tokens", "eos_id", "sampling", "cache_length"),
+)
+def decode(
+    model: Meteor,
+    params: Any,
+    started: Started,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    sampling: Sampling = Sampling(),
+    key: Array,
+    cache_length: int = 0,
+) -> Generated:
+    """Goes on from the first token until every row has ended, or has `max_new_tokens`.
+
+    Args:
+        cache_length: of `choose_cache_length`.
+    """
+    variables = {"params": params}
+    out = jnp.full((started.first.shape[0], max_new_tokens), eos_id, jnp.int32)
     state = _State(
         step=jnp.ones((), jnp.int32),
-        tokens=out.at[:, 0].set(first),
-        done=first == eos_id,
-        cache=prefilled.cache,
-        key=key,
+        tokens=out.at[:, 0].set(started.first),
+        done=started.first == eos_id,
+        finite=started.finite,
+        cache=started.cache.trim(cache_length),
     )
 
     def unfinished(state: _State) -> Array:
@@ -107,23 +199,30 @@ def generate(
     def step(state: _State) -> _State:
         previous = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         extended = model.apply(variables, state.cache, previous, method="extend")
-        step_key, key = jax.random.split(state.key)
-        drawn = draw(extended.logits[:, 0], sampling=sampling, key=step_key)
+        logits = extended.logits[:, 0]
+        drawn = draw(logits, sampling=sampling, key=jax.random.fold_in(key, state.step))
         drawn = jnp.where(state.done, eos_id, drawn)
         return _State(
             step=state.step + 1,
             tokens=jax.lax.dynamic_update_slice(state.tokens, drawn[:, None], (0, state.step)),
             done=state.done | (drawn == eos_id),
+            finite=state.finite & (state.done | jnp.isfinite(logits).all(-1)),
             cache=extended.cache,
-            key=key,
         )
 
     state = jax.lax.while_loop(unfinished, step, state)
     return Generated(
         tokens=state.tokens,
         num_tokens=(state.tokens != eos_id).sum(1).astype(jnp.int32),
-        cuts=prefilled.cuts,
+        finite=state.finite,
+        cuts=started.cuts,
     )
+
+
+def _on_every_host(x: Array) -> Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def draw(logits: Array, *, sampling: Sampling, key: Array) -> Array:

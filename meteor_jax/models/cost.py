@@ -63,8 +63,9 @@ def count_cost(
     plan: PrunePlan,
     *,
     text_tokens: int = 0,
-    decode_tokens: tuple[float, ...] | None = None,
+    computed: tuple[float, ...] | None = None,
     num_images: float = 1,
+    rows: int = 1,
 ) -> Cost:
     """Counts the encoders, projectors and the prefill of a prompt: images, `text_tokens` around.
 
@@ -72,9 +73,11 @@ def count_cost(
     row "scores".
 
     Args:
-        decode_tokens: visual tokens of the prompt after each cut of stage 3, as measured; the
-            plan's `keep` an image where not given.
+        text_tokens: places of the prompt's text, padding included: what the program computes.
+        computed: visual tokens of the prompt that the layers after each cut of stage 3 computed,
+            as measured (`CutTrace.num_computed`); the plan's `keep` an image where not given.
         num_images: of the prompt; a mean over prompts is counted as one of so many.
+        rows: prompts of a batch (on one shard of its rows), which share an adaptive budget's total.
     """
     names = config.active_encoders(plan)
     shapes = {name: config.encoder(name) for name in names}
@@ -112,8 +115,8 @@ def count_cost(
         fuse_scores, fused = fuse_flops(plan, sizes=compared, grids=grids, width=width)
         scores += fuse_scores
     llm, llm_scores, mean = llama_flops(
-        config, plan, fused=fused, text_tokens=text_tokens, decode_tokens=decode_tokens,
-        num_images=num_images,
+        config, plan, fused=fused, text_tokens=text_tokens, computed=computed,
+        num_images=num_images, rows=rows,
     )
     rows = [(name, num_images * flops) for name, flops in rows]
     rows += [("llm", llm), ("resizing", num_images * resizing)]
@@ -134,7 +137,7 @@ def encoder_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
             tokens, keys = _tokens_and_keys(encoder, block, sizes)
             total += _block_flops(
                 tokens, width=encoder.width, kv_width=encoder.width, mlp_dim=encoder.mlp_dim,
-                num_matrices=3 if gated else 2, keys=keys,
+                num_matrices=3 if gated else 2, pairs=tokens * keys,
             )
     return total
 
@@ -217,41 +220,50 @@ def llama_flops(
     *,
     fused: int,
     text_tokens: int,
-    decode_tokens: tuple[float, ...] | None,
+    computed: tuple[float, ...] | None,
     num_images: float = 1,
+    rows: int = 1,
 ) -> tuple[float, float, float]:
     """Operations of the layers, operations of stage 3's scores, mean visual tokens a layer.
 
-    `fused` and the plan's budgets are of one image, `decode_tokens` of the whole prompt.
+    `fused` and the plan's budgets are of one image, `computed` of the whole prompt.
     """
     llama, decode = config.llama, plan.decode
     kv_width = llama.num_kv_heads * llama.head_dim
-    layers = decode.layers if decode else ()
-    kept = decode_tokens
-    if kept is None:
-        kept = tuple(num_images * keep for keep in decode.keep) if decode else ()
-    visual = (num_images * fused, *kept)
-    bounds = (0, *layers, llama.depth)
+    drops = decode.cuts_that_drop(available=fused) if decode else ()
+    visual, longest, available = [num_images * fused], [num_images * fused], fused
+    for cut in drops:
+        measured = num_images * decode.keep[cut] if computed is None else computed[cut]
+        available = min(decode.bounds(cut)[1], available)
+        visual.append(measured)
+        # Rows of unequal length share a buffer, but attend as rows of the longest.
+        shared = rows > 1 and computed is not None and decode.budget == "adaptive"
+        longest.append(num_images * available if shared else measured)
+    bounds = (0, *(decode.layers[cut] for cut in drops), llama.depth)
     flops = scores = mean = 0.0
-    if decode and decode.queries == "raters":
+    if drops and decode.queries == "raters":
         scores += 2.0 * (visual[0] + text_tokens) * text_tokens * llama.width
     for segment, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        tokens = visual[segment] + text_tokens
+        tokens, entries = visual[segment] + text_tokens, longest[segment] + text_tokens
         flops += (stop - start) * _block_flops(
-            tokens, width=llama.width, kv_width=kv_width, mlp_dim=llama.mlp_dim, num_matrices=3
+            tokens, width=llama.width, kv_width=kv_width, mlp_dim=llama.mlp_dim, num_matrices=3,
+            pairs=entries**2,
         )
         mean += (stop - start) * visual[segment] / llama.depth
-        if segment < len(layers) and decode.criterion == "text_attention":
+        if segment == len(drops):
+            break
+        if decode.criterion == "text_attention":
             queries = 1 if decode.queries == "last" else text_tokens
-            scores += 2.0 * tokens * llama.width * (llama.width + kv_width)
-            scores += 2.0 * queries * tokens * (llama.width + llama.num_heads)
-            scores += 2.0 * tokens * llama.num_heads
-        elif segment < len(layers) and decode.criterion == "pivots":
-            scores += 2.0 * tokens * llama.width * sum(min(n, tokens) for n in decode.pivots)
-        if segment < len(layers):
-            of_image = visual[segment] / max(num_images, 1)
-            recycled, clusters = decode.recycling(segment, available=of_image)
-            scores += 2.0 * num_images * recycled * (recycled + clusters) * llama.width
+            scores += 2.0 * queries * llama.width**2
+            if decode.score_layer == "next" or decode.rotary == "without":
+                scores += 2.0 * entries * llama.width * kv_width
+            scores += 2.0 * queries * entries * (llama.width + llama.num_heads)
+            scores += 2.0 * entries * llama.num_heads
+        elif decode.criterion == "pivots":
+            scores += 2.0 * entries * llama.width * sum(min(n, entries) for n in decode.pivots)
+        of_image = visual[segment] / max(num_images, 1)
+        recycled, clusters = decode.recycling(drops[segment], available=of_image)
+        scores += 2.0 * num_images * recycled * (recycled + clusters) * llama.width
     return flops, scores, mean
 
 
@@ -268,14 +280,11 @@ def resize_flops(size_in: int, size_out: int, *, channels: int = 3) -> float:
 
 
 def _block_flops(
-    tokens: float, *, width: int, kv_width: int, mlp_dim: int, num_matrices: int,
-    keys: float | None = None,
+    tokens: float, *, width: int, kv_width: int, mlp_dim: int, num_matrices: int, pairs: float,
 ) -> float:
-    """One transformer block: projections, attention of every token to `keys` (default: all), MLP.
-    """
-    keys = tokens if keys is None else keys
+    """One transformer block: projections and MLP of its tokens, and as many pairs of attention."""
     projections = width * (2 * width + 2 * kv_width)
-    return 2.0 * tokens * (projections + num_matrices * width * mlp_dim + 2 * keys * width)
+    return 2.0 * tokens * (projections + num_matrices * width * mlp_dim) + 4.0 * pairs * width
 
 
 def _sam_flops(encoder: SamConfig, cuts: tuple[EncoderCut, ...] | None) -> float:

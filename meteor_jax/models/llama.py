@@ -16,6 +16,7 @@ import numpy as np
 
 from meteor_jax.models.attention import attend, attend_cached, attention_received
 from meteor_jax.models.layers import Stack, constrain, dense, gated_silu
+from meteor_jax.models.ragged import RaggedLayout
 from meteor_jax.types import Array, SegmentCache
 
 
@@ -81,6 +82,19 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     return rotated.astype(x.dtype)
 
 
+def _to_rows(
+    q: Array, k: Array, v: Array, layout: RaggedLayout
+) -> tuple[Array, Array, Array]:
+    """Rows [B, L, heads, d] of buffers [G, F, heads, d]: one gather, by kv heads, so that a mesh
+    that splits these splits it."""
+    dim, groups = k.shape[-1], q.shape[2] // k.shape[2]
+    q = q.reshape(*k.shape[:-1], groups * dim)
+    rows = layout.to_rows(jnp.concatenate([q, k, v], axis=-1))
+    q, k, v = jnp.split(rows, (groups * dim, (groups + 1) * dim), axis=-1)
+    q = q.reshape(*k.shape[:2], -1, dim)
+    return tuple(constrain(array, "bthd") for array in (q, k, v))
+
+
 class LlamaBlock(nn.Module):
     """One layer: pre-norm attention and SwiGLU. Returns (x, (k, v)) with the keys rotated."""
 
@@ -109,17 +123,23 @@ class LlamaBlock(nn.Module):
 
     def __call__(
         self, x: Array, tables: tuple[Array, Array], mask: Array | None = None,
-        cache: tuple[Array, Array, Array] | None = None,
+        layout: RaggedLayout | None = None, cache: tuple[Array, Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Without `cache` (k, v, valid), x is a whole packed sequence and attends to itself, where
-        `mask` (bool[B, S, S]) lets it; with it, x are new entries that also see what is cached."""
+        `mask` (bool[B, S, S]) lets it; with it, x are new entries that also see what is cached.
+        With `layout`, x (and the tables) are buffers [G, F, …] of rows that attend each to itself;
+        the keys and values that are returned are rows [B, L, …]."""
         hidden = self.attention_norm(x)
         q, k = self._query_key(hidden, tables)
         v = constrain(self._heads(self.value(hidden)), "bthd")
+        if layout is not None:
+            q, k, v = _to_rows(q, k, v, layout)
         if cache:
             attended = attend_cached(q, k, v, cache)
         else:
             attended = attend(q, k, v, causal=True, mask=mask)
+        if layout is not None:
+            attended = constrain(layout.to_buffers(attended), "bthd")
         x = x + self.out(attended.reshape(*x.shape[:2], -1))
         hidden = self.mlp_norm(x)
         hidden = constrain(gated_silu(self.gate(hidden), self.up(hidden)), "btf")
@@ -131,24 +151,35 @@ class LlamaBlock(nn.Module):
     def _query_key(
         self, hidden: Array, tables: tuple[Array, Array] | None
     ) -> tuple[Array, Array]:
-        q, k = self._heads(self.query(hidden)), self._heads(self.key(hidden))
-        if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
-        return constrain(q, "bthd"), constrain(k, "bthd")
+        return self._query(hidden, tables), self._key(hidden, tables)
+
+    def _query(self, hidden: Array, tables: tuple[Array, Array] | None) -> Array:
+        q = self._heads(self.query(hidden))
+        return constrain(q if tables is None else rotate(q, tables), "bthd")
+
+    def _key(self, hidden: Array, tables: tuple[Array, Array] | None) -> Array:
+        k = self._heads(self.key(hidden))
+        return constrain(k if tables is None else rotate(k, tables), "bthd")
+
+    def keys(self, x: Array, tables: tuple[Array, Array] | None) -> Array:
+        """float[B, S, K, d] of the layer's input float[B, S, D]; unrotated without `tables`."""
+        return self._key(self.attention_norm(x), tables)
 
     def text_attention(
-        self, x: Array, tables: tuple[Array, Array] | None, row_weight: Array, rows: Array
+        self, x: Array, tables: tuple[Array, Array] | None, keys: Array, row_weight: Array,
+        rows: Array,
     ) -> Array:
         """float32[B, H, S]: attention of some entries to all, as this layer computes it.
 
         Shapes:
-            x: float[B, S, D], the layer's input; tables: None leaves the rotation out.
-            rows: int32[B, R], the entries whose queries count; row_weight: float[B, R].
+            x: float[B, R, D], the layer's input at these entries, and their tables; None leaves
+                the rotation out.
+            keys: float[B, S, K, d] of all entries, rotated if the queries are.
+            rows: int32[B, R], the entries' places; row_weight: float[B, R].
         """
-        q, k = self._query_key(self.attention_norm(x), tables)
-        q = jnp.take_along_axis(q, rows[..., None, None], axis=1)
-        sees = rows[..., None] >= jnp.arange(x.shape[1])
-        return attention_received(q, k, row_weight=row_weight, mask=sees)
+        q = self._query(self.attention_norm(x), tables)
+        sees = rows[..., None] >= jnp.arange(keys.shape[1])
+        return attention_received(q, keys, row_weight=row_weight, mask=sees)
 
 
 class Llama(nn.Module):
@@ -183,15 +214,23 @@ class Llama(nn.Module):
         return logits.astype(jnp.float32)
 
     def run(
-        self, x: Array, position: Array, *, start: int, stop: int, turn: Array | None = None
+        self, x: Array, position: Array, *, start: int, stop: int, turn: Array | None = None,
+        layout: RaggedLayout | None = None, forward_only: bool = False,
     ) -> Any:
-        """Layers `[start, stop)` over a packed sequence: `StackOutput`, its extras the layers'
-        (k, v), each [L, B, S, K, d]."""
+        """Layers `[start, stop)` over packed sequences: `StackOutput`, its extras the layers'
+        (k, v), each [L, B, S, K, d].
+
+        Args:
+            layout: x float[G, F, D] and position int32[G, F] are buffers of it; (k, v) are rows.
+            forward_only: nothing will be differentiated, so the layers are read in place.
+        """
         tables = rotary_tables(position, config=self.config)
         mask = None
         if turn is not None:
             mask = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])
-        return self.blocks(x, tables, mask, start=start, stop=stop)
+        return self.blocks(
+            x, tables, mask, layout, start=start, stop=stop, in_place=forward_only
+        )
 
     def run_cached(
         self, x: Array, position: Array, cache: SegmentCache, *, start: int, stop: int
@@ -201,12 +240,22 @@ class Llama(nn.Module):
         valid = jnp.broadcast_to(cache.valid, (stop - start, *cache.valid.shape))
         per_layer = ((cache.k, cache.v, valid),)
         return self.blocks(
-            x, tables, None, start=start, stop=stop, per_layer=per_layer, in_place=True
+            x, tables, None, None, start=start, stop=stop, per_layer=per_layer, in_place=True
         )
 
+    def keys(self, x: Array, position: Array, *, layer: int, rotary: str) -> Array:
+        """`LlamaBlock.keys` of one layer."""
+        return self.blocks.layer(layer, x, self._tables(position, rotary), method="keys")
+
     def text_attention(
-        self, x: Array, position: Array, *, layer: int, row_weight: Array, rows: Array, rotary: str
+        self, x: Array, position: Array, keys: Array, *, layer: int, row_weight: Array,
+        rows: Array, rotary: str,
     ) -> Array:
         """`LlamaBlock.text_attention` of one layer; `rotary` is a plan's "with" or "without"."""
-        tables = rotary_tables(position, config=self.config) if rotary == "with" else None
-        return self.blocks.layer(layer, x, tables, row_weight, rows, method="text_attention")
+        tables = self._tables(position, rotary)
+        return self.blocks.layer(
+            layer, x, tables, keys, row_weight, rows, method="text_attention"
+        )
+
+    def _tables(self, position: Array, rotary: str) -> tuple[Array, Array] | None:
+        return rotary_tables(position, config=self.config) if rotary == "with" else None

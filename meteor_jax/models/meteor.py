@@ -173,6 +173,7 @@ class Meteor(nn.Module):
         run = self._run_segments(
             visual, image_valid=batch.image_valid, tokens=batch.tokens,
             text_valid=batch.text_valid, turn=batch.turn, plan=plan, num_new=0,
+            forward_only=False,
         )
         entries = entry_of_slot(run.sequence, num_slots=batch.tokens.shape[1])
         x = jnp.take_along_axis(run.sequence.x, entries[..., None], axis=1)
@@ -261,31 +262,50 @@ class Meteor(nn.Module):
         """
         run = self._run_segments(
             visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid, plan=plan,
-            num_new=max_new_tokens,
+            num_new=max_new_tokens, forward_only=True,
         )
         last = jnp.maximum(run.sequence.valid.sum(1) - 1, 0)
         x = jnp.take_along_axis(run.sequence.x, last[:, None, None], axis=1)[:, 0]
         return Prefilled(
             logits=self.llama.logits(x),
-            cache=DecodeCache(segments=run.segments, num_new=jnp.zeros((), jnp.int32)),
+            cache=DecodeCache(
+                segments=run.segments, num_new=jnp.zeros((), jnp.int32),
+                overflowed=jnp.zeros((), bool),
+            ),
             cuts=run.cuts,
         )
 
     def extend(self, cache: DecodeCache, tokens: Array) -> Extended:
         """Appends int32[B, T] text tokens to every row of the cache.
 
-        The room that `prefill` left must hold them; a longer cache is not made here.
+        Where the room that `prefill` left does not hold them, and only the running program knows,
+        nothing is written: the cache says `overflowed`, and the logits are NaN.
+
+        Raises:
+            ValueError: if T is more than that room, or the cache, outside of jit, has not enough
+                left.
         """
+        count = tokens.shape[1]
+        taken = 0 if isinstance(cache.num_new, jax.core.Tracer) else int(cache.num_new)
+        if taken + count > cache.num_room:
+            raise ValueError(
+                f"expected at most {cache.num_room - taken} more tokens, for which prefill left "
+                f"room, got {count}; raise max_new_tokens."
+            )
         x = self.llama.embed(tokens)
         segments, start = [], 0
         for segment in cache.segments:
             stop = start + segment.k.shape[0]
-            position = new_position(segment, cache.num_new, count=tokens.shape[1])
+            position = new_position(segment, cache.num_new, count=count)
             out = self.llama.run_cached(x, position, segment, start=start, stop=stop)
             segments.append(segment.append(*out.extras, num_new=cache.num_new))
             x, start = out.x, stop
-        grown = DecodeCache(segments=tuple(segments), num_new=cache.num_new + tokens.shape[1])
-        return Extended(logits=self.llama.logits(x), cache=grown)
+        fits = cache.num_new + count <= cache.num_room
+        grown = DecodeCache(
+            segments=tuple(segments), num_new=cache.num_new + jnp.where(fits, count, 0),
+            overflowed=cache.overflowed | ~fits,
+        )
+        return Extended(logits=jnp.where(fits, self.llama.logits(x), jnp.nan), cache=grown)
 
     def encoder_output(self, images: Array, *, encoder: str) -> Array:
         """What one encoder alone, uncut, says of uint8[I, H, W, 3]: float[I, N, E], row-major."""
@@ -305,7 +325,7 @@ class Meteor(nn.Module):
 
     def _run_segments(
         self, visual: VisualTokens, *, image_valid: Array, tokens: Array, text_valid: Array,
-        plan: PrunePlan, num_new: int, turn: Array | None = None,
+        plan: PrunePlan, num_new: int, forward_only: bool, turn: Array | None = None,
     ) -> SegmentRun:
         longest = tokens.shape[1] + image_valid.shape[1] * visual.span + num_new
         if longest > self.config.llama.max_positions and not self.is_initializing():
@@ -334,6 +354,7 @@ class Meteor(nn.Module):
             max_images=image_valid.shape[1],
             visual_per_image=visual.num_tokens,
             num_new=num_new,
+            forward_only=forward_only,
         )
 
 

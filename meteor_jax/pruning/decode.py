@@ -238,7 +238,7 @@ def take_entries(
 
 
 def trace_cut(
-    sequence: Sequence, *, capacity: int, bucket: Array, vav: Array
+    sequence: Sequence, *, capacity: int, num_computed: Array, vav: Array
 ) -> CutTrace:
     """The `CutTrace` of the sequence that a cut left; `capacity` visual tokens at most."""
     is_visual = sequence.is_visual
@@ -248,6 +248,6 @@ def trace_cut(
     return CutTrace(
         visual=jnp.where(first.valid, visual, -1),
         num_kept=is_visual.sum(1).astype(jnp.int32),
-        bucket=bucket,
+        num_computed=num_computed,
         visual_attention_value=vav,
     )

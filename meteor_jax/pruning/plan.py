@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,6 +25,11 @@ from meteor_jax.pruning.encode import (
     RankMode,
     allocate,
 )
+
+
+MAX_TOTALS = 3  # static sizes that a batch is packed into after a cut: each is compiled
+SMALL_MARGIN = 1.05  # the smallest total, of the mean of K, where nothing was measured
+LONG_ROW = 1.25  # a row of more than this share of the mean of K is rare
 
 
 class EncoderShape(Protocol):
@@ -153,7 +159,10 @@ class DecodePlan:
             heads, one K an example, clipped to [limits[0]·keep, limits[1]·keep].
         scale: λ of each cut, measured offline.
         limits: see `budget`; our reading.
-        num_buckets: static sizes between K_min and K_max that a batch is packed into.
+        num_totals: static sizes, at most, that the rows of a batch are packed into together; the
+            last holds any K.
+        edges: of each cut, (rows, visual tokens of an image that the smaller totals hold, mean
+            over so many rows), measured offline; without, a little and a half more than `keep`.
         criterion: "text_attention", the controls "random" and "uniform", or "pivots" (those
             least like a few pivot tokens stay, DART).
         queries: whose attention counts: text "after_image" (METEOR; our reading of which), the
@@ -178,7 +187,8 @@ class DecodePlan:
     budget: Literal["adaptive", "fixed"] = "adaptive"
     scale: tuple[float, ...] = ()
     limits: tuple[float, float] = (0.5, 1.5)
-    num_buckets: int = 3
+    num_totals: int = 3
+    edges: tuple[tuple[tuple[int, tuple[float, ...]], ...], ...] = ()
     criterion: Literal["text_attention", "random", "uniform", "pivots"] = "text_attention"
     queries: Literal["after_image", "last", "raters"] = "after_image"
     heads: int = 8
@@ -197,8 +207,10 @@ class DecodePlan:
             )
         if any(later <= earlier for earlier, later in itertools.pairwise(self.layers)):
             raise ValueError(f"decode.layers must increase, got {self.layers}.")
-        if self.num_buckets < 1:
-            raise ValueError(f"decode.num_buckets: expected 1 or more, got {self.num_buckets}.")
+        if not 1 <= self.num_totals <= MAX_TOTALS:
+            raise ValueError(
+                f"decode.num_totals: expected 1 to {MAX_TOTALS}, got {self.num_totals}."
+            )
         low, high = self.limits
         if not 0 <= low <= 1 <= high:  # the mean of K must lie between them
             raise ValueError(
@@ -251,13 +263,40 @@ class DecodePlan:
             )
         return recycled, clusters
 
-    def buckets(self, cut: int, *, available: int) -> tuple[int, ...]:
-        """Static sizes, increasing, that hold any K of the cut; `available` tokens at most."""
+    def cuts_that_drop(self, *, available: int) -> tuple[int, ...]:
+        """The cuts that can drop something of the `available` visual tokens of an image."""
+        drops = []
+        for cut in range(len(self.layers)):
+            if self.keep[cut] > available:
+                raise ValueError(
+                    f"decode.keep[{cut}]={self.keep[cut]} but only {available} visual tokens of an "
+                    "image are left there; lower it."
+                )
+            low, high = self.bounds(cut)
+            if low < available:
+                drops.append(cut)
+            available = min(high, available)
+        return tuple(drops)
+
+    def totals(self, cut: int, *, rows: int, available: int) -> tuple[int, ...]:
+        """Static numbers of visual tokens, increasing, for `rows` images together, of each of
+        which `available` reach the cut. The last holds any K."""
         low, high = (min(bound, available) for bound in self.bounds(cut))
-        if low == high or self.num_buckets == 1:
-            return (high,)
-        steps = self.num_buckets - 1
-        return tuple(low + round((high - low) * step / steps) for step in range(steps + 1))
+        edges: tuple[float, ...] = ()
+        if low < high:
+            keep = self.keep[cut]
+            edges = (SMALL_MARGIN * keep, (keep + high) / 2)
+            if cut < len(self.edges) and self.edges[cut]:
+                measured = dict(self.edges[cut])  # fewer rows vary more, so they are safe for more
+                edges = measured[max((n for n in measured if n <= rows), default=min(measured))]
+        smaller = {math.ceil(rows * edge) for edge in edges[: self.num_totals - 1]}
+        return (*sorted(size for size in smaller if rows * low <= size < rows * high), rows * high)
+
+    def cache_lengths(self, cut: int, *, available: int) -> tuple[int, ...]:
+        """Visual tokens of an image, increasing, that a cache may be cut to after prefill."""
+        low, high = (min(bound, available) for bound in self.bounds(cut))
+        usual = round(LONG_ROW * self.keep[cut])
+        return (usual, high) if low <= usual < high else (high,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +331,9 @@ class PrunePlan:
             plan = dataclasses.replace(plan, encode=dataclasses.replace(plan.encode, ranks=ranks))
         scale = calibration.scale_of(plan)
         if scale:
-            plan = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
+            edges = calibration.edges.get(plan.name, ())
+            decode = dataclasses.replace(plan.decode, scale=scale, edges=edges)
+            plan = dataclasses.replace(plan, decode=decode)
         return plan
 
     @property
@@ -301,7 +342,7 @@ class PrunePlan:
         encode, decode = self.encode, self.decode
         bare = dataclasses.replace(
             self, name="", encode=encode and dataclasses.replace(encode, ranks=()),
-            decode=decode and dataclasses.replace(decode, scale=()),
+            decode=decode and dataclasses.replace(decode, scale=(), edges=()),
         )
         return hashlib.sha256(bare.to_json().encode()).hexdigest()[:16]
 
@@ -330,11 +371,15 @@ class Calibration:
         ranks: by kind of rank ("tolerance", "energy") and encoder, the rank of its features at
             each boundary.
         scales: by plan, λ of each cut.
+        edges: by plan, `DecodePlan.edges`.
         fingerprints: by plan, that of the plan as λ was measured: an edited one needs its own.
     """
 
     ranks: dict[str, dict[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
     scales: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    edges: dict[str, tuple[tuple[tuple[int, tuple[float, ...]], ...], ...]] = dataclasses.field(
+        default_factory=dict
+    )
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def scale_of(self, plan: PrunePlan) -> tuple[float, ...]:
@@ -344,10 +389,11 @@ class Calibration:
             return ()
         return tuple(self.scales.get(plan.name, ()))
 
-    def with_scale(self, plan: PrunePlan, scale: tuple[float, ...]) -> Calibration:
-        """This calibration and λ of each cut of `plan`."""
+    def with_decode(self, plan: PrunePlan, decode: DecodePlan) -> Calibration:
+        """This calibration and what was measured for stage 3 of `plan`: λ and edges."""
         return dataclasses.replace(
-            self, scales=self.scales | {plan.name: scale},
+            self, scales=self.scales | {plan.name: decode.scale},
+            edges=self.edges | {plan.name: decode.edges},
             fingerprints=self.fingerprints | {plan.name: plan.fingerprint},
         )
 

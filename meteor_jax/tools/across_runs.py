@@ -42,17 +42,19 @@ def across_runs(runs: Sequence[Run]) -> str:
                 (None, 0) if is_reference else mean_difference(_scores(run, plan), base)
             )
             rows.append([
-                escape(f"{run.name}/{plan}"), f"{run.tokens(plan):.1f}",
+                escape(f"{run.name}/{plan}"), f"{run.tokens_kept(plan):.1f}",
+                f"{run.tokens_computed(plan):.1f}",
                 *(f"{100 * means[plan][g]:.1f}" if g in means[plan] else ABSENT for g in groups),
                 *([ABSENT] * 3 if change is None else [
                     f"{100 * change.mean:+.1f}",
                     f"{100 * change.low:+.1f} … {100 * change.high:+.1f}", f"{asked:,}",
                 ]),
             ])
-    header = ["plan", "tokens", *map(escape, groups), "difference", "95 % interval", "questions"]
+    header = ["plan", "kept", "computed", *map(escape, groups), "difference", "95 % interval", "questions"]
     return (
         f"## Against {escape(f'{first.name}/{reference}')}\n\n"
-        "Percent, mean over the tasks of a group and over all. The difference is of the same "
+        "Percent, mean over the tasks of a group and over all; visual tokens kept and computed, means "
+        "over the LLM's layers. The difference is of the same "
         "questions compared one by one, in points, mean over the tasks.\n\n" + table(header, rows)
     )
 

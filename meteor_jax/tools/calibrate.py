@@ -37,6 +37,7 @@ from meteor_jax.evaluation.loading import load_params
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import split_plans
+from meteor_jax.pruning.budgets import fit_scale
 from meteor_jax.pruning.encode import RankMode, numerical_rank
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
@@ -164,7 +165,7 @@ def calibrate_scales(
     """
     # One bucket: how much room a batch is packed into changes no K, and there is less to compile.
     decode = dataclasses.replace(
-        plan.decode, scale=(1.0,) * len(plan.decode.layers), num_buckets=1
+        plan.decode, scale=(1.0,) * len(plan.decode.layers), num_totals=1
     )
     for cut in range(len(decode.layers)):
         current = dataclasses.replace(plan, decode=decode)
@@ -177,30 +178,6 @@ def calibrate_scales(
         )
         decode = dataclasses.replace(decode, scale=tuple(scale))
     return decode.scale
-
-
-def fit_scale(
-    masses: np.ndarray, *, low_high: tuple[int, int], target: float, available: np.ndarray
-) -> float:
-    """λ by bisection: the mean of min(clip(round(λ · mass), low, high), available) meets `target`.
-
-    Shapes:
-        masses: float[B]; available: int[B], the tokens of each example that reach the cut.
-
-    Raises:
-        ValueError: if no attention falls on the image, so that no λ can.
-    """
-    if not masses.max() > 0:
-        raise ValueError("no text attention falls on the image; is the model trained?")
-
-    def mean(scale: float) -> float:
-        return float(np.minimum(np.clip(np.round(scale * masses), *low_high), available).mean())
-
-    low, high = 0.0, 2 * low_high[1] / masses[masses > 0].min()
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) < target else (low, middle)
-    return float(high)
 
 
 @flax.struct.dataclass

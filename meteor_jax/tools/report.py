@@ -69,8 +69,12 @@ def _summary(runs: Sequence[Run]) -> str:
             score = run.mean_score(plan)
             text = f"{escape(plan)} scores {score:.1f} %"
             if full is not None:
-                share = _share(run.tokens(plan), run.tokens("full"))
-                text += f" ({score - full:+.1f} against full) with {share} of the visual tokens"
+                kept = _share(run.tokens_kept(plan), run.tokens_kept("full"))
+                computed = _share(run.tokens_computed(plan), run.tokens_computed("full"))
+                text += (
+                    f" ({score - full:+.1f} against full), keeping {kept} of the visual tokens and "
+                    f"computing {computed}"
+                )
             said.append(text)
         lines.append(f"- **{escape(run.name)}**: " + "; ".join(said) + ".")
     return "\n".join(lines) + "\n"
@@ -78,18 +82,18 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _scores(runs: Sequence[Run]) -> str:
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    header = ["plan", "tokens", "GFLOPs", "ms", "mean", *map(escape, tasks)]
+    header = ["plan", "kept", "computed", "GFLOPs", "ms", "mean", *map(escape, tasks)]
     rows = []
     for run in runs:
         for plan in run.plan_names:
             by_task = {row.task: row for row in run.rows if row.plan == plan}
             first = next(iter(by_task.values()))
             scores = [by_task.get(task) for task in tasks]
-            cost = [ABSENT] * 3
+            cost = [ABSENT] * 4
             if plan != MAJORITY:
                 cost = [
-                    f"{run.tokens(plan):.1f}", f"{1e3 * run.mean(plan, 'tflops'):,.4g}",
-                    f"{1e3 * first.seconds:.2f}",
+                    f"{run.tokens_kept(plan):.1f}", f"{run.tokens_computed(plan):.1f}",
+                    f"{1e3 * run.mean(plan, 'tflops'):,.4g}", f"{1e3 * first.seconds:.2f}",
                 ]
             rows.append([
                 escape(_label(runs, run, plan)), *cost, f"**{run.mean_score(plan):.1f}**",
@@ -97,8 +101,8 @@ def _scores(runs: Sequence[Run]) -> str:
             ])
     text = [
         "## Scores", "",
-        "Percent, and half the width of a 95 % interval. Tokens are visual tokens of a question, "
-        "mean over the LLM's layers; ms is measured wall time a question, images shared; "
+        "Percent, and half the width of a 95 % interval. Visual tokens of a question that are kept, "
+        "and that are computed, are means over the LLM's layers; GFLOPs are those computed; ms is measured wall time a question, images shared; "
         f"{BLIND} sees no image, {MAJORITY} gives each task's most frequent answer.", "",
         table(header, rows),
     ]
@@ -131,7 +135,7 @@ def _beside_the_paper(runs: Sequence[Run]) -> str:
     full = paper.ROWS[0]
     rows = [
         [
-            f"{name} (paper)", f"{tokens}", f"{100 * tokens / full[1]:.0f} %", f"{tflops:.2f}",
+            f"{name} (paper)", f"{tokens}", ABSENT, f"{100 * tokens / full[1]:.0f} %", f"{tflops:.2f}",
             f"{100 * tflops / full[2]:.0f} %", f"{mean:.1f}",
             ABSENT if name == full[0] else f"{mean - full[-1]:+.1f}",
             *map(str, scores),
@@ -145,8 +149,9 @@ def _beside_the_paper(runs: Sequence[Run]) -> str:
             by_task = {row.task: row for row in run.rows if row.plan == plan}
             score, tflops = run.mean_score(plan), run.mean(plan, "tflops")
             rows.append([
-                escape(_label(runs, run, plan)), f"{run.tokens(plan):.1f}",
-                _share(run.tokens(plan), run.tokens("full")),
+                escape(_label(runs, run, plan)), f"{run.tokens_kept(plan):.1f}",
+                f"{run.tokens_computed(plan):.1f}",
+                _share(run.tokens_computed(plan), run.tokens_computed("full")),
                 np.format_float_positional(tflops, precision=3, fractional=False),
                 _share(tflops, run.mean("full", "tflops")), f"{score:.1f}",
                 ABSENT if whole is None or plan == "full" else f"{score - whole:+.1f}",
@@ -156,7 +161,7 @@ def _beside_the_paper(runs: Sequence[Run]) -> str:
                 ),
             ])
     header = [
-        "method", "tokens", "of full", "TFLOPs", "of full", "mean", "against full",
+        "method", "kept", "computed", "of full", "TFLOPs", "of full", "mean", "against full",
         *paper.BENCHMARKS,
     ]
     return (
@@ -181,7 +186,7 @@ def _charts(runs: Sequence[Run], output: Path) -> str:
 
     reference = runs[0].mean_score("full") if len(runs) == 1 else None
     tokens = score_figure(
-        points("visual_tokens_mean", 1), x_label=TOKENS_LABEL, reference=reference
+        points("visual_tokens_computed", 1), x_label=TOKENS_LABEL, reference=reference
     )
     seconds = score_figure(
         points("seconds", 1e3), x_label="milliseconds a question, measured", reference=reference

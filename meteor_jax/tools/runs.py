@@ -99,8 +99,11 @@ class Run:
         """A field of the rows, mean over the tasks; 0 for a plan that did not run."""
         return float(np.mean(self._of(plan, field) or [0.0]))
 
-    def tokens(self, plan: str) -> float:
-        return self.mean(plan, "visual_tokens_mean")
+    def tokens_kept(self, plan: str) -> float:
+        return self.mean(plan, "visual_tokens_kept")
+
+    def tokens_computed(self, plan: str) -> float:
+        return self.mean(plan, "visual_tokens_computed")
 
     def _of(self, plan: str, field: str) -> list[float]:
         rows = [row for row in self.rows if row.plan == plan and row.group != COMBINED]
