@@ -10,12 +10,11 @@ I images, N tokens, E encoder width, B prompts, K kept tokens.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import flax.struct
 import jax
@@ -34,10 +33,11 @@ from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
 from meteor_jax.evaluation.config import eval_config, prompt_template, resolve_plans
 from meteor_jax.evaluation.loading import load_params
+from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import split_plans
-from meteor_jax.pruning.encode import RankMode, numerical_rank
+from meteor_jax.pruning.encode import NUM_SEGMENTS
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 from meteor_jax.types import Array, CutTrace
@@ -103,7 +103,8 @@ def calibrate_plans(
     one goes by ranks that nothing measured."""
     plans = list(plans)
     if any(_lacks_ranks(plan, calibration) for plan in plans):
-        ranks = calibrate_ranks(model, params, batch.images) | calibration.ranks
+        measured = calibrate_ranks(model, params, batch.images, plans=plans)
+        ranks = measured | calibration.ranks
         calibration = dataclasses.replace(calibration, ranks=ranks)
     for plan in plans:
         if _is_adaptive(plan):
@@ -124,35 +125,8 @@ def _is_adaptive(plan: PrunePlan) -> bool:
 
 def _lacks_ranks(plan: PrunePlan, calibration: Calibration) -> bool:
     encode = plan.encode
-    by_rank = encode is not None and encode.assignment in ("rank", "inverse_rank")
-    return by_rank and encode.rank not in calibration.ranks and not encode.ranks
-
-
-def calibrate_ranks(
-    model: Meteor, params: Any, images: Array
-) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The rank of each encoder's features at each boundary, mean over `images`, by kind of rank.
-
-    Shapes:
-        images: uint8[I, H, W, 3]; a few dozen are enough, the rank hardly varies (METEOR).
-    """
-
-    features = fetch(
-        jax.jit(functools.partial(model.apply, method="boundary_features"))(
-            {"params": params}, images
-        )
-    )
-
-    def mean_rank(of_images: np.ndarray, mode: RankMode) -> float:
-        return float(np.mean([numerical_rank(x, mode=mode) for x in of_images]))
-
-    return {
-        mode: {
-            name: tuple(mean_rank(x, mode) for x in boundaries)
-            for name, boundaries in features.items()
-        }
-        for mode in get_args(RankMode)
-    }
+    by_rank = encode is not None and encode.by_rank
+    return by_rank and str(encode.rank_kind) not in calibration.ranks and not encode.ranks
 
 
 def calibrate_scales(
@@ -268,19 +242,35 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
         batch = calibration_batch(experiment, tokenizer=tokenizer, records=records)
         if RANKS.value or not calibration.ranks:
-            ranks = calibrate_ranks(model, params, batch.images)
+            ranks = calibrate_ranks(model, params, batch.images, plans=plans)
             calibration = dataclasses.replace(calibration, ranks=ranks)
         calibration = calibrate_plans(
             model, params, plans=plans, batch=batch, calibration=calibration
         )
     calibration.save(path)
-    table = Table("measured", "of", "values", title=str(path))
-    for mode, ranks in calibration.ranks.items():
-        for name, values in ranks.items():
-            table.add_row(f"rank ({mode})", name, ", ".join(f"{value:.1f}" for value in values))
+    console, shapes = Console(), feature_shapes(model, params)
+    console.print(rank_table(calibration, shapes=shapes))
+    table = Table("plan", "λ of each cut", title=str(path))
     for name, values in calibration.scales.items():
-        table.add_row("λ", name, ", ".join(f"{value:.2f}" for value in values))
-    Console().print(table)
+        table.add_row(name, ", ".join(f"{value:.2f}" for value in values))
+    if calibration.scales:
+        console.print(table)
+    for line in full_rank_warnings(plans, calibration=calibration, shapes=shapes):
+        console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def rank_table(calibration: Calibration, *, shapes: Mapping[str, tuple[int, int]]) -> Table:
+    """Ranks by kind, encoder and boundary, beside the (tokens, width) that they are at most."""
+    segments = [f"segment {boundary + 1}" for boundary in range(NUM_SEGMENTS)]
+    table = Table("rank", "encoder", title="feature ranks, mean over images")
+    for column in ("tokens", "width", *segments):
+        table.add_column(column, justify="right")
+    for kind, ranks in calibration.ranks.items():
+        for name, values in ranks.items():
+            shape = map(str, shapes.get(name, ("", "")))
+            table.add_row(kind, name, *shape, *(f"{value:.1f}" for value in values))
+        table.add_section()
+    return table
 
 
 if __name__ == "__main__":
