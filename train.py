@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, parts_in
@@ -34,13 +34,13 @@ from meteor_jax.evaluation.answerers import check_fits
 from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
 from meteor_jax.evaluation.results import averages
 from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.tools.calibrate import (
     CalibrationBatch,
     calibrate_plans,
-    calibrate_ranks,
     calibration_batch,
     needs_measuring,
 )
@@ -90,7 +90,8 @@ class Run:
                 for stage in experiment.train.stages()
             }
         for where, names in asked.items():
-            for plan in self._plans(names, any_ranks(experiment.model)):
+            plans = self._plans(names, Calibration())
+            for plan in self._plans(names, any_ranks(experiment.model, plans=plans)):
                 try:
                     check_fits(self.model, shapes, plan=plan)
                 except ValueError as error:
@@ -129,9 +130,21 @@ class Run:
 
     def calibrate(self, params: Any) -> Calibration:
         """Feature ranks for a stage that is about to begin."""
-        return Calibration(
-            ranks=calibrate_ranks(self.model, params, self.calibration_batch().images)
-        )
+        asked = [stage.config.plans for stage in self.experiment.train.stages()]
+        asked.append(eval_config(self.experiment).plans)
+        plans = [plan for names in asked for plan in self._plans(names, Calibration())]
+        images = self.calibration_batch().images
+        calibration = Calibration(ranks=calibrate_ranks(self.model, params, images, plans=plans))
+        self._warn_of_full_ranks(params, plans, calibration)
+        return calibration
+
+    def _warn_of_full_ranks(
+        self, params: Any, plans: Sequence[PrunePlan], calibration: Calibration
+    ) -> None:
+        shapes = feature_shapes(self.model, params)
+        for line in full_rank_warnings(plans, calibration=calibration, shapes=shapes):
+            if is_main_process():
+                logging.warning("%s", line)
 
     def _plans(self, names: Sequence[str], calibration: Calibration) -> tuple[PrunePlan, ...]:
         return resolve_plans(names, library=self.experiment.plans, calibration=calibration)
@@ -145,10 +158,13 @@ class Run:
         calibration = Calibration.load(path)
         to_measure = self._plans(plans, calibration)
         if needs_measuring(to_measure, calibration):
+            before = calibration
             calibration = calibrate_plans(
                 self.model, params, batch=self.calibration_batch(), calibration=calibration,
                 plans=to_measure,
             )
+            if calibration.ranks != before.ranks:
+                self._warn_of_full_ranks(params, to_measure, calibration)
             if is_main_process():
                 calibration.save(path)
             wait_for_processes("calibrated")

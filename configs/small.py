@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
         # Cuts late in the decoder: before layer 2 the text's attention chooses worse than chance
         # here, from layer 4 on a cut of half costs next to nothing (tools.cut_layers).
         "meteor": "meteor(encode=(140, 110, 172), fuse=100, layers=(4, 5), keep=(64, 40), "
-        "encode.rank=energy, fuse.similarity=abs_cosine, decode.heads=0)",
+        "fuse.similarity=abs_cosine, decode.heads=0)",
         "meteor_uniform_ranks": "meteor(encode.assignment=uniform)",
         "meteor_inverse_ranks": "meteor(encode.assignment=inverse_rank)",
         "meteor_fixed": "meteor(decode.budget=fixed)",

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
 from jax.experimental import multihost_utils
@@ -127,6 +128,13 @@ def fetch(tree: Any) -> Any:
         return array
 
     return jax.device_get(jax.tree.map(whole, tree))
+
+
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+    """The sum, in float32, of what each process has; all of them call this."""
+    if jax.process_count() == 1:
+        return array
+    return multihost_utils.process_allgather(array.astype(np.float32)).sum(0)
 
 
 @contextlib.contextmanager

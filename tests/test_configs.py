@@ -22,7 +22,7 @@ def test_every_plan_keeps_at_most_a_quarter(name, tmp_path):
     experiment = load_experiment(importlib.import_module(f"configs.{name}").get_config())
     check_request(experiment, source_dir=tmp_path)
     equal = dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
-    ranks = {"tolerance": equal, "energy": equal}
+    ranks = {"energy 0.99": equal}
     whole = count_cost(experiment.model, parse_plan("full")).visual_tokens_mean
     for text in experiment.plans:
         plan = parse_plan(text, library=experiment.plans).calibrated(Calibration(ranks=ranks))

@@ -55,7 +55,7 @@ TWO = MeteorConfig(
 )
 ONE = dataclasses.replace(TWO, encoders=("clip",))
 RANKS = Calibration(
-    ranks={"tolerance": {"clip": (4.0, 5.0, 6.0), "pix2struct": (2.0, 3.0, 4.0)}}
+    ranks={"energy 0.99": {"clip": (4.0, 5.0, 6.0), "pix2struct": (2.0, 3.0, 4.0)}}
 )
 STAGE_3 = "layers=(1,), keep=(6,), decode.heads=2, decode.scale=(5.0,)"
 PLANS = {

@@ -38,8 +38,8 @@ CONFIG = MeteorConfig(
 MODEL = Meteor(CONFIG)
 
 RANKS = Calibration(
-    ranks={"tolerance": {"clip": (4.0, 5.0, 6.0), "convnext": (3.0, 3.0, 3.0),
-                         "pix2struct": (2.0, 3.0, 4.0)}}
+    ranks={"energy 0.99": {"clip": (4.0, 5.0, 6.0), "convnext": (3.0, 3.0, 3.0),
+                           "pix2struct": (2.0, 3.0, 4.0)}}
 )
 METEOR = (
     "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.heads=2, "

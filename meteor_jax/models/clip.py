@@ -132,12 +132,14 @@ class Clip(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None
+        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None,
+        image_seed: Array | None = None,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
         Shapes:
             images: float[I, H, W, 3], H = W.
+            image_seed: uint32[I], a hash of each image, for cuts by "random".
             returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps.
 
         Raises:
@@ -169,6 +171,7 @@ class Clip(nn.Module):
             run=run,
             attention=attention,
             num_prefix=num_prefix,
+            image_seed=image_seed,
         )
 
     def _embed(self, images: Array) -> Array:

@@ -135,12 +135,14 @@ class ConvNext(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None
+        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None,
+        image_seed: Array | None = None,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
         Shapes:
             images: float[I, H, W, 3], H = W.
+            image_seed: uint32[I], a hash of each image, for cuts by "random".
             returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps; the
                 first two must keep all.
 
@@ -176,7 +178,7 @@ class ConvNext(nn.Module):
                 f"keep all {num_tokens}, got {early}."
             )
         # Its grid is whole until the output, so that is what it holds at every boundary.
-        kept, last = cut_tokens(x, raster, cut=cuts[-1])
+        kept, last = cut_tokens(x, raster, cut=cuts[-1], image_seed=image_seed)
         return EncoderOutput(
             x=kept, raster=last, kept=(raster, raster, last), features=(x, x, kept)
         )

@@ -184,7 +184,8 @@ class Eva02(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None
+        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None,
+        image_seed: Array | None = None,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
@@ -194,6 +195,7 @@ class Eva02(nn.Module):
 
         Shapes:
             images: float[I, H, W, 3], H = W.
+            image_seed: uint32[I], a hash of each image, for cuts by "random".
             returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps.
 
         Raises:
@@ -231,6 +233,7 @@ class Eva02(nn.Module):
             run=run,
             attention=attention,
             window=config.window,
+            image_seed=image_seed,
         )
 
     def _embed(self, images: Array) -> Array:

@@ -192,7 +192,11 @@ class Meteor(nn.Module):
         pixels = self._normalise(images)
         shapes = {name: config.encoder(name) for name in names}
         cuts = plan.encode.encoder_cuts(shapes) if plan.encode else {}
-        outputs = {name: getattr(self, name)(pixels, cuts=cuts.get(name)) for name in names}
+        image_seed = _hash_images(images)
+        outputs = {
+            name: getattr(self, name)(pixels, cuts=cuts.get(name), image_seed=image_seed)
+            for name in names
+        }
         grids = [shapes[name].grid for name in names]
 
         if config.fusion == "post":
@@ -222,8 +226,9 @@ class Meteor(nn.Module):
                     )
                 parts = self.projector.parts(features)
                 scores = -position_redundancy(parts, similarity=plan.fuse.similarity)
-            seed = _hash_images(images)
-            tokens = fuse(tokens, plan=plan.fuse, spans=spans, image_seed=seed, scores=scores)
+            tokens = fuse(
+                tokens, plan=plan.fuse, spans=spans, image_seed=image_seed, scores=scores
+            )
             if plan.positions == "compact":
                 tokens = number_through(tokens)
         return Encoded(

@@ -141,12 +141,14 @@ class Pix2Struct(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None
+        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None,
+        image_seed: Array | None = None,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
         Shapes:
             images: float[I, H, W, 3], H = W.
+            image_seed: uint32[I], a hash of each image, for cuts by "random".
             returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps.
 
         Raises:
@@ -174,6 +176,7 @@ class Pix2Struct(nn.Module):
             bounds=segment_bounds(config.depth, NUM_SEGMENTS),
             run=run,
             attention=attention,
+            image_seed=image_seed,
         )
         norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name="final_norm")
         return out.replace(x=norm(out.x))

@@ -219,7 +219,8 @@ class Sam(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None
+        self, images: Array, *, cuts: tuple[EncoderCut, ...] | None = None,
+        image_seed: Array | None = None,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
@@ -231,6 +232,7 @@ class Sam(nn.Module):
 
         Shapes:
             images: float[I, H, W, 3], H = W.
+            image_seed: uint32[I], a hash of each image, for cuts by "random".
             returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps; the
                 features at a boundary are those of the four tokens of a group, joined.
 
@@ -279,6 +281,7 @@ class Sam(nn.Module):
             run=run,
             attention=attention,
             window=config.window // GROUP,
+            image_seed=image_seed,
         )
         return out.replace(x=self._neck(out.x))
 

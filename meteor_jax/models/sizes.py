@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TransformerSizes:
-    """What stage 1 must know of an encoder, the base of its config (see `plan.EncoderShape`).
+    """What stage 1 must know of an encoder (`encode_plan.EncoderShape`), the base of its config.
 
     Attributes:
         grid: side of the output grid.

@@ -29,7 +29,6 @@ NUM_SEGMENTS = 3
 
 Criterion = Literal["mean_token", "attention", "cls", "random", "uniform"]
 Assignment = Literal["rank", "uniform", "inverse_rank", "tokens"]
-RankMode = Literal["tolerance", "energy"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,9 @@ class EncoderCut:
         keep: tokens of an image that stay.
         criterion: "mean_token" drops the tokens most like their mean; "attention" drops those that
             get the least attention from all queries of the segment's last block; "cls" likewise,
-            from the CLS token alone; "random" keeps one draw of places, the same for every image,
-            so that an image's tokens do not depend on its batch mates; "uniform" keeps an even
-            stride.
-        seed: of "random".
+            from the CLS token alone; "random" draws places by the image, so that its tokens do
+            not depend on its batch mates; "uniform" keeps an even stride.
+        seed: of "random"; what differs from cut to cut of a plan (`EncodePlan.encoder_cuts`).
         merged: how many of the `keep` gather what is dropped (see `diversity.merge_rest`); then
             attention windows have no quotas, so it is for an encoder's output.
     """
@@ -110,6 +108,7 @@ def encode_segments(
     attention: Callable[[int, LiveTokens, str], Array],
     num_prefix: int = 0,
     window: int | None = None,
+    image_seed: Array | None = None,
 ) -> EncoderOutput:
     """Runs blocks segment by segment and cuts at the end of each.
 
@@ -127,6 +126,7 @@ def encode_segments(
             tokens receive there. A segment without blocks, in an encoder of fewer blocks than
             segments, asks the next block.
         window: side of an attention window of an encoder that has such; P must be 0.
+        image_seed: as in `cut_tokens`.
 
     Raises:
         ValueError: if there is not one cut a segment, or a cut keeps more than there is.
@@ -150,7 +150,8 @@ def encode_segments(
         seen = tokens.replace(x=out.last_input)
         received = functools.partial(attention, block, seen, cut.criterion)
         x, raster = cut_tokens(
-            out.x[:, num_prefix:], tokens.raster, cut=cut, attention=received, window_sizes=sizes
+            out.x[:, num_prefix:], tokens.raster, cut=cut, attention=received, window_sizes=sizes,
+            image_seed=image_seed,
         )
         sizes = window_quotas(x.shape[1], sizes)
         if num_prefix:
@@ -186,6 +187,7 @@ def cut_tokens(
     cut: EncoderCut,
     attention: Callable[[], Array] | None = None,
     window_sizes: tuple[int, ...] | None = None,
+    image_seed: Array | None = None,
 ) -> tuple[Array, Array]:
     """Keeps the `cut.keep` tokens with the largest scores, in the order in which they came.
 
@@ -195,17 +197,19 @@ def cut_tokens(
     Shapes:
         x: float[I, N, E]; raster: int32[I, N].
         attention: called only where the criterion needs it, returns float[I, N].
+        image_seed: uint32[I], a hash of each image, which "random" needs.
         returns: float[I, K, E] and int32[I, K]; the inputs themselves where K = N.
 
     Raises:
-        ValueError: if K > N, or the criterion needs attention and there is none.
+        ValueError: if K > N, or the criterion needs attention or a seed and there is none.
     """
     num_tokens = x.shape[1]
     if cut.keep == num_tokens:
         return x, raster
     sizes = window_sizes or (num_tokens,)
     quotas = window_quotas(cut.keep, sizes)
-    scores = jax.lax.stop_gradient(_score(x, cut, attention, sizes=sizes, quotas=quotas))
+    scores = _score(x, cut, attention, sizes=sizes, quotas=quotas, image_seed=image_seed)
+    scores = jax.lax.stop_gradient(scores)
     if cut.merged:
         x, idx = merge_rest(x, scores, keep=cut.keep, merged=cut.merged)
         return x, jnp.take_along_axis(raster, idx, axis=1)
@@ -243,6 +247,7 @@ def _score(
     *,
     sizes: tuple[int, ...],
     quotas: tuple[int, ...],
+    image_seed: Array | None,
 ) -> Array:
     num_images, num_tokens, _ = x.shape
     if cut.criterion == "mean_token":
@@ -255,16 +260,27 @@ def _score(
             )
         return attention()
     if cut.criterion == "random":
-        scores = jax.random.uniform(jax.random.key(cut.seed), (num_tokens,))
-    else:
-        # The middles of as many equal stretches as are kept, window by window.
-        starts = np.cumsum(sizes) - sizes
-        places = np.concatenate([
-            start + (2 * np.arange(quota) + 1) * size // (2 * quota)
-            for start, size, quota in zip(starts, sizes, quotas, strict=True)
-        ])
-        scores = jnp.zeros(num_tokens).at[places].set(1.0)
-    return jnp.broadcast_to(scores, (num_images, num_tokens))
+        if image_seed is None:
+            raise ValueError("criterion 'random' draws by the image and needs image_seed.")
+        return random_scores(image_seed, seed=cut.seed, num_tokens=num_tokens)
+    # "uniform": the middles of as many equal stretches as are kept, window by window.
+    starts = np.cumsum(sizes) - sizes
+    places = np.concatenate([
+        start + (2 * np.arange(quota) + 1) * size // (2 * quota)
+        for start, size, quota in zip(starts, sizes, quotas, strict=True)
+    ])
+    return jnp.broadcast_to(jnp.zeros(num_tokens).at[places].set(1.0), (num_images, num_tokens))
+
+
+def random_scores(image_seed: Array, *, seed: int, num_tokens: int) -> Array:
+    """float32[I, N]: a draw that depends on uint32[I], a hash of each image, and on `seed` alone,
+    never on what else is in the batch."""
+    key = jax.random.key(seed)
+
+    def draw(image: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, image), (num_tokens,))
+
+    return jax.vmap(draw)(image_seed)
 
 
 def mean_token_similarity(x: Array) -> Array:
@@ -293,7 +309,8 @@ def allocate(
     """Shares the tokens of one boundary among the encoders: k^l = k · r^l / Σ r.
 
     An encoder never gets more than it has; what is over goes to the others by the same rule.
-    Fractions are settled by largest remainder, so the counts sum to `keep_total` exactly.
+    Fractions are settled by largest remainder, so the counts sum to `keep_total` exactly. Where the
+    total allows, an encoder keeps one token at least (one of each window), however low its rank.
 
     Args:
         keep_total: tokens over all encoders that stay.
@@ -337,7 +354,7 @@ def allocate(
         left = keep_total - sum(counts.values())
         wanted = _fill(left, weights, open_caps)[name]
         others = sum(cap for other, cap in open_caps.items() if other != name)
-        least = math.ceil(max(left - others, 0) / step[name])
+        least = max(math.ceil((left - others) / step[name]), 1)
         most = min(open_caps.pop(name), left) // step[name]
         counts[name] = step[name] * min(max(round(wanted / step[name]), least), most)
     left = keep_total - sum(counts.values())
@@ -354,6 +371,10 @@ def allocate(
     )
     for name in by_remainder[: keep_total - sum(counts.values())]:
         counts[name] += 1
+    for name in [name for name in shares if not counts[name]]:
+        most = max(shares, key=counts.__getitem__)
+        if counts[most] > 1:
+            counts[name], counts[most] = 1, counts[most] - 1
     return {name: counts[name] for name in available}
 
 
@@ -372,24 +393,3 @@ def _fill(
             return shares | wanted
         shares |= {name: active.pop(name) for name in full}
     return shares
-
-
-def numerical_rank(
-    features: np.ndarray, *, mode: RankMode = "tolerance", energy: float = 0.99
-) -> int:
-    """How many singular values of a feature map count; computed on the host, offline.
-
-    "tolerance" counts those above max(N, D) · eps · σ₁, in float32; "energy" counts the fewest
-    largest whose squares make up the share `energy` of all.
-
-    Shapes:
-        features: float[N, D].
-    """
-    singular = np.linalg.svd(np.asarray(features, np.float32), compute_uv=False)
-    if mode == "tolerance":
-        tolerance = max(features.shape) * np.finfo(np.float32).eps * singular[0]
-        return int((singular > tolerance).sum())
-    if mode == "energy":
-        share = np.cumsum(singular**2) / max((singular**2).sum(), 1e-30)
-        return int(min((share < energy).sum() + 1, singular.size))
-    raise ValueError(f"mode: expected 'tolerance' or 'energy', got {mode!r}.")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.pruning.diversity import farthest_points
-from meteor_jax.pruning.encode import allocate, mean_token_similarity
+from meteor_jax.pruning.encode import allocate, mean_token_similarity, random_scores
 from meteor_jax.pruning.plan import FusePlan
 from meteor_jax.pruning.select import keep_topk
 from meteor_jax.types import Array, VisualTokens, take_tokens
@@ -76,8 +76,7 @@ def fuse_scores(
     if plan.criterion == "cooperative":
         return _least_redundant(x, plan=plan, spans=spans)
     if plan.criterion == "random":
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(plan.seed), seed))
-        return jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys(image_seed))
+        return random_scores(image_seed, seed=plan.seed, num_tokens=num_tokens)
     if plan.criterion == "max_min":
         return farthest_points(x, keep=plan.keep)
     # "uniform": the tokens in the middle of `keep` equal strides over the joined row.

@@ -12,104 +12,15 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from meteor_jax.config import ConfigError, build
-from meteor_jax.pruning.encode import (
-    NUM_SEGMENTS,
-    Assignment,
-    Criterion,
-    EncoderCut,
-    RankMode,
-    allocate,
-)
-
+from meteor_jax.pruning.encode_plan import EncodePlan
 
 MAX_TOTALS = 3  # static sizes that a batch is packed into after a cut: each is compiled
 SMALL_MARGIN = 1.05  # the smallest total, of the mean of K, where nothing was measured
 LONG_ROW = 1.25  # a row of more than this share of the mean of K is rare
-
-
-class EncoderShape(Protocol):
-    """What a plan must know of an encoder; every encoder config has it."""
-
-    num_tokens: int
-    cuttable: tuple[bool, bool, bool]
-    num_windows: int
-    has_attention: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodePlan:
-    """Stage 1: tokens dropped inside the encoders, at the end of each of three segments.
-
-    Attributes:
-        keep: tokens left after each boundary, over all encoders that can drop some there
-            (ConvNeXt only at its output: our reading); 0 drops none.
-        assignment: how a boundary's tokens are shared among the encoders. "rank" is METEOR's
-            k_b · r / Σ r, "uniform" and "inverse_rank" are its ablations; "tokens" goes by how
-            many an encoder has.
-        rank: what a numerical rank is: singular values above the floating-point "tolerance", or
-            those that hold 99 % of the spectral "energy" (our reading; full-rank features, such as
-            a small encoder's, differ only in the second).
-        ranks: (encoder, rank of its features at each boundary), measured offline.
-        criteria: how tokens are chosen at each boundary: "mean_token" (least similar to the mean
-            token stay) or "attention" (those that receive the most attention stay; ConvNeXt, which
-            has none, always uses "mean_token"). That the middle segment is "deep", and that
-            attention received stands for CLS attention, is our reading; "cls" is there for
-            encoders that keep their CLS token.
-        merged: share of an encoder's last tokens that gather what is dropped at its output,
-            instead of having been chosen (VisionZip).
-    """
-
-    keep: tuple[int, int, int]
-    assignment: Assignment = "rank"
-    rank: RankMode = "tolerance"
-    ranks: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    criteria: tuple[Criterion, Criterion, Criterion] = ("mean_token", "attention", "attention")
-    merged: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.merged < 1:
-            raise ValueError(f"encode.merged: expected a share below 1, got {self.merged}.")
-
-    def encoder_cuts(
-        self, encoders: Mapping[str, EncoderShape]
-    ) -> dict[str, tuple[EncoderCut, ...]]:
-        """What every encoder keeps at every boundary, by encoder name.
-
-        Raises:
-            ValueError: if a budget is larger than the tokens there are, or ranks are missing.
-        """
-        ranks = dict(self.ranks)
-        if self.assignment in ("rank", "inverse_rank"):
-            missing = [name for name in encoders if name not in ranks]
-            if missing:
-                raise ValueError(
-                    f"no feature ranks for {', '.join(missing)}: run `python -m "
-                    "meteor_jax.tools.calibrate`, or set encode.assignment='uniform'."
-                )
-        alive = {name: shape.num_tokens for name, shape in encoders.items()}
-        cuts: dict[str, list[EncoderCut]] = {name: [] for name in encoders}
-        for boundary in range(NUM_SEGMENTS):
-            able = [name for name, shape in encoders.items() if shape.cuttable[boundary]]
-            if self.keep[boundary]:
-                alive |= allocate(
-                    self.keep[boundary],
-                    ranks={name: ranks[name][boundary] if ranks else 1.0 for name in able},
-                    available={name: alive[name] for name in able},
-                    assignment=self.assignment,
-                    quantum={name: encoders[name].num_windows for name in able},
-                )
-            merged = self.merged if boundary == NUM_SEGMENTS - 1 else 0
-            for name, shape in encoders.items():
-                criterion = self.criteria[boundary] if shape.has_attention else "mean_token"
-                # One token at least is chosen, however few there are.
-                gathering = min(round(merged * alive[name]), alive[name] - 1)
-                cuts[name].append(EncoderCut(alive[name], criterion, merged=gathering))
-        return {name: tuple(cut) for name, cut in cuts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,8 +236,8 @@ class PrunePlan:
     def calibrated(self, calibration: Calibration) -> PrunePlan:
         """This plan with the ranks and λ that were measured."""
         plan = self
-        if plan.encode is not None and plan.encode.rank in calibration.ranks:
-            measured = calibration.ranks[plan.encode.rank]
+        measured = calibration.ranks.get(str(plan.encode.rank_kind)) if plan.encode else None
+        if measured is not None:
             ranks = tuple((name, tuple(rank)) for name, rank in measured.items())
             plan = dataclasses.replace(plan, encode=dataclasses.replace(plan.encode, ranks=ranks))
         scale = calibration.scale_of(plan)
@@ -368,8 +279,8 @@ class Calibration:
     """Numbers measured offline that plans need; kept as `calibration.json` in the workdir.
 
     Attributes:
-        ranks: by kind of rank ("tolerance", "energy") and encoder, the rank of its features at
-            each boundary.
+        ranks: by kind of rank ("energy 0.99", "effective", "tolerance"; see `ranks.RankKind`) and
+            encoder, the rank of its features at each boundary.
         scales: by plan, λ of each cut.
         edges: by plan, `DecodePlan.edges`.
         fingerprints: by plan, that of the plan as λ was measured: an edited one needs its own.

@@ -26,12 +26,12 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.models.fusion import splice
 from meteor_jax.models.llama import Llama, LlamaConfig
 from meteor_jax.models.prefill import SegmentRun, run_segments
 from meteor_jax.pruning.budgets import fit_edges, fit_scale
 from meteor_jax.pruning.plan import DecodePlan
-from meteor_jax.tools.calibrate import chosen_mass
 from meteor_jax.types import IMAGE_TOKEN, Array, VisualTokens
 
 NUM_ROWS = 64  # that λ and totals are measured on

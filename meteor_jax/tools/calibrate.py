@@ -9,17 +9,16 @@ I images, N tokens, E encoder width, B prompts, K kept tokens.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -31,34 +30,35 @@ from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
-from meteor_jax.distributed import fetch
+from meteor_jax.distributed import is_main_process
 from meteor_jax.evaluation.config import eval_config, prompt_template, resolve_plans
 from meteor_jax.evaluation.loading import load_params
+from meteor_jax.inference.budgets import Questions, calibrate_budget, evenness_note
+from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import split_plans
-from meteor_jax.pruning.budgets import fit_scale
-from meteor_jax.pruning.encode import RankMode, numerical_rank
-from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
+from meteor_jax.pruning.encode import NUM_SEGMENTS
+from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
-from meteor_jax.types import Array, CutTrace
+from meteor_jax.types import Array
 
 NUM_IMAGES = 64
+NUM_QUESTIONS = 4  # about an image: those of one image keep alike numbers of tokens
 
 
 @flax.struct.dataclass
 class CalibrationBatch:
-    """Prompts with their images: uint8[B, H, W, 3], int32[B, T], bool[B, T]."""
+    """Images uint8[I, H, W, 3], and the first, second, … question about each of them."""
 
     images: Array
-    tokens: Array
-    text_valid: Array
+    questions: tuple[Questions, ...]
 
 
 def calibration_batch(
     experiment: Experiment, *, tokenizer: Tokenizer, records: Sequence[Sequence[Any]]
 ) -> CalibrationBatch:
-    """The first images of the training split, over all sources, each with its first question.
+    """The first images of the training split, over all sources, each with its first questions.
 
     Images that cannot be decoded and questions that do not fit are passed over.
 
@@ -70,18 +70,25 @@ def calibration_batch(
         eval_config(experiment).template or experiment.train.finetune.template
     )
 
-    def usable(source: Sequence[Any]) -> Iterator[tuple[np.ndarray, pipeline.Prompts]]:
-        for asked in pipeline.first_questions([source], count=2 * count):
+    def prompt_of(question: str) -> pipeline.Prompts:
+        return pipeline.collate_prompts(
+            [question], tokenizer=tokenizer, template=template, text_length=config.text_length,
+            batch_size=1,
+        )
+
+    def usable(source: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[pipeline.Prompts]]]:
+        for record in itertools.islice(filter(pipeline.questions_about_one_image, source), 2 * count):
+            asked = pipeline.questions_about_one_image(record)[:NUM_QUESTIONS]
             try:
-                image = decode_image(asked.image, size=config.image_size)
-                prompt = pipeline.collate_prompts(
-                    [asked.question], tokenizer=tokenizer, template=template,
-                    text_length=config.text_length, batch_size=1,
-                )
+                image = decode_image(asked[0].image, size=config.image_size)
+                prompts = [prompt_of(asked[0].question)]
             except ValueError as error:
                 logging.warning("not calibrated with: %s", error)
                 continue
-            yield image, prompt
+            for further in asked[1:]:
+                with contextlib.suppress(ValueError):
+                    prompts.append(prompt_of(further.question))
+            yield image, prompts
 
     chosen = [pair for source in records for pair in itertools.islice(usable(source), count)]
     if not chosen:
@@ -90,27 +97,45 @@ def calibration_batch(
             f"question fits data.text_length={config.text_length}; raise it, or look at the files."
         )
     images, prompts = zip(*chosen, strict=True)
-    return CalibrationBatch(
-        np.stack(images), np.concatenate([prompt.tokens for prompt in prompts]),
-        np.concatenate([prompt.text_valid for prompt in prompts]),
-    )
+    questions = []
+    for place in range(max(map(len, prompts))):
+        # An image with fewer questions repeats its last, which does not count.
+        here = [of_image[min(place, len(of_image) - 1)] for of_image in prompts]
+        questions.append(Questions(
+            tokens=np.concatenate([prompt.tokens for prompt in here]),
+            text_valid=np.concatenate([prompt.text_valid for prompt in here]),
+            asked=np.array([place < len(of_image) for of_image in prompts]),
+        ))
+    return CalibrationBatch(np.stack(images), tuple(questions))
 
 
 def calibrate_plans(
     model: Meteor, params: Any, *, plans: Iterable[PrunePlan], batch: CalibrationBatch,
-    calibration: Calibration,
+    calibration: Calibration, rows: int = 32,
 ) -> Calibration:
-    """`calibration` with λ measured for each adaptive plan among `plans`, and the ranks too where
-    one goes by ranks that nothing measured."""
+    """`calibration` with λ and totals measured for each adaptive plan among `plans`, and the ranks
+    too where one goes by ranks that nothing measured.
+
+    Warns where K differs so little that a fixed budget would cost less, in batches of `rows`.
+    """
     plans = list(plans)
     if any(_lacks_ranks(plan, calibration) for plan in plans):
-        ranks = calibrate_ranks(model, params, batch.images) | calibration.ranks
+        measured = calibrate_ranks(model, params, batch.images, plans=plans)
+        ranks = measured | calibration.ranks
         calibration = dataclasses.replace(calibration, ranks=ranks)
     for plan in plans:
         if _is_adaptive(plan):
-            measured = plan.calibrated(calibration)
-            scale = calibrate_scales(model, params, plan=measured, batches=[batch])
-            calibration = calibration.with_scale(plan, scale)
+            budget = calibrate_budget(
+                model, params, batch.images, questions=batch.questions,
+                plan=plan.calibrated(calibration),
+            )
+            calibration = calibration.with_decode(plan, budget.decode)
+            note = evenness_note(
+                model.config, plan.calibrated(calibration), budget, rows=rows,
+                text_tokens=int(batch.questions[0].text_valid.sum(1).max()),
+            )
+            if note and is_main_process():
+                logging.warning("%s", note)
     return calibration
 
 
@@ -125,96 +150,8 @@ def _is_adaptive(plan: PrunePlan) -> bool:
 
 def _lacks_ranks(plan: PrunePlan, calibration: Calibration) -> bool:
     encode = plan.encode
-    by_rank = encode is not None and encode.assignment in ("rank", "inverse_rank")
-    return by_rank and encode.rank not in calibration.ranks and not encode.ranks
-
-
-def calibrate_ranks(
-    model: Meteor, params: Any, images: Array
-) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The rank of each encoder's features at each boundary, mean over `images`, by kind of rank.
-
-    Shapes:
-        images: uint8[I, H, W, 3]; a few dozen are enough, the rank hardly varies (METEOR).
-    """
-
-    features = fetch(
-        jax.jit(functools.partial(model.apply, method="boundary_features"))(
-            {"params": params}, images
-        )
-    )
-
-    def mean_rank(of_images: np.ndarray, mode: RankMode) -> float:
-        return float(np.mean([numerical_rank(x, mode=mode) for x in of_images]))
-
-    return {
-        mode: {
-            name: tuple(mean_rank(x, mode) for x in boundaries)
-            for name, boundaries in features.items()
-        }
-        for mode in get_args(RankMode)
-    }
-
-
-def calibrate_scales(
-    model: Meteor, params: Any, *, plan: PrunePlan, batches: Sequence[CalibrationBatch]
-) -> tuple[float, ...]:
-    """λ of every cut of an adaptive plan, such that the mean of K over `batches` is its `keep`.
-
-    Cut after cut, because what a cut sees, and how many tokens reach it, depends on those before.
-    """
-    # One bucket: how much room a batch is packed into changes no K, and there is less to compile.
-    decode = dataclasses.replace(
-        plan.decode, scale=(1.0,) * len(plan.decode.layers), num_totals=1
-    )
-    for cut in range(len(decode.layers)):
-        current = dataclasses.replace(plan, decode=decode)
-        runs = [_run(model, params, batch, plan=current) for batch in batches]
-        scale = list(decode.scale)
-        scale[cut] = fit_scale(
-            np.concatenate([chosen_mass(run.cuts[cut], plan=decode) for run in runs]),
-            low_high=decode.bounds(cut), target=decode.keep[cut],
-            available=np.concatenate([run.num_before(cut) for run in runs]),
-        )
-        decode = dataclasses.replace(decode, scale=tuple(scale))
-    return decode.scale
-
-
-@flax.struct.dataclass
-class _Run:
-    """What the cuts did, and how many visual tokens of an image reached the first."""
-
-    cuts: tuple[CutTrace, ...]
-    num_visual: int = flax.struct.field(pytree_node=False)
-
-    def num_before(self, cut: int) -> np.ndarray:
-        """int[B]: the visual tokens of each example that reach a cut."""
-        if cut:
-            return np.asarray(self.cuts[cut - 1].num_kept)
-        return np.full(self.cuts[0].num_kept.shape, self.num_visual)
-
-
-def _run(model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan) -> _Run:
-    return fetch(_cuts(model, params, batch, plan=plan))
-
-
-@jax.jit(static_argnames=("model", "plan"))
-def _cuts(model: Meteor, params: Any, batch: CalibrationBatch, *, plan: PrunePlan) -> _Run:
-    variables = {"params": params}
-    encoded = model.apply(variables, batch.images, plan=plan, method="encode_images")
-    prefilled = model.apply(
-        variables, jax.tree.map(lambda x: x[:, None], encoded.tokens),
-        image_valid=jnp.ones((batch.tokens.shape[0], 1), bool), tokens=batch.tokens,
-        text_valid=batch.text_valid, plan=plan, max_new_tokens=0, method="prefill",
-    )
-    return _Run(prefilled.cuts, num_visual=encoded.tokens.num_tokens)
-
-
-def chosen_mass(trace: CutTrace, *, plan: DecodePlan) -> np.ndarray:
-    """float[B]: Σ of the visual attention values of the heads that count."""
-    values = np.sort(trace.visual_attention_value, axis=1)
-    heads = min(plan.heads, values.shape[1]) if plan.heads else values.shape[1]
-    return values[:, values.shape[1] - heads :].sum(1)
+    by_rank = encode is not None and encode.by_rank
+    return by_rank and str(encode.rank_kind) not in calibration.ranks and not encode.ranks
 
 
 def main(argv: list[str]) -> int:
@@ -245,19 +182,39 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
         batch = calibration_batch(experiment, tokenizer=tokenizer, records=records)
         if RANKS.value or not calibration.ranks:
-            ranks = calibrate_ranks(model, params, batch.images)
+            ranks = calibrate_ranks(model, params, batch.images, plans=plans)
             calibration = dataclasses.replace(calibration, ranks=ranks)
         calibration = calibrate_plans(
             model, params, plans=plans, batch=batch, calibration=calibration
         )
     calibration.save(path)
-    table = Table("measured", "of", "values", title=str(path))
-    for mode, ranks in calibration.ranks.items():
-        for name, values in ranks.items():
-            table.add_row(f"rank ({mode})", name, ", ".join(f"{value:.1f}" for value in values))
+    console, shapes = Console(), feature_shapes(model, params)
+    console.print(rank_table(calibration, shapes=shapes))
+    table = Table("plan", "λ of each cut", "totals of 32 rows, a row", title=str(path))
     for name, values in calibration.scales.items():
-        table.add_row("λ", name, ", ".join(f"{value:.2f}" for value in values))
-    Console().print(table)
+        edges = (dict(of_cut).get(32, ()) for of_cut in calibration.edges.get(name, ()))
+        table.add_row(
+            name, ", ".join(f"{value:.2f}" for value in values),
+            ", ".join("/".join(f"{edge:.1f}" for edge in of_cut) for of_cut in edges),
+        )
+    if calibration.scales:
+        console.print(table)
+    for line in full_rank_warnings(plans, calibration=calibration, shapes=shapes):
+        console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def rank_table(calibration: Calibration, *, shapes: Mapping[str, tuple[int, int]]) -> Table:
+    """Ranks by kind, encoder and boundary, beside the (tokens, width) that they are at most."""
+    segments = [f"segment {boundary + 1}" for boundary in range(NUM_SEGMENTS)]
+    table = Table("rank", "encoder", title="feature ranks, mean over images")
+    for column in ("tokens", "width", *segments):
+        table.add_column(column, justify="right")
+    for kind, ranks in calibration.ranks.items():
+        for name, values in ranks.items():
+            shape = map(str, shapes.get(name, ("", "")))
+            table.add_row(kind, name, *shape, *(f"{value:.1f}" for value in values))
+        table.add_section()
+    return table
 
 
 if __name__ == "__main__":

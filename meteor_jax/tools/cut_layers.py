@@ -39,12 +39,12 @@ from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
 from meteor_jax.evaluation.config import eval_config, prompt_template
 from meteor_jax.evaluation.loading import load_params
+from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
-from meteor_jax.tools.calibrate import CalibrationBatch, chosen_mass
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 from meteor_jax.types import IGNORE_LABEL, Array, CutTrace
 
@@ -55,12 +55,17 @@ DRAWS = 3
 
 
 @flax.struct.dataclass
-class AskedBatch(CalibrationBatch):
-    """Prompts about one image each, and their answers int32[B, A] with answer_valid bool[B, A].
+class AskedBatch:
+    """Prompts about one image each, and their answers.
 
-    A row without an answer only fills up.
+    Shapes:
+        images: uint8[B, H, W, 3]; tokens: int32[B, T]; text_valid: bool[B, T].
+        answers: int32[B, A]; answer_valid: bool[B, A]. A row without an answer only fills up.
     """
 
+    images: Array
+    tokens: Array
+    text_valid: Array
     answers: Array
     answer_valid: Array
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from meteor_jax.models.meteor import Meteor
 from meteor_jax.models.platform import compiling_for
 from meteor_jax.parallel import BATCH_AXES, check_batch_size, parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.encode import RankMode
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.experiment import Experiment, StageConfig
 from meteor_jax.training.optimizer import make_optimizer, split_trainable
+from meteor_jax.training.starting import any_ranks
 from meteor_jax.training.state import init_params, make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import Batch, DecodeCache
@@ -239,9 +239,8 @@ def _plan(request: Request) -> PrunePlan:
     budgets and the same largest buckets."""
     text = request.plan or request.stage_config.plans[0]
     plan = parse_plan(text, library=request.experiment.plans)
-    encoders = dict.fromkeys(request.experiment.model.encoders, (1.0, 1.0, 1.0))
-    stand_in = Calibration(
-        ranks=dict.fromkeys(get_args(RankMode), encoders),
+    stand_in = dataclasses.replace(
+        any_ranks(request.experiment.model, plans=[plan]),
         scales={plan.name: (1.0,) * len(plan.decode.layers)} if plan.decode else {},
     )
     return plan.calibrated(stand_in).calibrated(request.calibration)

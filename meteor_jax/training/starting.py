@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,6 @@ from meteor_jax.config import ConfigError
 from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.parallel import check_batch_size, parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.encode import RankMode
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.compatible import check_model
 from meteor_jax.training.experiment import Experiment, Stage
@@ -28,10 +27,11 @@ from meteor_jax.training.step import TrainStep, make_train_step
 from meteor_jax.types import Batch
 
 
-def any_ranks(model: MeteorConfig) -> Calibration:
-    """Ranks that stand for those to be measured: with any, the budgets are the same."""
+def any_ranks(model: MeteorConfig, *, plans: Iterable[PrunePlan]) -> Calibration:
+    """Ranks that stand for those that `plans` measure: with any, the budgets are the same."""
     ranks = dict.fromkeys(model.encoders, (1.0, 1.0, 1.0))
-    return Calibration(ranks=dict.fromkeys(get_args(RankMode), ranks))
+    kinds = (str(plan.encode.rank_kind) for plan in plans if plan.encode is not None)
+    return Calibration(ranks=dict.fromkeys(kinds, ranks))
 
 
 def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibrate: bool) -> None:
@@ -162,14 +162,18 @@ def _check_whole_run(
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
-    for stage in experiment.train.stages():
+    stages = experiment.train.stages()
+    all_plans = [
+        plan for stage in stages for plan in training_plans(experiment, stage, calibration).values()
+    ]
+    for stage in stages:
         where, config = f"train.{stage.name}", stage.config
         check_patterns(config.trainable, paths, where=f"{where}.trainable")
         check_patterns(config.restart, paths, where=f"{where}.restart")
         groups = tuple(pattern for pattern, _ in config.learning_rates_by_path)
         check_patterns(groups, paths, where=f"{where}.learning_rates_by_path")
         if config.before == "calibrate_ranks":
-            calibration = any_ranks(experiment.model)
+            calibration = any_ranks(experiment.model, plans=all_plans)
         for name, plan in training_plans(experiment, stage, calibration).items():
             try:
                 jax.eval_shape(lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan),

@@ -100,7 +100,7 @@ def test_config_file(name):
     plan = parse_plan("meteor", library=experiment.plans)
     assert (plan.encode is not None) == is_meteor
     one = dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
-    cost = count_cost(experiment.model, plan.calibrated(Calibration(ranks={"tolerance": one})))
+    cost = count_cost(experiment.model, plan.calibrated(Calibration(ranks={"energy 0.99": one})))
     assert cost.visual_tokens_fused == 576
     assert cost.visual_tokens_mean == 242  # the paper's
 

@@ -60,7 +60,8 @@ def compiled(name, cuts):
 
 
 def encode(name, cuts, x=None):
-    return compiled(name, cuts)(variables(name), images() if x is None else x)
+    x = images() if x is None else x
+    return compiled(name, cuts)(variables(name), x, image_seed=jnp.arange(len(x), dtype=jnp.uint32))
 
 
 def keep_all(name):

@@ -8,7 +8,6 @@ from meteor_jax.pruning.encode import (
     allocate,
     cut_tokens,
     mean_token_similarity,
-    numerical_rank,
 )
 
 # Six tokens whose mean is (1, 0): cosines with it 1, 1, 0.6, 0.6, −1 and 0 by hand.
@@ -52,14 +51,23 @@ def test_uniform_keeps_exactly_as_many_as_asked(num_tokens, keep):
     assert set(gaps) <= {num_tokens // keep, num_tokens // keep + 1}
 
 
-def test_random_depends_on_the_seed_alone():
+def test_random_depends_on_the_image_and_the_seed_alone():
     x, raster = jnp.ones((3, 50, 2)), jnp.broadcast_to(jnp.arange(50), (3, 50))
-    kept = [cut_tokens(x, raster, cut=EncoderCut(20, "random", seed))[1] for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(kept[0], kept[1])
-    assert (kept[0] != kept[2]).any()
-    np.testing.assert_array_equal(kept[0][0], kept[0][1])
-    one = cut_tokens(x[:1], raster[:1], cut=EncoderCut(20, "random"))[1]
-    np.testing.assert_array_equal(one[0], kept[0][2])
+
+    def kept(image_seed, seed=0):
+        rows = len(image_seed)
+        return np.asarray(
+            cut_tokens(
+                x[:rows], raster[:rows], cut=EncoderCut(20, "random", seed),
+                image_seed=jnp.asarray(image_seed, jnp.uint32),
+            )[1]
+        )
+
+    one = kept([7, 4_000_000_000, 7])
+    assert (one[0] != one[1]).any()
+    np.testing.assert_array_equal(one[0], one[2])
+    np.testing.assert_array_equal(kept([4_000_000_000])[0], one[1])
+    assert (kept([7], seed=4_000_000_000)[0] != one[0]).any()
 
 
 def test_keeping_all_gives_the_inputs_back():
@@ -86,6 +94,8 @@ def test_bad_cuts():
         cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=EncoderCut(7))
     with pytest.raises(ValueError, match="needs attention"):
         cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=EncoderCut(3, "attention"))
+    with pytest.raises(ValueError, match="needs image_seed"):
+        cut_tokens(jnp.asarray(SIX), jnp.asarray(RASTER), cut=EncoderCut(3, "random"))
 
 
 AVAILABLE = {"clip": 36, "convnext": 64, "pix2struct": 81}
@@ -150,6 +160,15 @@ def test_allocate_rounds_windows_up_where_others_are_full():
     assert counts == {"clip": 4, "eva": 16}
 
 
+def test_allocate_leaves_no_encoder_without_a_token():
+    ranks, available = {"clip": 1e-3, "pix2struct": 50.0, "eva": 1e-3}, dict.fromkeys(
+        ("clip", "pix2struct", "eva"), 64
+    )
+    counts = allocate(60, ranks=ranks, available=available, quantum={"eva": 16})
+    assert counts == {"clip": 1, "pix2struct": 43, "eva": 16}
+    assert allocate(1, ranks=ranks, available=available) == {"clip": 0, "pix2struct": 1, "eva": 0}
+
+
 def test_allocate_errors():
     with pytest.raises(ValueError, match=r"between 0 and 181 tokens.*got 182"):
         allocate(182, ranks=RANKS, available=AVAILABLE)
@@ -161,20 +180,3 @@ def test_allocate_errors():
         allocate(9, ranks=RANKS, available=AVAILABLE, assignment="ranks")
     with pytest.raises(ValueError, match="multiples of 16"):
         allocate(20, ranks={"eva": 1.0}, available={"eva": 64}, quantum={"eva": 16})
-
-
-def test_numerical_rank_of_a_product():
-    random = np.random.default_rng(0)
-    features = random.normal(size=(40, 5)) @ random.normal(size=(5, 16))
-    assert numerical_rank(jnp.asarray(features)) == 5
-    assert numerical_rank(jnp.zeros((4, 3))) == 0
-
-
-def test_numerical_rank_by_energy():
-    # Squares 16, 4, 1 of 21: two make up 20/21 = 0.952, all three are needed for 0.99.
-    features = jnp.diag(jnp.array([4.0, 2.0, 1.0]))
-    assert numerical_rank(features, mode="energy", energy=0.95) == 2
-    assert numerical_rank(features, mode="energy", energy=0.99) == 3
-    assert numerical_rank(features, mode="energy", energy=0.5) == 1
-    with pytest.raises(ValueError, match="tolerance"):
-        numerical_rank(features, mode="exact")

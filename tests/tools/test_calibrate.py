@@ -8,15 +8,14 @@ import pytest
 
 from meteor_jax.config import ConfigError
 from meteor_jax.data.tokenizers import ByteTokenizer
+from meteor_jax.inference.budgets import Questions, calibrate_budget
 from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.budgets import fit_scale
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.tools.calibrate import (
     CalibrationBatch,
     calibrate_plans,
-    calibrate_ranks,
-    calibrate_scales,
     calibration_batch,
-    fit_scale,
 )
 from meteor_jax.training.experiment import load_experiment
 from tests import tiny_model as tiny
@@ -25,7 +24,10 @@ from tests.evaluation.random_model import config, png
 
 def batch():
     rows = tiny.make_batch(lengths=(12, 9, 7, 11), with_image=(True,) * 4)
-    return CalibrationBatch(rows.images[:, 0], rows.tokens, rows.text_valid)
+    first = Questions(rows.tokens, rows.text_valid, np.ones(4, bool))
+    other = tiny.make_batch(lengths=(8, 12, 12, 6), with_image=(True,) * 4, seed=1)
+    second = Questions(other.tokens, other.text_valid, np.array([True, True, False, True]))
+    return CalibrationBatch(rows.images[:, 0], (first, second))
 
 
 def test_the_mean_of_k_meets_the_target():
@@ -50,13 +52,19 @@ def test_the_mean_of_k_meets_the_target_where_fewer_tokens_reach_the_cut():
 @pytest.mark.long
 def test_each_cut_of_a_plan_keeps_its_mean():
     plan = tiny.plan(tiny.METEOR)
-    scale = calibrate_scales(tiny.MODEL, tiny.params(), plan=plan, batches=[batch()])
-    plan = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
+    asked = batch()
+    budget = calibrate_budget(
+        tiny.MODEL, tiny.params(), asked.images, questions=asked.questions, plan=plan
+    )
+    plan = dataclasses.replace(plan, decode=budget.decode)
     rows = tiny.make_batch(lengths=(12, 9, 7, 11), with_image=(True,) * 4)
     visual = tiny.encode(tiny.params(), rows.images, plan=plan).tokens
     cuts = tiny.prefill(tiny.params(), visual, rows, plan=plan, max_new_tokens=0).cuts
     for cut, target in zip(cuts, plan.decode.keep, strict=True):
         assert abs(float(np.mean(cut.num_kept)) - target) <= 0.5
+    for of_cut, edges in zip(budget.kept, budget.decode.edges, strict=True):
+        assert [len(of_image) for of_image in of_cut] == [2, 2, 1, 2]  # those that were asked
+        assert max(np.concatenate(of_cut)) <= dict(edges)[1][-1] <= plan.decode.bounds(0)[1]
 
 
 def test_what_cannot_be_read_or_does_not_fit_is_passed_over():
@@ -94,7 +102,7 @@ def test_ranks_are_measured_where_a_plan_goes_by_ranks_that_nothing_did():
     measured = calibrate_plans(
         tiny.MODEL, tiny.params(), plans=[plan], batch=batch(), calibration=Calibration()
     )
-    assert set(measured.ranks["tolerance"]) == {"clip", "convnext", "pix2struct"}
+    assert set(measured.ranks["energy 0.99"]) == {"clip", "convnext", "pix2struct"}
 
 
 @pytest.mark.long
@@ -104,18 +112,3 @@ def test_only_adaptive_plans_are_measured():
         tiny.MODEL, tiny.params(), plans=plans, batch=batch(), calibration=tiny.RANKS
     )
     assert set(measured.scales) == {"meteor"} and measured.ranks == tiny.RANKS.ranks
-
-
-def test_ranks_are_those_of_the_features():
-    images = batch().images
-    ranks = calibrate_ranks(tiny.MODEL, tiny.params(), images)
-    assert set(ranks) == {"tolerance", "energy"}
-    features = tiny.MODEL.apply(
-        {"params": tiny.params()}, images, method="boundary_features"
-    )
-    for name, boundaries in jax.device_get(features).items():
-        for boundary, x in enumerate(boundaries):
-            assert x.shape == (4, 16, 16)
-            expected = np.mean([np.linalg.matrix_rank(row) for row in x])
-            assert abs(ranks["tolerance"][name][boundary] - expected) <= 0.5
-            assert 1 <= ranks["energy"][name][boundary] <= ranks["tolerance"][name][boundary]

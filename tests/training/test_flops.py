@@ -37,7 +37,7 @@ CONFIG = MeteorConfig(
     image_size=112,
 )
 ROWS, TEXT = 2, 96
-RANKS = {"tolerance": dict.fromkeys(CONFIG.encoders, (40.0, 30.0, 20.0))}
+RANKS = {"energy 0.99": dict.fromkeys(CONFIG.encoders, (40.0, 30.0, 20.0))}
 
 
 def shapes(images):

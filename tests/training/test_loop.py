@@ -77,7 +77,7 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path, uninterrupted):
 def test_signal_saves_and_the_run_goes_on(tmp_path, uninterrupted):
     def calibrate(params):
         os.kill(os.getpid(), signal.SIGTERM)
-        return tiny_run.Calibration(ranks={"tolerance": tiny_run.RANKS})
+        return tiny_run.Calibration(ranks={"energy 0.99": tiny_run.RANKS})
 
     result = run(tmp_path, make_whole_experiment(checkpoint_every=0), calibrate=calibrate)
     assert result.signal == signal.SIGTERM

@@ -129,7 +129,7 @@ def run(workdir, experiment, **options):
         "model": TinyModel(),
         "open_data": open_data,
         "open_held_out": open_held_out,
-        "calibrate": lambda params: Calibration(ranks={"tolerance": RANKS}),
+        "calibrate": lambda params: Calibration(ranks={"energy 0.99": RANKS}),
         "devices": jax.devices()[:1],
         "config": {"written by": "a test"},
     } | options
