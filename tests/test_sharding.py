@@ -145,7 +145,7 @@ def answer(config, *, sizes):
             text_valid=batch.text_valid, plan=plan, max_new_tokens=NEW_TOKENS, method="prefill",
         )
         extended = model.apply(variables, prefilled.cache, new_tokens, method="extend")
-        kept = [(cut.visual, cut.num_kept, cut.bucket) for cut in prefilled.cuts]
+        kept = [(cut.visual, cut.num_kept) for cut in prefilled.cuts]
         return {"prefill": prefilled.logits, "extend": extended.logits, "kept": kept}
 
     params = place(initial_state(config).params, mesh)

@@ -39,8 +39,8 @@ PREDICTIONS_FOLDER = "predictions"
 def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
     """The rows task by task, then every plan's mean over the tasks of a group and of all.
 
-    ± is half the width of a 95 % interval; eval.json has both ends. "kept" and "computed" are visual
-    tokens, means over the decoder's layers; GFLOPs are those computed.
+    ± is half the width of a 95 % interval; eval.json has both ends. "kept" and "computed" are
+    visual tokens, means over the decoder's layers; GFLOPs are those computed.
     """
     console = console or Console()
     table = Table(header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))

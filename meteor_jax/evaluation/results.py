@@ -18,8 +18,8 @@ BLIND = "blind"  # the same model, the question alone
 MAJORITY = "majority"  # no model: each task's most frequent answer
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
-# TFLOPs of a question, as it was computed: mean places of its text, visual tokens computed after each
-# cut, and images.
+# TFLOPs of a question, as it was computed: of the mean places of its text, visual tokens computed
+# after each cut, and images.
 QuestionCost = Callable[[float, tuple[float, ...], float], float]
 
 

@@ -230,7 +230,7 @@ def _run_packed(
     llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int, forward_only: bool,
     index: Array, sizes: tuple[int, ...], num_buffers: int,
 ) -> _Segment:
-    """Layers `[start, stop)` over the rows in buffers of `sizes[index]` entries, which hold them."""
+    """Layers `[start, stop)`, the rows in buffers of `sizes[index]` entries, which hold them."""
     options = {"start": start, "stop": stop, "forward_only": forward_only}
     batch, longest = sequence.valid.shape
     if len(sizes) == 1:

@@ -50,12 +50,14 @@ def across_runs(runs: Sequence[Run]) -> str:
                     f"{100 * change.low:+.1f} … {100 * change.high:+.1f}", f"{asked:,}",
                 ]),
             ])
-    header = ["plan", "kept", "computed", *map(escape, groups), "difference", "95 % interval", "questions"]
+    header = [
+        "plan", "kept", "computed", *map(escape, groups), "difference", "95 % interval", "questions"
+    ]
     return (
         f"## Against {escape(f'{first.name}/{reference}')}\n\n"
-        "Percent, mean over the tasks of a group and over all; visual tokens kept and computed, means "
-        "over the LLM's layers. The difference is of the same "
-        "questions compared one by one, in points, mean over the tasks.\n\n" + table(header, rows)
+        "Percent, mean over the tasks of a group and over all; visual tokens kept and computed, "
+        "means over the LLM's layers. The difference is of the same questions compared one by one, "
+        "in points, mean over the tasks.\n\n" + table(header, rows)
     )
 
 

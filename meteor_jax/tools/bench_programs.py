@@ -18,8 +18,8 @@ import numpy as np
 from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.models.cost import Cost, count_cost, count_traced
 from meteor_jax.models.meteor import Meteor, MeteorConfig
-from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.pruning.budgets import fit_scale
+from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import TrainState, init_params, make_state

@@ -77,15 +77,15 @@ def calibration_batch(
         )
 
     def usable(source: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[pipeline.Prompts]]]:
-        for record in itertools.islice(filter(pipeline.questions_about_one_image, source), 2 * count):
-            asked = pipeline.questions_about_one_image(record)[:NUM_QUESTIONS]
+        of_images = filter(None, map(pipeline.questions_about_one_image, source))
+        for asked in itertools.islice(of_images, 2 * count):
             try:
                 image = decode_image(asked[0].image, size=config.image_size)
                 prompts = [prompt_of(asked[0].question)]
             except ValueError as error:
                 logging.warning("not calibrated with: %s", error)
                 continue
-            for further in asked[1:]:
+            for further in asked[1:NUM_QUESTIONS]:
                 with contextlib.suppress(ValueError):
                     prompts.append(prompt_of(further.question))
             yield image, prompts

@@ -101,8 +101,9 @@ def _scores(runs: Sequence[Run]) -> str:
             ])
     text = [
         "## Scores", "",
-        "Percent, and half the width of a 95 % interval. Visual tokens of a question that are kept, "
-        "and that are computed, are means over the LLM's layers; GFLOPs are those computed; ms is measured wall time a question, images shared; "
+        "Percent, and half the width of a 95 % interval. Visual tokens of a question that are "
+        "kept, and that are computed, are means over the LLM's layers; GFLOPs are those computed; "
+        "ms is measured wall time a question, images shared; "
         f"{BLIND} sees no image, {MAJORITY} gives each task's most frequent answer.", "",
         table(header, rows),
     ]
@@ -135,7 +136,8 @@ def _beside_the_paper(runs: Sequence[Run]) -> str:
     full = paper.ROWS[0]
     rows = [
         [
-            f"{name} (paper)", f"{tokens}", ABSENT, f"{100 * tokens / full[1]:.0f} %", f"{tflops:.2f}",
+            f"{name} (paper)", f"{tokens}", ABSENT, f"{100 * tokens / full[1]:.0f} %",
+            f"{tflops:.2f}",
             f"{100 * tflops / full[2]:.0f} %", f"{mean:.1f}",
             ABSENT if name == full[0] else f"{mean - full[-1]:+.1f}",
             *map(str, scores),

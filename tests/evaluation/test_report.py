@@ -37,21 +37,25 @@ QUESTIONS = tuple(
 
 
 def result(plan, right, **fields):
-    kept = fields.pop("kept", ())
+    kept, computed = fields.pop("kept", ()), fields.pop("computed", ())
     answers = tuple(
-        Answer(question.answer if good else "?", float(good), kept=kept, prompt_tokens=9)
+        Answer(
+            question.answer if good else "?", float(good), kept=kept, computed=computed,
+            prompt_tokens=8, prompt_length=9,
+        )
         for question, good in zip(QUESTIONS, right, strict=True)
     )
     return PlanResult(plan, answers, visual_tokens_fused=16, depth=4, seconds=0.5, **fields)
 
 
 FULL = result("full", [1, 1, 1, 0, 1, 1, 1, 1])
-METEOR = result("meteor", [1, 1, 0, 0, 1, 1, 1, 1], kept=(4, 2), layers=(1, 3))
+METEOR = result("meteor", [1, 1, 0, 0, 1, 1, 1, 1], kept=(4, 2), computed=(6.0, 3.5),
+                layers=(1, 3))
 
 
 @pytest.fixture
 def rows():
-    cost = {"full": lambda text, *_: text, "meteor": lambda text, kept, images: sum(kept)}
+    cost = {"full": lambda text, *_: text, "meteor": lambda text, computed, _: sum(computed)}
     return make_rows(QUESTIONS, [FULL, METEOR, majority(QUESTIONS)], tflops=cost)
 
 
@@ -70,19 +74,20 @@ def test_questions_of_several_images_count_them_all():
     cost = {"meteor": lambda text, kept, images: seen.append(images) or 1.0}
     row = find(make_rows(QUESTIONS, [result], tflops=cost), COUNT.name, "meteor")
     # A segment of one layer that 2 x 16 tokens enter, one of two with 4 and one of one with 2.
-    assert row.visual_tokens_mean == (2 * 16 + 2 * 4 + 2) / 4
+    assert row.visual_tokens_kept == (2 * 16 + 2 * 4 + 2) / 4
     assert seen[0] == 2.0
 
 
 def test_rows_by_hand(rows):
     row = find(rows, "reading_count", "meteor")
     assert (row.score, row.n, row.metric, row.group) == (0.5, 4, "exact_match", "general")
-    assert row.visual_tokens_mean == (1 * 16 + 2 * 4 + 1 * 2) / 4
-    assert (row.visual_tokens_fused, row.tflops, row.seconds) == (16, 6, 0.5)
+    assert row.visual_tokens_kept == (1 * 16 + 2 * 4 + 1 * 2) / 4
+    assert row.visual_tokens_computed == (1 * 16 + 2 * 6 + 1 * 3.5) / 4
+    assert (row.visual_tokens_fused, row.tflops, row.seconds) == (16, 9.5, 0.5)
     assert row.delta == -0.25
     assert row.delta_low <= -0.25 <= row.delta_high
     full = find(rows, "reading_count", "full")
-    assert (full.visual_tokens_mean, full.delta, full.f1, full.tflops) == (16, None, None, 9)
+    assert (full.visual_tokens_kept, full.delta, full.f1, full.tflops) == (16, None, None, 9)
     assert find(rows, "reading_existence", "full").f1 == 1.0
 
 
@@ -102,7 +107,7 @@ def test_corrupt_questions_count_as_wrong_and_are_named():
     answers = (Answer("", 0.0, corrupt=True), *FULL.answers[1:])
     broken = PlanResult("full", answers, visual_tokens_fused=16, depth=4)
     row = find(make_rows(QUESTIONS, [broken], tflops={}), "reading_count", "full")
-    assert (row.score, row.n, row.corrupt, row.visual_tokens_mean) == (0.5, 4, 1, 16)
+    assert (row.score, row.n, row.corrupt, row.visual_tokens_kept) == (0.5, 4, 1, 16)
 
 
 def test_layer_average_without_cuts():
@@ -117,7 +122,8 @@ def test_files(tmp_path, rows):
     assert content["plans"]["meteor"]["decode"]["layers"] == [1, 3]
     assert content["versions"].keys() >= {"meteor_jax", "jax"}
     assert len(content["rows"]) == len(rows)
-    wanted = {"task", "plan", "metric", "score", "n", "visual_tokens_mean", "tflops", "seconds"}
+    wanted = {"task", "plan", "metric", "score", "n", "visual_tokens_kept",
+              "visual_tokens_computed", "non_finite", "tflops", "seconds"}
     assert wanted <= content["rows"][0].keys()
     path = write_predictions(tmp_path / "predictions", QUESTIONS, METEOR)
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -95,10 +95,11 @@ def test_every_plan_answers_every_question_once(done):
 def test_tokens_and_cost_are_those_of_the_plan(done):
     _, rows, _ = done
     by_plan = {row.plan: row for row in rows if row.task == "easyvqa_all"}
-    assert by_plan["full"].visual_tokens_mean == by_plan["full"].visual_tokens_fused == 25
-    assert by_plan["cut"].visual_tokens_mean == (25 + 6) / 2  # one of two layers is cut
+    full, cut = by_plan["full"], by_plan["cut"]
+    assert full.visual_tokens_kept == full.visual_tokens_computed == full.visual_tokens_fused == 25
+    assert cut.visual_tokens_kept == cut.visual_tokens_computed == (25 + 6) / 2  # one of two layers
     assert by_plan["full"].tflops > by_plan["cut"].tflops > 0
-    assert by_plan["blind"].visual_tokens_mean == 0
+    assert by_plan["blind"].visual_tokens_computed == 0
     assert all(line["kept"] == [6] for line in sound(predictions(done[0], "cut")))
 
 

@@ -31,7 +31,7 @@ def make_trace(num_images=3, *, seed=0, staged=True):
     cut = CutTrace(
         visual=visual[:num_images],
         num_kept=(visual[:num_images] >= 0).sum(1),
-        bucket=np.int32(5),
+        num_computed=np.full(num_images, 5.0, np.float32),
         visual_attention_value=np.zeros((num_images, 2), np.float32),
     )
     return PruneTrace(

@@ -84,28 +84,50 @@ def test_each_boundary_meets_its_budget_and_convnext_is_cut_at_its_output_only()
     assert cuts["convnext"][2].criterion == "mean_token"
 
 
-def test_buckets_hold_every_k_and_never_exceed_what_there_is():
-    plan = DecodePlan(layers=(1,), keep=(10,), limits=(0.5, 2.0), num_buckets=4)
+def test_totals_hold_every_k_and_never_exceed_what_there_is():
+    plan = DecodePlan(layers=(1,), keep=(10,), limits=(0.5, 2.0))
     assert plan.bounds(0) == (5, 20)
-    assert plan.buckets(0, available=100) == (5, 10, 15, 20)
-    assert plan.buckets(0, available=12)[-1] == 12
+    assert plan.totals(0, rows=1, available=100) == (11, 15, 20)  # of the mean 1.05, 1.5 and all
+    assert plan.totals(0, rows=8, available=100) == (84, 120, 160)
+    assert plan.totals(0, rows=8, available=12) == (84, 88, 96)
+    measured = dataclasses.replace(plan, edges=(((2, (9.5, 12.0)), (8, (9.8, 10.5))),))
+    assert measured.totals(0, rows=2, available=100) == (19, 24, 40)
+    assert measured.totals(0, rows=16, available=100) == (157, 168, 320)  # as of 8 rows
+    assert measured.totals(0, rows=1, available=100) == (10, 12, 20)  # nothing smaller was measured
+    assert dataclasses.replace(measured, num_totals=2).totals(0, rows=2, available=100) == (19, 40)
     fixed = dataclasses.replace(plan, budget="fixed")
-    assert fixed.buckets(0, available=100) == (10,)
+    assert fixed.totals(0, rows=4, available=100) == (40,)
+
+
+def test_a_cut_that_can_drop_nothing_is_none():
+    plan = DecodePlan(layers=(1, 2, 3), keep=(20, 20, 8), limits=(0.5, 1.5))
+    assert plan.cuts_that_drop(available=24) == (0, 1, 2)
+    assert dataclasses.replace(plan, budget="fixed").cuts_that_drop(available=20) == (2,)
+    sure = dataclasses.replace(plan, limits=(1.0, 1.5))
+    assert sure.cuts_that_drop(available=20) == (2,)
+    with pytest.raises(ValueError, match="only 19 visual tokens"):
+        plan.cuts_that_drop(available=19)
 
 
 def test_a_calibration_survives_its_file(tmp_path):
     path = tmp_path / "calibration.json"
     assert Calibration.load(path) == Calibration()
-    calibration = dataclasses.replace(tiny.RANKS, scales={"meteor": (1.5, 2.0, 3.0)})
+    edges = (((1, (11.5, 20.0)), (8, (10.5,))),) * 3
+    calibration = dataclasses.replace(
+        tiny.RANKS, scales={"meteor": (1.5, 2.0, 3.0)}, edges={"meteor": edges}
+    )
     calibration.save(path)
     assert Calibration.load(path) == calibration
     plan = parse_plan("meteor", library=LIBRARY).calibrated(calibration)
     assert plan.decode.scale == (1.5, 2.0, 3.0) and dict(plan.encode.ranks)["clip"][0] == 4.0
+    assert plan.decode.edges == edges
+    hash(plan)  # it is a static argument
 
 
 def test_an_edited_plan_does_not_take_the_scale_of_what_it_was():
     plan = override(parse_plan("meteor", library=LIBRARY), **{"decode.scale": ()})
-    calibration = tiny.RANKS.with_scale(plan, (1.5, 2.0, 3.0))
+    measured = dataclasses.replace(plan.decode, scale=(1.5, 2.0, 3.0))
+    calibration = tiny.RANKS.with_decode(plan, measured)
     assert plan.calibrated(calibration).decode.scale == (1.5, 2.0, 3.0)
     # What is measured is no edit.
     assert plan.calibrated(calibration).calibrated(calibration).decode.scale == (1.5, 2.0, 3.0)
@@ -116,7 +138,7 @@ def test_an_edited_plan_does_not_take_the_scale_of_what_it_was():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_buckets": 0}, "num_buckets: expected 1 or more, got 0"),
+        ({"num_totals": 0}, "num_totals: expected 1 to 3, got 0"),
         ({"limits": (1.2, 1.5)}, "limits: expected a share up to 1"),
         ({"limits": (0.5, 0.9)}, "a multiple from 1 on, got 0.5, 0.9"),
     ],
@@ -126,9 +148,9 @@ def test_bounds_that_no_k_can_have_are_refused(fields, message):
         DecodePlan(layers=(1,), keep=(10,), **fields)
 
 
-def test_one_bucket_holds_the_largest_k():
-    plan = DecodePlan(layers=(1,), keep=(10,), limits=(0.5, 2.0), num_buckets=1)
-    assert plan.buckets(0, available=100) == (20,)
+def test_one_total_holds_the_largest_k():
+    plan = DecodePlan(layers=(1,), keep=(10,), limits=(0.5, 2.0), num_totals=1)
+    assert plan.totals(0, rows=3, available=100) == (60,)
 
 
 def test_every_preset_is_reachable():

@@ -21,7 +21,7 @@ from tests import tiny_model
 
 METEOR = (
     "meteor(encode=(28, 26, 22), fuse=20, layers=(2,), keep=(10,), decode.heads=2, "
-    "decode.num_buckets=2, decode.limits=(0.5, 1.0))"
+    "decode.num_totals=2, decode.limits=(0.5, 1.0))"
 )
 FIELDS = {
     "plan", "batch", "encode_s", "prefill_s", "decode_ms_per_token", "end_to_end_s", "peak_bytes",
