@@ -82,14 +82,14 @@ def count_cost(
     names = config.active_encoders(plan)
     shapes = {name: config.encoder(name) for name in names}
     cuts = plan.encode.encoder_cuts(shapes) if plan.encode else dict.fromkeys(names)
-    rows, resizing, scores = [], 0.0, 0.0
+    parts, resizing, scores = [], 0.0, 0.0
     sizes = {}
     for name in names:
         encoder = shapes[name]
         resizing += resize_flops(config.image_size, encoder.image_size)
         if side := getattr(encoder, "position_side", 0):  # of the position embedding
             resizing += resize_flops(side, encoder.grid, channels=encoder.width)
-        rows.append((name, encoder_flops(encoder, cuts[name])))
+        parts.append((name, encoder_flops(encoder, cuts[name])))
         scores += encoder_score_flops(encoder, cuts[name])
         sizes[name] = cuts[name][-1].keep if cuts[name] else encoder.num_tokens
 
@@ -102,7 +102,7 @@ def count_cost(
             resizing += resize_flops(shapes[name].grid, config.grid, channels=shapes[name].width)
         sizes, grids = {"all": config.grid**2}, {"all": config.grid}
         projector = projector_flops(sizes["all"], sum(s.width for s in shapes.values()), width)
-    rows.append(("projector", projector))
+    parts.append(("projector", projector))
 
     fused = sum(sizes.values())
     if plan.fuse is not None:
@@ -118,10 +118,10 @@ def count_cost(
         config, plan, fused=fused, text_tokens=text_tokens, computed=computed,
         num_images=num_images, rows=rows,
     )
-    rows = [(name, num_images * flops) for name, flops in rows]
-    rows += [("llm", llm), ("resizing", num_images * resizing)]
-    rows += [("scores", num_images * scores + llm_scores)]
-    return Cost(tuple(rows), visual_tokens_fused=num_images * fused, visual_tokens_mean=mean)
+    parts = [(name, num_images * flops) for name, flops in parts]
+    parts += [("llm", llm), ("resizing", num_images * resizing)]
+    parts += [("scores", num_images * scores + llm_scores)]
+    return Cost(tuple(parts), visual_tokens_fused=num_images * fused, visual_tokens_mean=mean)
 
 
 def encoder_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:

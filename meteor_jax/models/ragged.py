@@ -38,8 +38,7 @@ class RaggedLayout:
         """Rows of `lengths` (int32[B], at most `longest`) in buffers that hold any: F = R·L."""
         lengths = lengths.reshape(num_buffers, -1, 1)
         num_rows = lengths.shape[1]
-        before = jnp.tril(jnp.ones((num_rows, num_rows), jnp.int32), -1)
-        starts = jnp.einsum("rq,gqi->gri", before, lengths)
+        starts = jnp.cumsum(lengths, axis=1) - lengths
         column = jnp.arange(longest)
         held = column < lengths
         at = jnp.arange(num_rows * longest)
