@@ -178,3 +178,13 @@ def test_numerical_rank_by_energy():
     assert numerical_rank(features, mode="energy", energy=0.5) == 1
     with pytest.raises(ValueError, match="tolerance"):
         numerical_rank(features, mode="exact")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_token_that_is_not_finite_is_dropped_first(bad):
+    x = np.insert(SIX, 2, [[bad, 1.0]], axis=1)
+    raster = np.arange(7, dtype=np.int32)[None]
+    _, kept = cut_tokens(jnp.asarray(x), jnp.asarray(raster), cut=EncoderCut(4))
+    np.testing.assert_array_equal(kept, [[3, 4, 5, 6]])  # those of SIX alone
+    _, kept = cut_tokens(jnp.asarray(x), jnp.asarray(raster), cut=EncoderCut(6))
+    np.testing.assert_array_equal(kept, [[0, 1, 3, 4, 5, 6]])
