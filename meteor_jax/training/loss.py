@@ -23,8 +23,8 @@ from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
 
 # float32 logits that a device holds at a time; a backward pass holds two or three such arrays. Less
-# would not be faster: every chunk of tokens reads the whole head.
-LOGIT_BYTES = 256 << 20
+# would cost time: every part of the tokens reads the whole head and adds to its whole gradient.
+LOGIT_BYTES = 512 << 20
 _LIMIT: contextvars.ContextVar[float | None] = contextvars.ContextVar("limit", default=None)
 
 Head = Callable[[Any, Array], Array]

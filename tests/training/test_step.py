@@ -183,7 +183,7 @@ def test_ten_batches_compile_once():
 
 
 def test_no_step_holds_the_logits_of_all_tokens(monkeypatch):
-    rows, length, vocabulary = 128, 512, 8192
+    rows, length, vocabulary = 256, 512, 8192
     monkeypatch.setattr(tiny_run, "VOCABULARY", vocabulary)
     monkeypatch.setattr(tiny_run, "TEXT_LENGTH", length)
     stage, batch = make_stage(batch_size=rows), make_batch(0, rows=rows)
