@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -139,7 +140,8 @@ def read_config(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]
 
 
 def restore_params(
-    workdir: Path, like: Any, *, step: int | None = None, check: CheckPart | None = None
+    workdir: Path, like: Any, *, step: int | None = None, check: CheckPart | None = None,
+    unpadded: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Any:
     """The parameters in a workdir, laid out as `like`: their moving average if it was kept.
 
@@ -147,6 +149,8 @@ def restore_params(
         like: nested dict of ShapeDtypeStructs or arrays, `jax.eval_shape` of the model's init.
         step: of the checkpoint; None takes the newest.
         check: called with the checkpoint's config, the workdir and None; may refuse.
+        unpadded: by path, shapes that arrays may have in the checkpoint instead; zeros are added,
+            for which `like` must say where they lie.
 
     Raises:
         CheckpointError: no workdir, no such checkpoint, or one of another model.
@@ -154,15 +158,16 @@ def restore_params(
     with open_checkpoints(workdir, read_only=True) as checkpoints:
         step = _choose(checkpoints, step)
         name = _params_item(checkpoints, step)
-        _check_fit(checkpoints, step, {name: like})
+        is_exact = _check_fit(checkpoints, step, {name: like}, unpadded=unpadded)
         if check is not None:
             check(read_config(checkpoints, step), source=workdir, parts=None)
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like, strict=is_exact)})
         return checkpoints.restore(step, args=args)[name]
 
 
 def restore_parts(
-    workdirs: Sequence[str | Path], like: Mapping[str, Any], *, check: CheckPart | None = None
+    workdirs: Sequence[str | Path], like: Mapping[str, Any], *, check: CheckPart | None = None,
+    unpadded: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The parts of `like` ("llama", "clip", …) that the newest checkpoints of some workdirs hold.
 
@@ -171,6 +176,7 @@ def restore_parts(
     Args:
         like: a model's parameters as ShapeDtypeStructs with shardings.
         check: called with each workdir's config, the workdir and the parts it holds; may refuse.
+        unpadded: as in `restore_params`.
 
     Raises:
         CheckpointError: no checkpoint, a part that the model lacks, one that two workdirs have, or
@@ -193,10 +199,10 @@ def restore_parts(
                     "source for each part."
                 )
             wanted = {part: like[part] for part in held}
-            _check_fit(checkpoints, step, {name: wanted})
+            is_exact = _check_fit(checkpoints, step, {name: wanted}, unpadded=unpadded)
             if check is not None:
                 check(read_config(checkpoints, step), source=workdir, parts=held)
-            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(wanted)})
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(wanted, strict=is_exact)})
             parts |= checkpoints.restore(step, args=args)[name]
     return parts
 
@@ -253,19 +259,28 @@ def _path(checkpoints: ocp.CheckpointManager, step: int) -> Path:
     return Path(checkpoints.directory) / str(step)
 
 
-def _check_fit(checkpoints: ocp.CheckpointManager, step: int, wanted: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless the checkpoint has `wanted`'s paths and shapes."""
+def _check_fit(
+    checkpoints: ocp.CheckpointManager, step: int, wanted: Mapping[str, Any], *,
+    unpadded: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> bool:
+    """Raises CheckpointError unless the checkpoint has `wanted`'s paths and shapes, or those of
+    `unpadded`; whether there are none of these."""
     saved = checkpoints.item_metadata(step)
-    differences = []
+    is_exact, differences = True, []
     for item, tree in wanted.items():
         if item not in saved or saved[item] is None:
             differences.append(f"{item} is not in it")
             continue
         have, want = _shapes(saved[item].tree), _shapes(tree)
+        shorter = {
+            path for path in want.keys() & unpadded.keys()
+            if have.get(path) == unpadded[path] != want[path]
+        }
+        is_exact &= not shorter
         differences += [
             f"{item}/{path}: checkpoint {have.get(path, 'has none')}, config "
             f"{want.get(path, 'has none')}"
-            for path in sorted(have.keys() | want.keys())
+            for path in sorted((have.keys() | want.keys()) - shorter)
             if have.get(path) != want.get(path)
         ]
     if differences:
@@ -275,6 +290,7 @@ def _check_fit(checkpoints: ocp.CheckpointManager, step: int, wanted: Mapping[st
             f"{'; '.join(differences[:3])}{more}. Use the config it was written with "
             f"({CONFIG_FILE} in its workdir), or another --workdir."
         )
+    return is_exact
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -54,7 +54,7 @@ def test_training_leaves_what_the_readme_says(workspace):
     folder = workspace / "runs/tiny"
     for name in ("eval.json", "metrics.jsonl", "accuracy_vs_tokens.png", "kept_tokens.png"):
         assert (folder / name).stat().st_size > 0
-    plans = {path.stem for path in (folder / "predictions").iterdir()}
+    plans = {path.stem for path in (folder / "predictions").rglob("*.jsonl")}
     assert plans >= {"full", "meteor", "random"}
 
 

@@ -35,6 +35,7 @@ from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import init_params, make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, VisualTokens
+from tests.compiled import collectives
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2))
 ROWS, TEXT_LENGTH, STEPS, NEW_TOKENS = 8, 10, 20, 3
@@ -245,6 +246,27 @@ def test_lowered_program_holds_its_constraints():
     with jax.set_mesh(mesh):
         assert constraints(lowered_step(mesh)) >= expected
     assert not constraints(lowered_step(mesh))  # off the mesh nothing is pinned
+
+
+def test_encoding_under_meteor_gathers_nothing_but_parameters():
+    model, mesh, batch = Meteor(ONE), mesh_of((1, 8, 1)), make_batch(0)
+    params = jax.eval_shape(lambda: init_params(model, batch, seed=0))
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params, parameter_shardings(params, mesh),
+    )
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    images = jax.ShapeDtypeStruct((2 * ROWS, 32, 32, 3), np.uint8, sharding=rows)
+    encode = functools.partial(model.apply, plan=PLANS[ONE], method="encode_images")
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda params, images: encode({"params": params}, images)).lower(
+            params, images
+        ).compile().as_text()
+    found = collectives(text)
+    assert found
+    # What multiplies tokens, and the table of positions that is added to them.
+    uses = ("dot_general", "clip._embed/add")
+    assert [name for name in found if not name.endswith(uses)] == []
 
 
 @pytest.mark.parametrize(("name", "fusion"), [("x4_7b", "post"), ("x5_7b", "pre")])

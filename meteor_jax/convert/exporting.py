@@ -154,6 +154,8 @@ class _Checkpoint:
             param = _read(self.folder, self.shapes, rule.target.split("/"))
             for name, row in rule.expand():
                 tensor = rule.transform.save(param if row is None else param[row])
+                if rule.padding_rows:
+                    tensor = tensor[: -rule.padding_rows]
                 if rule.unused_rows:
                     tensor = self._with_dropped_rows(name, rule, tensor)
                 if name in wanted:

@@ -182,6 +182,8 @@ class _Arrays:
             cast = tensor.astype(dtype)
         if dtype == np.float16 and np.isinf(cast).any() and np.isfinite(tensor).all():
             raise ConfigError(f"{name} holds numbers too large for float16; use bfloat16.")
+        if rule.padding_rows:
+            cast = np.pad(cast, ((0, rule.padding_rows), *((0, 0),) * (cast.ndim - 1)))
         return rule.transform.load(cast)
 
 

@@ -56,6 +56,7 @@ class Rule:
         layers: the layers whose tensors are the rows of a stacked parameter, in its order; None
             where it is not stacked.
         unused_rows: leading rows of the tensor that the model drops.
+        padding_rows: rows of zeros that the model has behind those of the tensor.
         fallbacks: names that hold the same numbers, used where `source` is absent.
         compute: makes the parameter where none of these names is there; the argument is the dtype
             of the weights around it.
@@ -68,6 +69,7 @@ class Rule:
     transform: Transform = SAME
     layers: tuple[int, ...] | None = None
     unused_rows: int = 0
+    padding_rows: int = 0
     fallbacks: tuple[str, ...] = ()
     compute: Callable[[np.dtype], Array] | None = None
     whole: tuple[int, ...] = ()
@@ -84,7 +86,7 @@ class Rule:
             return self.whole
         shape = param_shape if self.layers is None else param_shape[1:]
         first, *rest = self.transform.save(np.broadcast_to(np.uint8(0), shape)).shape
-        return (first + self.unused_rows, *rest)
+        return (first + self.unused_rows - self.padding_rows, *rest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from meteor_jax.convert.rules import (
     BATCH_OF_ONE,
     DEPTHWISE,
+    LINEAR,
     Rule,
     Table,
     Unused,
@@ -195,8 +196,9 @@ def llama_table(config: LlamaConfig) -> Table:
         *linear("mlp.up_proj", "up", bias=False),
         *linear("mlp.down_proj", "down", bias=False),
     ]
+    padding = config.num_columns - config.vocab_size
     rules = [
-        Rule("model.embed_tokens.weight", "embedding/embedding"),
+        Rule("model.embed_tokens.weight", "embedding/embedding", padding_rows=padding),
         *stacked(block, source="model.layers.{i}", layers=range(config.depth)),
         *norm("model.norm", "norm", bias=False),
     ]
@@ -208,7 +210,7 @@ def llama_table(config: LlamaConfig) -> Table:
     if config.tie_embeddings:
         unused.append(Unused(r"lm_head\.weight", "tied to the embedding"))
     else:
-        rules += linear("lm_head", "head", bias=False)
+        rules.append(Rule("lm_head.weight", "head/kernel", LINEAR, padding_rows=padding))
     return Table(tuple(rules), tuple(unused))
 
 

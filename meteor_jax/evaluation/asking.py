@@ -37,10 +37,12 @@ class PlanRun:
     Attributes:
         seconds: of the parts of the work, and how many questions were "asked" in them: now, and
             in earlier starts that came to their end.
+        path: of the predictions, on the main process.
     """
 
     result: PlanResult
     seconds: dict[str, float]
+    path: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +205,7 @@ class Evaluation:
                 seconds=sum(spent.values()) / len(asks),
             ),
             seconds=times,
+            path=journal.path,
         )
 
     def _answer(self, index: int, answered: Answered, *, row: int, ask: Ask) -> Answer:

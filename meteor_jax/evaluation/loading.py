@@ -59,12 +59,13 @@ def load_params(
     """
     like = param_shapes(experiment, mesh=mesh)
     check = functools.partial(check_model, model=experiment.model)
+    unpadded = experiment.model.llama.unpadded_shapes
     if not init_from:
         step = find_step(folder, step=step)
-        return restore_params(folder, like, step=step, check=check), step
+        return restore_params(folder, like, step=step, check=check, unpadded=unpadded), step
     if step is not None:
         raise CheckpointError(f"step {step}: init_from takes the newest; name one --checkpoint.")
-    params = restore_parts(init_from, like, check=check)
+    params = restore_parts(init_from, like, check=check, unpadded=unpadded)
     if missing := sorted(like.keys() - params.keys()):
         raise CheckpointError(f"init_from: nothing there holds {', '.join(missing)}.")
     return params, None

@@ -31,7 +31,7 @@ from meteor_jax.evaluation.results import (
 from meteor_jax.evaluation.tasks import Question
 from meteor_jax.pruning.plan import PrunePlan
 
-EVAL_FILE = "eval.json"
+EVAL_FILE = "eval.json"  # of the newest evaluation; `kept_file` is for those before it
 CURVE_FILE = "accuracy_vs_tokens.png"
 PREDICTIONS_FOLDER = "predictions"
 
@@ -105,6 +105,15 @@ def write_eval(
         "averages": averages(rows),
     }
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def kept_file(workdir: Path, *, step: int | None, params: str) -> Path:
+    """Where a checkpoint's eval.json is kept, whatever is evaluated after it: `eval_step_7.json`,
+    with the digest `params` in its name where other parameters of that step have the file."""
+    path = workdir / ("eval_no_step.json" if step is None else f"eval_step_{step}.json")
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["params"] != params:
+        return path.with_name(f"{path.stem}-{params}.json")
+    return path
 
 
 def write_predictions(folder: Path, questions: Sequence[Question], result: PlanResult) -> Path:

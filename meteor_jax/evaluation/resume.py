@@ -1,7 +1,8 @@
 """Answers that are kept as they come, so that a run which was killed does not ask again.
 
-`predictions/<plan>.jsonl` grows by whole batches. Every line names the fingerprint of what it
-depends on; `<plan>.json` beside it says what the fingerprint stands for. In the end the file has
+A plan's `<plan>.jsonl` grows by whole batches. Every line names the fingerprint of what it depends
+on; `<plan>.json` beside it says what the fingerprint stands for. Answers of another fingerprint
+stay where they are, and the new ones go to `<plan>-<fingerprint>.jsonl`. In the end the file has
 the questions that were asked; answers to others move to `<plan>.others.jsonl`.
 """
 
@@ -69,27 +70,23 @@ class Journal:
     """One plan's finished answers on disk.
 
     Attributes:
-        path: `<plan>.jsonl`.
+        path: of the answers; known after `start`.
         note: one line where what was there could not be used, or "".
     """
 
     def __init__(self, folder: Path, plan: str, *, fingerprint: Fingerprint):
         self.path = folder / f"{file_name(plan)}.jsonl"
         self.note = ""
-        self._about_path = self.path.with_suffix(".json")
-        self._others_path = self.path.with_suffix(".others.jsonl")
         self._fingerprint = fingerprint
         self._usable: dict[str, dict[str, Any]] = {}
         self._seconds: dict[str, float] = {}
         self._synced = time.monotonic()
 
     def start(self) -> dict[str, dict[str, Any]]:
-        """The lines that can be used, by their "key"; anything else is gone from the file.
-
-        A line that was cut off by the end of the process is dropped; so are all, with a note,
-        where the fingerprint is another.
-        """
+        """The lines that can be used, by their "key"; what was cut off by the end of a process, or
+        is no answer, is gone from the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._avoid_others()
         lines, torn = _read_lines(self.path)
         lines += _read_lines(self._others_path)[0]
         about = self._read_about()
@@ -99,9 +96,6 @@ class Journal:
             line["key"]: line for line in lines
             if line.get("fingerprint") == self._fingerprint.digest and "key" in line
         }
-        if lines and not usable:
-            differs = self._differences(about)
-            self.note = f"{self.path.name} is of another run ({differs}): it starts afresh."
         if torn or len(usable) < len(lines) or self._others_path.exists():
             write_lines(self.path, usable.values())
             self._others_path.unlink(missing_ok=True)
@@ -135,6 +129,30 @@ class Journal:
             self._seconds[name] = self._seconds.get(name, 0) + value
         self._write_about()
         return self._seconds
+
+    @property
+    def _about_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def _others_path(self) -> Path:
+        return self.path.with_suffix(".others.jsonl")
+
+    def _avoid_others(self) -> None:
+        """Takes another path where answers of another fingerprint are."""
+        lines = _read_lines(self.path)[0] + _read_lines(self._others_path)[0]
+        held = {line["fingerprint"] for line in lines if "fingerprint" in line}
+        if held <= {self._fingerprint.digest}:
+            return
+        differs, taken = self._differences(self._read_about()), self.path
+        # Not `with_stem`: a plan's name may have a dot.
+        self.path = taken.with_name(
+            f"{taken.name.removesuffix('.jsonl')}-{self._fingerprint.digest}.jsonl"
+        )
+        self.note = (
+            f"{taken.name} is of another run ({differs}) and stays; these answers go to "
+            f"{self.path.name}."
+        )
 
     def _write_about(self) -> None:
         about = {"fingerprint": self._fingerprint.digest, "seconds": self._seconds}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from meteor_jax.evaluation.report import (
     EVAL_FILE,
     PREDICTIONS_FOLDER,
     draw_curve,
+    kept_file,
     print_table,
     write_eval,
     write_predictions,
@@ -88,11 +90,12 @@ def evaluate_checkpoint(
     display: Literal["bar", "quiet"] = "bar",
     console: Console | None = None,
 ) -> list[Row]:
-    """Asks all questions under all plans; writes eval.json, predictions/ and pictures.
+    """Asks all questions under all plans; writes eval.json, predictions/ and pictures. Answers and
+    scores of other checkpoints in the same workdir stay.
 
     Args:
         tasks, plans, num_questions: the config's `eval` where None.
-        step: recorded in eval.json.
+        step: of the checkpoint; recorded in eval.json, and part of what files are called.
         source_dir: where tokenizer and calibration.json are read; `workdir` where None.
         display: "quiet" shows neither bar nor table.
 
@@ -108,7 +111,7 @@ def evaluate_checkpoint(
     for plan in request.plans:  # before the first of them takes its time
         if plan.decode is not None:
             plan.decode.check_measured(plan.name)
-    folder = workdir / PREDICTIONS_FOLDER
+    folder = workdir / PREDICTIONS_FOLDER / ("no_step" if step is None else f"step_{step}")
     console = console or Console(quiet=display == "quiet" or not is_main_process())
     evaluation = _prepare(
         experiment, params, request=request, source_dir=source_dir, folder=folder,
@@ -135,21 +138,27 @@ def evaluate_checkpoint(
             evaluation, runs[drawn].result, plan=request.plans[drawn], workdir=workdir
         )
     if is_main_process():
-        write_predictions(folder, evaluation.questions, results[-1])
+        paths = {run.result.plan: run.path for run in runs}
+        paths[results[-1].plan] = write_predictions(folder, evaluation.questions, results[-1])
         for result in results[: len(request.plans)]:
             write_submissions(
                 workdir / SUBMISSIONS_FOLDER / file_name(result.plan), evaluation.questions,
                 [answer.prediction for answer in result.answers],
             )
-        write_eval(
-            workdir / EVAL_FILE, rows, plans=request.plans, step=step,
+        write = functools.partial(
+            write_eval, rows=rows, plans=request.plans, step=step,
             config=dataclasses.asdict(experiment) | {"eval": dataclasses.asdict(request.config)},
             details=_details(experiment, evaluation, request=request)
             | {
                 "seconds": {run.result.plan: run.seconds for run in runs},
                 "kept_tokens": kept_tokens(evaluation.questions, results),
+                "predictions": {
+                    plan: path.relative_to(workdir).as_posix() for plan, path in paths.items()
+                },
             },
         )
+        write(kept_file(workdir, step=step, params=evaluation.depends_on["params"]))
+        write(workdir / EVAL_FILE)
     if rows:  # there are none where all tasks are to be submitted
         if is_main_process():
             draw_curve(workdir / CURVE_FILE, rows)

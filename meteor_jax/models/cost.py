@@ -357,6 +357,8 @@ def _count_jaxpr(jaxpr: core.Jaxpr) -> float:
             total += max(_count_jaxpr(branch.jaxpr) for branch in params["branches"])
         else:
             turns = params["length"] if name == "scan" else 1
+            if name == "shard_map":  # whose inner shapes are one shard's
+                turns = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
             total += turns * sum(_count_jaxpr(inner) for inner in _inner_jaxprs(params))
     return total
 

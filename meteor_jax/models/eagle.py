@@ -20,7 +20,8 @@ ENCODERS = {
 VICUNA_7B = LlamaConfig()
 VICUNA_13B = LlamaConfig(depth=40, width=5120, num_heads=40, num_kv_heads=40, mlp_dim=13824)
 LLAMA3_8B = LlamaConfig(
-    num_kv_heads=8, mlp_dim=14336, vocab_size=128257, max_positions=8192, rope_theta=5e5
+    num_kv_heads=8, mlp_dim=14336, vocab_size=128257, pad_vocab_to_multiple_of=128,
+    max_positions=8192, rope_theta=5e5,
 )
 YI_34B = LlamaConfig(
     depth=60, width=7168, num_heads=56, num_kv_heads=8, mlp_dim=20480, vocab_size=64000,

@@ -30,9 +30,13 @@ ACTIVATION_SPECS = {
 def constrain(x: Array, axes: str) -> Array:
     """Pins `x` to the mesh in force (`jax.set_mesh`); the identity where there is none. `axes` is
     a key of `ACTIVATION_SPECS`."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, ACTIVATION_SPECS[axes])
+    spec = ACTIVATION_SPECS[axes]
+    if mesh.manual_axes:  # in `shard_map` over rows, which are split already
+        spec = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 @jax.custom_vjp

@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,9 @@ class LlamaConfig:
 
     Attributes:
         max_positions: rotary positions that there are; a longer sequence is an error.
+        pad_vocab_to_multiple_of: embedding and head get so many more columns, which stand for no
+            token, that `tensor` can divide them. They take part in nothing, and conversion and
+            export leave them out.
         init_std: of the normal distribution that every matrix starts from.
         remat: "none", or a name in `jax.checkpoint_policies`.
     """
@@ -36,6 +40,7 @@ class LlamaConfig:
     num_kv_heads: int = 32
     mlp_dim: int = 11008
     vocab_size: int = 32000
+    pad_vocab_to_multiple_of: int = 1
     max_positions: int = 4096
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
@@ -49,10 +54,31 @@ class LlamaConfig:
                 f"llama: num_heads={self.num_heads} must divide width={self.width} and be a "
                 f"multiple of num_kv_heads={self.num_kv_heads}."
             )
+        if self.pad_vocab_to_multiple_of < 1:
+            raise ValueError(
+                "llama.pad_vocab_to_multiple_of: expected at least 1, got "
+                f"{self.pad_vocab_to_multiple_of}; 128 suits any mesh."
+            )
 
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def num_columns(self) -> int:
+        """Rows of the embedding, columns of the head and of logits: the vocabulary, padded."""
+        multiple = self.pad_vocab_to_multiple_of
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def unpadded_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By path in the whole model, the parameters that are padded, with their shapes without."""
+        if self.num_columns == self.vocab_size:
+            return {}
+        return {
+            "llama/embedding/embedding": (self.vocab_size, self.width),
+            "llama/head/kernel": (self.width, self.vocab_size),
+        }
 
 
 def rotary_tables(position: Array, *, config: LlamaConfig) -> tuple[Array, Array]:
@@ -182,6 +208,22 @@ class LlamaBlock(nn.Module):
         return attention_received(q, keys, row_weight=row_weight, mask=sees)
 
 
+@jax.custom_jvp
+def _float32_product(x: Array, kernel: Array) -> Array:
+    """float32[..., V], summed up in float32 whatever the factors are. Its gradient is computed in
+    the factors' dtype, as that of every other layer."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+@_float32_product.defjvp
+def _float32_product_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    tangent = jnp.matmul(dx, kernel) + jnp.matmul(x, dkernel)
+    return _float32_product(x, kernel), tangent.astype(jnp.float32)
+
+
 class Llama(nn.Module):
     """Embedding, stacked layers, final norm and head; the caller decides where segments end."""
 
@@ -192,13 +234,14 @@ class Llama(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.init_std)
         self.embedding = nn.Embed(
-            config.vocab_size, config.width, dtype=self.dtype, embedding_init=init
+            config.num_columns, config.width, dtype=self.dtype, embedding_init=init
         )
         self.blocks = Stack(LlamaBlock, config, config.depth, self.dtype, config.remat)
         self.norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype)
         if not config.tie_embeddings:
-            self.head = dense(
-                config.vocab_size, dtype=self.dtype, use_bias=False, kernel_init=init
+            self.head = nn.Dense(
+                config.num_columns, dtype=self.dtype, use_bias=False, kernel_init=init,
+                dot_general=lambda x, kernel, *_, **__: _float32_product(x, kernel),
             )
 
     def embed(self, tokens: Array) -> Array:
@@ -208,10 +251,17 @@ class Llama(nn.Module):
         return constrain(constrain(self.embedding(tokens), "btd by width"), "btd")
 
     def logits(self, x: Array) -> Array:
-        """float32[..., V] of the residual stream."""
+        """float32[..., V] of the residual stream; V is `num_columns`, and the logit of a column
+        that stands for no token is the lowest number there is."""
         x = self.norm(x)
-        logits = self.embedding.attend(x) if self.config.tie_embeddings else self.head(x)
-        return logits.astype(jnp.float32)
+        if self.config.tie_embeddings:
+            logits = _float32_product(x, self.embedding.embedding.astype(self.dtype).T)
+        else:
+            logits = self.head(x)
+        if self.config.num_columns == self.config.vocab_size:
+            return logits
+        is_token = jnp.arange(self.config.num_columns) < self.config.vocab_size
+        return jnp.where(is_token, logits, jnp.finfo(jnp.float32).min)
 
     def run(
         self, x: Array, position: Array, *, start: int, stop: int, turn: Array | None = None,

@@ -7,6 +7,7 @@ row, D width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -120,6 +121,14 @@ class Encoded:
 
 
 @flax.struct.dataclass
+class HiddenStates:
+    """`x` float[B, T, D], what `Meteor.logits` makes logits of, at every text token."""
+
+    x: Array
+    trace: PruneTrace
+
+
+@flax.struct.dataclass
 class Forward:
     """`logits` float32[B, T, V]; those at place t predict the text token at t + 1."""
 
@@ -162,7 +171,12 @@ class Meteor(nn.Module):
         self.llama = Llama(config.llama, dtype)
 
     def __call__(self, batch: Batch, *, plan: PrunePlan) -> Forward:
-        """One forward pass over whole conversations, for training and for scoring text."""
+        """One forward pass over whole conversations, for scoring text."""
+        hidden = self.hidden_states(batch, plan=plan)
+        return Forward(logits=self.logits(hidden.x), trace=hidden.trace)
+
+    def hidden_states(self, batch: Batch, *, plan: PrunePlan) -> HiddenStates:
+        """The same up to the head, for training, which need not hold all logits at once."""
         rows, images = batch.image_valid.shape
         encoded = self.encode_images(
             batch.images.reshape(rows * images, *batch.images.shape[2:]), plan=plan
@@ -177,8 +191,17 @@ class Meteor(nn.Module):
         )
         entries = entry_of_slot(run.sequence, num_slots=batch.tokens.shape[1])
         x = jnp.take_along_axis(run.sequence.x, entries[..., None], axis=1)
-        logits = constrain(self.llama.logits(x), "btv")
-        return Forward(logits=logits, trace=encoded.trace.replace(cuts=run.cuts))
+        return HiddenStates(x=constrain(x, "btd"), trace=encoded.trace.replace(cuts=run.cuts))
+
+    def logits(self, x: Array) -> Array:
+        """float32[B, T, V] of hidden states float[B, T, D]."""
+        return constrain(self.llama.logits(x), "btv")
+
+    @nn.nowrap
+    def head_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of `params` that `logits` reads."""
+        last = "embedding" if self.config.llama.tie_embeddings else "head"
+        return {"llama": {name: params["llama"][name] for name in ("norm", last)}}
 
     def encode_images(self, images: Array, *, plan: PrunePlan) -> Encoded:
         """Stages 1 and 2: raw RGB uint8[I, H, W, 3] to the visual tokens that enter the LLM.

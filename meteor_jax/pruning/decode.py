@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from meteor_jax.pruning.diversity import density_peaks, mean_of_clusters, unlike_pivots
 from meteor_jax.pruning.plan import DecodePlan
-from meteor_jax.pruning.select import Selection, keep_topk
+from meteor_jax.pruning.select import Selection, finite_scores, keep_topk
 from meteor_jax.types import Array, CutTrace, Sequence
 
 
@@ -166,7 +166,8 @@ def recycle_dropped(
         The sequence with the averages in it, and float32[B, S]: 1 for what stays, 0 for the rest.
     """
     is_visual = sequence.is_visual
-    order = jnp.argsort(jnp.where(is_visual, -scores, jnp.inf), axis=1, stable=True)
+    falling = jnp.where(is_visual, -finite_scores(scores), jnp.inf)
+    order = jnp.argsort(falling, axis=1, stable=True)
     rank = jnp.argsort(order, axis=1)
     num_clusters = clusters * num_images
     num_best = (num_kept - num_clusters)[:, None]
@@ -199,7 +200,8 @@ def num_kept(
     low, high = plan.bounds(cut)
     if plan.budget == "adaptive":
         plan.check_measured()
-        per_image = jnp.clip(jnp.round(plan.scale[cut] * mass), low, high).astype(jnp.int32)
+        wanted = jnp.nan_to_num(jnp.round(plan.scale[cut] * mass))  # not a number: the least
+        per_image = jnp.clip(wanted, low, high).astype(jnp.int32)
     else:
         per_image = jnp.full(mass.shape, high, jnp.int32)
     return jnp.minimum(per_image * num_images, sequence.is_visual.sum(1)).astype(jnp.int32)
@@ -210,9 +212,10 @@ def select_entries(
 ) -> Selection:
     """All text and the `num_kept[b]` best visual tokens, packed into `num_text + num_visual`."""
     return keep_topk(
-        jnp.where(sequence.is_text, jnp.inf, scores),
+        scores,
         keep=min(num_text + num_visual, scores.shape[1]),
         valid=sequence.valid,
+        always=sequence.is_text,
         num_keep=sequence.is_text.sum(1) + num_kept,
     )
 

@@ -1,7 +1,10 @@
 """Selections and merges that look at how alike tokens are: DivPrune, DART, VisionZip, SparseVLM.
 
 Pure functions of arrays. Selections come out as scores for `keep_topk`, so that order, padding and
-budgets are handled in one place. B examples (or images), N tokens, D width, P pivots, K clusters.
+budgets are handled in one place. A token that is not finite (NaN, an overflow) counts for nothing:
+it is like no other, is chosen after all others, and no mean takes it in.
+
+B examples (or images), N tokens, D width, P pivots, K clusters.
 """
 
 from __future__ import annotations
@@ -11,16 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.pruning.select import keep_topk
+from meteor_jax.pruning.select import keep_topk, largest
 from meteor_jax.types import Array
 
 FARTHEST = 3.0  # more than any cosine distance
 
 
 def unit_tokens(x: Array) -> Array:
-    """float32[..., D] of length 1; a token of zeros stays one. No gradient flows."""
+    """float32[..., D] of length 1; zeros for a token of zeros, or one that is not finite. No
+    gradient flows."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return jnp.where(jnp.isfinite(norm), x / (norm + 1e-6), 0)
+
+
+def finite_tokens(x: Array) -> Array:
+    """bool[..., N] of float[..., N, D]: whether a token's length is finite in float32."""
+    return jnp.isfinite(jnp.linalg.norm(x.astype(jnp.float32), axis=-1))
 
 
 def farthest_points(x: Array, *, keep: int) -> Array:
@@ -34,11 +44,12 @@ def farthest_points(x: Array, *, keep: int) -> Array:
         returns: float32[B, N]; `keep` for the first choice, one less for each after it, 0 for
             what is not chosen.
     """
-    unit = unit_tokens(x)
+    unit, finite = unit_tokens(x), finite_tokens(x)
     distance = 1 - jnp.einsum("bnd,bmd->bnm", unit, unit)
     num_tokens = x.shape[1]
-    itself = jnp.eye(num_tokens, dtype=bool)
-    first = jnp.where(itself, jnp.inf, distance).min(-1).argmax(-1)
+    others = ~jnp.eye(num_tokens, dtype=bool) & finite[:, None]
+    nearest = jnp.where(others, distance, jnp.inf).min(-1)
+    first = jnp.where(finite, nearest, -jnp.inf).argmax(-1)
     place = jnp.arange(num_tokens)
 
     def choose(step: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -51,6 +62,7 @@ def farthest_points(x: Array, *, keep: int) -> Array:
 
     # Nothing is chosen yet, so all are equally far from it, but for the one that comes first.
     nearest = jnp.where(place == first[:, None], jnp.inf, FARTHEST)
+    nearest = jnp.where(finite, nearest, -jnp.inf)
     scores = jnp.zeros(nearest.shape, jnp.float32)
     return jax.lax.fori_loop(0, keep, choose, (nearest, scores))[1]
 
@@ -71,6 +83,7 @@ def unlike_pivots(
     unit = unit_tokens(x)
     chosen = jnp.take_along_axis(unit, pivots[..., None], axis=1)
     similarity = jnp.einsum("bpd,bnd->bpn", chosen, unit)
+    similarity = jnp.where(finite_tokens(x)[:, None], similarity, FARTHEST)  # taken last
     count = jnp.maximum(pivot_valid.sum(1, keepdims=True), 1)
     turn = jnp.cumsum(pivot_valid, axis=1) - 1
     shares = num_keep[:, None] // count + (turn < num_keep[:, None] % count)
@@ -79,8 +92,8 @@ def unlike_pivots(
     def take(taken: Array, pivot: tuple[Array, Array]) -> tuple[Array, None]:
         similarity, share = pivot
         free = candidates & ~taken
-        rank = _rank(jnp.where(free, similarity, jnp.inf))
-        return taken | (free & (rank < share[:, None])), None
+        order = rank(jnp.where(free, similarity, jnp.inf))
+        return taken | (free & (order < share[:, None])), None
 
     taken, _ = jax.lax.scan(take, jnp.zeros_like(candidates), (similarity.swapaxes(0, 1), shares.T))
     return taken
@@ -108,11 +121,13 @@ def merge_rest(x: Array, scores: Array, *, keep: int, merged: int) -> tuple[Arra
     def of(idx: Array, array: Array = x) -> Array:
         return jnp.take_along_axis(array, idx[..., None], axis=1)
 
-    unit = unit_tokens(x)
+    unit, finite = unit_tokens(x), finite_tokens(x)[..., None]
     similarity = jnp.einsum("bnd,bkd->bnk", of(others, unit), of(targets, unit))
-    mean = mean_of_clusters(of(others), similarity.argmax(-1), num_clusters=merged)
+    target = jnp.where(of(others, finite)[..., 0], similarity.argmax(-1), merged)
+    mean = mean_of_clusters(of(others), target, num_clusters=merged)
+    itself = jnp.where(of(targets, finite), of(targets), 0)
     places = jnp.concatenate([dominant, targets], axis=1)
-    kept = jnp.concatenate([of(dominant), of(targets) + mean], axis=1)
+    kept = jnp.concatenate([of(dominant), itself + mean], axis=1)
     order = jnp.argsort(places, axis=1)
     return of(order, kept), jnp.take_along_axis(places, order, axis=1)
 
@@ -120,7 +135,7 @@ def merge_rest(x: Array, scores: Array, *, keep: int, merged: int) -> tuple[Arra
 @flax.struct.dataclass
 class Clusters:
     """Centres int32[B, K] (places in x, increasing), which of them are real bool[B, K], and the
-    centre that each token belongs to, int32[B, N]; K for an invalid token."""
+    centre that each token belongs to, int32[B, N]; K for a token that is invalid or not finite."""
 
     centre: Array
     valid: Array
@@ -138,13 +153,14 @@ def density_peaks(x: Array, *, valid: Array, num_clusters: Array, max_clusters: 
         x: float[B, N, D]; valid: bool[B, N]; num_clusters: int32[B], at most `max_clusters` = K.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    valid = valid & finite_tokens(x)
     square = (x**2).sum(-1)
     inner = jnp.einsum("bnd,bmd->bnm", x, x)
     square = jnp.maximum(square[:, :, None] + square[:, None] - 2 * inner, 0) / x.shape[-1]
     pair = valid[:, :, None] & valid[:, None]
     place = jnp.arange(x.shape[1])
     square = jnp.where(place[:, None] == place, 0, square)  # rounding left a little there
-    nearest = -jax.lax.top_k(jnp.where(pair, -square, -jnp.inf), max_clusters)[0]
+    nearest = -largest(jnp.where(pair, -square, -jnp.inf), max_clusters)[0]
     counts = jnp.arange(max_clusters) < num_clusters[:, None]
     total = jnp.where(counts[:, None] & jnp.isfinite(nearest), nearest, 0).sum(-1)
     density = jnp.exp(-total / jnp.maximum(num_clusters[:, None], 1))
@@ -166,13 +182,15 @@ def density_peaks(x: Array, *, valid: Array, num_clusters: Array, max_clusters: 
 
 
 def mean_of_clusters(x: Array, of_token: Array, *, num_clusters: int) -> Array:
-    """float[B, K, D]: the mean of float[B, N, D] by cluster int32[B, N]; 0 for an empty one."""
+    """float[B, K, D]: the mean of float[B, N, D] by cluster int32[B, N]; 0 for an empty one. A
+    token of cluster K counts nowhere."""
+    x = jnp.where(of_token[..., None] < num_clusters, x, 0)  # 0 · NaN would be NaN
     member = jax.nn.one_hot(of_token, num_clusters, dtype=x.dtype)
     total = jnp.einsum("bnk,bnd->bkd", member, x, preferred_element_type=jnp.float32)
     count = jnp.maximum(member.astype(jnp.float32).sum(1), 1)
     return (total / count[..., None]).astype(x.dtype)
 
 
-def _rank(values: Array) -> Array:
+def rank(values: Array) -> Array:
     """int32[B, N]: 0 for the smallest of each row; of equal values the earlier comes first."""
     return jnp.argsort(jnp.argsort(values, axis=1, stable=True), axis=1)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.pruning.diversity import merge_rest
+from meteor_jax.pruning.diversity import finite_tokens, merge_rest
 from meteor_jax.pruning.select import keep_topk
 from meteor_jax.pruning.windows import window_order, window_quotas, window_slots
 from meteor_jax.types import Array
@@ -290,12 +290,16 @@ def mean_token_similarity(x: Array) -> Array:
 
     Shapes:
         x: float[I, N, E].
-        returns: float32[I, N] in [−1, 1]; 0 for a token, or a mean, that is all zeros.
+        returns: float32[I, N] in [−1, 1]; 0 for a token, or a mean, that is all zeros; infinity
+            for a token that is not finite, which the mean leaves out.
     """
     x = x.astype(jnp.float32)
-    mean = x.mean(axis=-2, keepdims=True)
+    finite = finite_tokens(x)
+    # Their sum over N is as good as their mean: a cosine does not see its length.
+    mean = jnp.where(finite[..., None], x, 0).mean(axis=-2, keepdims=True)
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(mean, axis=-1)
-    return (x * mean).sum(-1) / jnp.maximum(norms, 1e-12)
+    similarity = (x * mean).sum(-1) / jnp.maximum(norms, 1e-12)
+    return jnp.where(finite, similarity, jnp.inf)
 
 
 def allocate(

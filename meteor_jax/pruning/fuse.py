@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.pruning.diversity import farthest_points
+from meteor_jax.pruning.diversity import farthest_points, finite_tokens, rank, unit_tokens
 from meteor_jax.pruning.encode import allocate, mean_token_similarity, random_scores
 from meteor_jax.pruning.plan import FusePlan
-from meteor_jax.pruning.select import keep_topk
+from meteor_jax.pruning.select import finite_scores, keep_topk
 from meteor_jax.types import Array, VisualTokens, take_tokens
 
 
@@ -63,8 +63,8 @@ def fuse(
     else:
         if scores is None:
             scores = fuse_scores(tokens.x, plan=plan, spans=spans, image_seed=image_seed)
-        scores = _raise_floor(scores, keep=plan.keep, floor=plan.floor, spans=spans)
-        idx = keep_topk(scores, keep=plan.keep).idx
+        sure = _best_of_each(tokens.x, scores, keep=plan.keep, floor=plan.floor, spans=spans)
+        idx = keep_topk(scores, keep=plan.keep, always=sure).idx
     return take_tokens(tokens, idx)
 
 
@@ -92,7 +92,7 @@ def _least_redundant(x: Array, *, plan: FusePlan, spans: tuple[Span, ...]) -> Ar
     scores = -mutual_redundancy(x, spans=spans, similarity=plan.similarity)
     for done in range(1, plan.rounds):
         size = num_tokens - (num_tokens - plan.keep) * done // plan.rounds
-        left = jnp.argsort(jnp.argsort(-scores, axis=1), axis=1) < size
+        left = rank(-scores) < size
         redundancy = mutual_redundancy(x, spans=spans, similarity=plan.similarity, left=left)
         scores = jnp.where(left, -redundancy, -jnp.inf)
     return scores
@@ -105,27 +105,30 @@ def mutual_redundancy(
 
     With a signed cosine the sum is linear, R_i^j = u_i · Σ of all other encoders' unit tokens,
     so no N × N matrix is built; "abs_cosine" needs one, and "max_cosine", which takes the largest
-    instead of the sum.
+    instead of the sum. A token that is not finite counts for no other.
 
     Shapes:
-        x: float[I, N, D]; returns float32[I, N].
+        x: float[I, N, D].
         left: bool[I, N], the tokens z_m^l that count; None is all.
+        returns: float32[I, N]; infinity for a token that is not finite.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    left = jnp.ones(x.shape[:2], bool) if left is None else left
+    finite = finite_tokens(x)
+    left = finite if left is None else left & finite
     parts = [span.of(x) for span in spans]
     if similarity == "centered_cosine":
-        parts = [part - part.mean(1, keepdims=True) for part in parts]
-    # The epsilon keeps an all-zero token at similarity 0 instead of NaN.
-    units = [part / (jnp.linalg.norm(part, axis=-1, keepdims=True) + 1e-6) for part in parts]
+        parts = [_centered(part, span.of(finite)) for part, span in zip(parts, spans, strict=True)]
+    units = [unit_tokens(part) for part in parts]
     if similarity in ("abs_cosine", "max_cosine"):
         encoder = np.repeat(np.arange(len(spans)), [span.size for span in spans])
         counts = left[:, None] & (encoder[:, None] != encoder)
         unit = jnp.concatenate(units, axis=1)
         cosine = jnp.einsum("ind,imd->inm", unit, unit)
         if similarity == "abs_cosine":
-            return jnp.where(counts, jnp.abs(cosine), 0).sum(-1)
-        return jnp.where(counts, cosine, -1).max(-1)
+            redundancy = jnp.where(counts, jnp.abs(cosine), 0).sum(-1)
+        else:
+            redundancy = jnp.where(counts, cosine, -1).max(-1)
+        return jnp.where(finite, redundancy, jnp.inf)
     sums = [
         jnp.where(span.of(left)[..., None], unit, 0).sum(1)
         for unit, span in zip(units, spans, strict=True)
@@ -134,7 +137,13 @@ def mutual_redundancy(
         jnp.einsum("ind,id->in", unit, sum(sums) - own)
         for unit, own in zip(units, sums, strict=True)
     ]
-    return jnp.concatenate(redundancy, axis=1)
+    return jnp.where(finite, jnp.concatenate(redundancy, axis=1), jnp.inf)
+
+
+def _centered(x: Array, finite: Array) -> Array:
+    """float32[I, N, D] less the mean of the tokens that are `finite`, bool[I, N]."""
+    total = jnp.where(finite[..., None], x, 0).mean(1, keepdims=True)
+    return x - total * (x.shape[1] / jnp.maximum(finite.sum(1), 1))[:, None, None]
 
 
 def position_redundancy(parts: Sequence[Array], *, similarity: str = "cosine") -> Array:
@@ -155,19 +164,19 @@ def position_redundancy(parts: Sequence[Array], *, similarity: str = "cosine") -
     return redundancy.reshape(redundancy.shape[0], len(parts), size).sum(1)
 
 
-def _raise_floor(
-    scores: Array, *, keep: int, floor: float, spans: tuple[Span, ...]
-) -> Array:
-    """Lifts each encoder's best `floor · keep` tokens above all others."""
+def _best_of_each(
+    x: Array, scores: Array, *, keep: int, floor: float, spans: tuple[Span, ...]
+) -> Array | None:
+    """bool[I, N]: each encoder's best `floor · keep` tokens, which stay whatever the others score;
+    None without a floor. A token that is not finite is none of them."""
     if floor <= 0:
-        return scores
+        return None
     sure = [min(int(floor * keep), span.size) for span in spans]
     if sum(sure) > keep:
         raise ValueError(f"fuse.floor={floor} for {len(spans)} encoders is more than fuse.keep.")
-    ranks = [jnp.argsort(jnp.argsort(-span.of(scores), axis=1), axis=1) for span in spans]
-    lifted = [rank < count for rank, count in zip(ranks, sure, strict=True)]
-    lifted = jnp.concatenate(lifted, axis=1)
-    return jnp.where(lifted, jnp.inf, scores)
+    falling = -finite_scores(scores)
+    best = [rank(span.of(falling)) < count for span, count in zip(spans, sure, strict=True)]
+    return jnp.concatenate(best, axis=1) & finite_tokens(x)
 
 
 def _keep_in_each(x: Array, *, keep: int, spans: tuple[Span, ...]) -> Array:

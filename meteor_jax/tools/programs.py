@@ -26,6 +26,7 @@ from meteor_jax.parallel import BATCH_AXES, check_batch_size, parameter_sharding
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.experiment import Experiment, StageConfig
+from meteor_jax.training.loss import all_logits_at_once
 from meteor_jax.training.optimizer import make_optimizer, split_trainable
 from meteor_jax.training.starting import any_ranks
 from meteor_jax.training.state import init_params, make_state
@@ -106,7 +107,8 @@ def count_flops(request: Request, mesh: Mesh, *, platform: str) -> tuple[float, 
 
     with attention_kernel("xla"):
         flops = count(request)
-        return flops, flops if request.experiment == plain.experiment else count(plain)
+        with all_logits_at_once():
+            return flops, count(plain)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 from meteor_jax.config import ConfigError, build
 from meteor_jax.evaluation.kept import describe
 from meteor_jax.evaluation.pictures import EXAMPLES_FOLDER, KEPT_FILE
-from meteor_jax.evaluation.report import PREDICTIONS_FOLDER, file_name
+from meteor_jax.evaluation.report import EVAL_FILE
 from meteor_jax.evaluation.results import (
     BLIND,
     COMBINED,
@@ -141,9 +141,14 @@ class Run:
         }
 
     def predictions(self, plan: str) -> list[dict[str, Any]]:
-        """The plan's answers, or nothing where none lie beside the file."""
-        path = self.folder / PREDICTIONS_FOLDER / f"{file_name(plan)}.jsonl"
-        return _read_lines(path)
+        """The plan's answers, or nothing where none lie where the file says."""
+        path = self.content.get("predictions", {}).get(plan)
+        return _read_lines(self.folder / path) if path else []
+
+    @property
+    def _is_newest(self) -> bool:
+        """Pictures lie beside the newest evaluation only."""
+        return self.path.name == EVAL_FILE
 
     @property
     def examples_folder(self) -> Path:
@@ -153,13 +158,14 @@ class Run:
     def examples(self) -> list[dict[str, Any]]:
         """What `draw_examples` listed, of those whose picture is there."""
         path = self.examples_folder / EXAMPLES_FILE
-        listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        has_any = self._is_newest and path.is_file()
+        listed = json.loads(path.read_text(encoding="utf-8")) if has_any else []
         return [one for one in listed if (self.examples_folder / one["picture"]).is_file()]
 
     @property
     def kept_picture(self) -> Path | None:
         path = self.folder / KEPT_FILE
-        return path if path.is_file() else None
+        return path if self._is_newest and path.is_file() else None
 
     @property
     def shares(self) -> dict[str, dict[str, float]]:
@@ -209,12 +215,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     Raises:
         ConfigError: if a path is no eval.json.
     """
-    paths = [Path(path) / "eval.json" if Path(path).is_dir() else Path(path) for path in paths]
-    names = [path.resolve().parent.name for path in paths]
+    paths = [Path(path) / EVAL_FILE if Path(path).is_dir() else Path(path) for path in paths]
+    # The newest evaluation of a folder is called as the folder, another one by its file too.
+    places = [path.resolve() for path in paths]
+    names = [place.parent.name for place in places]
+    if any(place.name != EVAL_FILE for place in places):
+        names = [f"{place.parent.name}/{place.stem}" for place in places]
     if len(set(names)) < len(names):
-        folders = [path.resolve().parent for path in paths]
-        common = os.path.commonpath(folders)
-        names = [os.path.relpath(folder, common) for folder in folders]
+        places = [place.parent if place.name == EVAL_FILE else place for place in places]
+        common = os.path.commonpath(places)
+        names = [os.path.relpath(place, common) for place in places]
     return [_read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
 
 

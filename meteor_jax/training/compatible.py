@@ -16,7 +16,9 @@ from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.training.experiment import Experiment, load_experiment
 
 # How a model is computed or began, not what it is.
-FREE_IN_MODEL = ("remat", "init_std", "layer_scale_init", "max_positions")
+FREE_IN_MODEL = (
+    "remat", "init_std", "layer_scale_init", "max_positions", "pad_vocab_to_multiple_of"
+)
 # In another model an encoder may go on at another resolution, a decoder with longer texts.
 FREE_IN_PARTS = (*FREE_IN_MODEL, "image_size", "grid_side", "position_side", "rope_theta")
 FREE_IN_DATA = ("num_workers", "prefetch", "kept_records", "data_dir")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from meteor_jax.parallel import shard_batch
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.training.step import TokenLoss, token_loss
+from meteor_jax.training.loss import TokenLoss, batch_loss
 from meteor_jax.types import Batch
 
 
@@ -32,9 +32,8 @@ class HeldOutLoss:
         self._batches, self._mesh = batches, mesh
 
         def add(params: Any, total: TokenLoss, batch: Batch, *, plan: PrunePlan) -> TokenLoss:
-            rngs = {"dropout": jax.random.PRNGKey(0)}
-            forward = model.apply({"params": params}, batch, plan=plan, rngs=rngs)
-            return jax.tree.map(jnp.add, total, token_loss(forward.logits, batch.labels))
+            sums, _ = batch_loss(model, params, batch, plan=plan, rng=jax.random.PRNGKey(0))
+            return jax.tree.map(jnp.add, total, sums)
 
         self._add = {
             name: jax.jit(functools.partial(add, plan=plan)) for name, plan in plans.items()

@@ -92,7 +92,10 @@ def first_state(
     if saved.latest_step() is not None:
         return checkpoint.restore(saved, like)
     check = functools.partial(check_model, model=experiment.model)
-    restored = checkpoint.restore_parts(experiment.init_from, like.params, check=check)
+    restored = checkpoint.restore_parts(
+        experiment.init_from, like.params, check=check,
+        unpadded=experiment.model.llama.unpadded_shapes,
+    )
 
     def begin(restored: dict[str, Any]) -> TrainState:
         # Of the fresh parameters only those are computed that nothing replaces.

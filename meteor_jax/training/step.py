@@ -1,6 +1,6 @@
 """One training step: loss, gradients of what trains, update, metrics. One program a plan.
 
-B rows, A parts that a batch is accumulated over, T text tokens, V vocabulary.
+B rows, A parts that a batch is accumulated over, T text tokens.
 """
 
 from __future__ import annotations
@@ -9,44 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import StageConfig
+from meteor_jax.training.loss import batch_loss
 from meteor_jax.training.optimizer import join_params, make_schedule, split_trainable
 from meteor_jax.training.state import TrainState
 from meteor_jax.types import IGNORE_LABEL, Array, Batch
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-
-
-@flax.struct.dataclass
-class TokenLoss:
-    """Sums over the supervised tokens of some rows, float32[]: cross-entropy, hits, tokens."""
-
-    loss: Array
-    correct: Array
-    count: Array
-
-
-def token_loss(logits: Array, labels: Array) -> TokenLoss:
-    """Next-token cross-entropy: logits at t against labels at t + 1.
-
-    Shapes:
-        logits: float32[B, T, V]; labels: int32[B, T], `IGNORE_LABEL` where nothing is learnt.
-    """
-    logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
-    supervised = labels != IGNORE_LABEL
-    targets = jnp.where(supervised, labels, 0)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return TokenLoss(
-        loss=jnp.sum(loss * supervised),
-        correct=jnp.sum((logits.argmax(-1) == targets) & supervised).astype(jnp.float32),
-        count=jnp.sum(supervised).astype(jnp.float32),
-    )
 
 
 def make_train_step(
@@ -80,13 +54,11 @@ def make_train_step(
     def loss_of_part(
         trainable: dict[str, Array], frozen: dict[str, Array], part: Batch, key: Array, total: Array
     ) -> tuple[Array, dict[str, Array]]:
-        variables = {"params": join_params(trainable, frozen)}
-        forward = model.apply(variables, part, plan=plan, rngs={"dropout": key})
-        sums = token_loss(forward.logits, part.labels)
+        sums, trace = batch_loss(model, join_params(trainable, frozen), part, plan=plan, rng=key)
         metrics = {
             "loss": sums.loss / total,
             "accuracy": sums.correct / total,
-            **_count_tokens(forward.trace.fused_encoder, part, encoders=encoders),
+            **_count_tokens(trace.fused_encoder, part, encoders=encoders),
         }
         return metrics["loss"], metrics
 

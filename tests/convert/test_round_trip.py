@@ -11,7 +11,12 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors import safe_open
 
-from meteor_jax.checkpoint import open_checkpoints, restore_params, write_config
+from meteor_jax.checkpoint import (
+    CheckpointError,
+    open_checkpoints,
+    restore_params,
+    write_config,
+)
 from meteor_jax.config import ConfigError
 from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
@@ -120,6 +125,43 @@ def test_all_tensors_of_a_released_model(tmp_path, model):
     assert_identical(read_folder(tmp_path / "back"), tensors)
 
 
+def like_of(config):
+    """What `restore_params` asks for."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = flax.traverse_util.unflatten_dict(
+        param_shapes(config, parts_of(config, "eagle")), sep="/"
+    )
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here), shapes,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
+def test_neither_conversion_nor_export_sees_a_padded_vocabulary(tmp_path):
+    tensors = fixture_weights(jnp.float32)
+    eagle = eagle_tiny.write_eagle(tmp_path / "eagle", tensors)
+    plain = convert_checkpoint(eagle, tmp_path / "plain", overrides=eagle_tiny.OVERRIDES)
+    padding = "llama.pad_vocab_to_multiple_of=64"
+    padded = convert_checkpoint(
+        eagle, tmp_path / "padded", overrides=[*eagle_tiny.OVERRIDES, padding]
+    )
+    export_checkpoint(tmp_path / "padded", tmp_path / "back")
+    assert_identical(read_folder(tmp_path / "back"), tensors)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == eagle_tiny.config()
+
+    whole = restore_params(tmp_path / "padded", like_of(padded))
+    assert whole["llama"]["head"]["kernel"].shape == (64, 128)
+    for rows in (whole["llama"]["head"]["kernel"].T, whole["llama"]["embedding"]["embedding"]):
+        assert rows[:100].any() and not rows[100:].any()
+    # A checkpoint without padding fits a model with it, where the model says so.
+    unpadded = padded.llama.unpadded_shapes
+    filled = restore_params(tmp_path / "plain", like_of(padded), unpadded=unpadded)
+    jax.tree.map(np.testing.assert_array_equal, filled, whole)
+    assert plain.llama.unpadded_shapes == {}
+    with pytest.raises(CheckpointError, match=r"checkpoint \(100, 64\), config \(128, 64\)"):
+        restore_params(tmp_path / "plain", like_of(padded))
+
+
 def test_split_projectors_have_no_way_back(tmp_path):
     eagle = eagle_tiny.write_eagle(tmp_path / "eagle", eagle_tiny.weights())
     convert_checkpoint(
@@ -135,14 +177,9 @@ def test_a_trained_checkpoint_goes_back_as_it_was_trained(tmp_path):
     tensors = fixture_weights(jnp.float32)
     eagle = eagle_tiny.write_eagle(tmp_path / "eagle", tensors)
     config = convert_checkpoint(eagle, tmp_path / "start", overrides=eagle_tiny.OVERRIDES)
-    shapes = flax.traverse_util.unflatten_dict(
-        param_shapes(config, parts_of(config, "eagle")), sep="/"
+    trained = jax.tree.map(
+        lambda leaf: 2 * leaf, restore_params(tmp_path / "start", like_of(config))
     )
-    like = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
-    )
-    trained = jax.tree.map(lambda leaf: 2 * leaf, restore_params(tmp_path / "start", like))
     written = json.loads((tmp_path / "start" / "config.json").read_text())
     (tmp_path / "run").mkdir()
     write_config(tmp_path / "run", written)

@@ -59,7 +59,7 @@ def test_every_task_has_a_row_or_a_submission(done):
 
 def test_every_question_is_asked_once_with_its_images(done):
     workdir, _, compiled = done
-    lines = (workdir / "predictions/full.jsonl").read_text().splitlines()
+    lines = (workdir / "predictions/no_step/full.jsonl").read_text().splitlines()
     keys = [json.loads(line)["key"] for line in lines]
     assert len(set(keys)) == len(keys) >= 3 * len(FOLDERS) - 3
     assert compiled == 3  # prompts of one image, of two, and blind
@@ -97,7 +97,9 @@ def test_two_processes_give_the_same_predictions_and_scores_as_one(tmp_path):
     for plan in ("full", "cut", "blind"):
         said = [
             [line.split('"seconds"')[0] for line in path.read_text().splitlines()]
-            for path in (tmp_path / name / f"predictions/{plan}.jsonl" for name in ("one", "two"))
+            for path in (
+                tmp_path / name / f"predictions/no_step/{plan}.jsonl" for name in ("one", "two")
+            )
         ]
         assert said[0] == said[1]
     assert (tmp_path / "two/kept_tokens.png").stat().st_size > 1000

@@ -186,7 +186,7 @@ def test_it_answers_as_our_own_evaluation_does(folders, checkpoint, model):
         experiment, make_params(experiment), workdir=folders / "ours", tasks=["pope"],
         plans=["cut(decode.keep=(5,))"], display="quiet",
     )
-    (path,) = (folders / "ours/predictions").glob("cut*.jsonl")
+    (path,) = (folders / "ours/predictions/no_step").glob("cut*.jsonl")
     ours = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["question"].split("\n")[0]: line["prediction"] for line in ours} == theirs
     assert len(set(theirs.values())) > 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -106,14 +107,24 @@ def test_more_questions_ask_only_those_that_are_new(tmp_path):
     assert len(read(tmp_path)) == len(done.result.answers) and fewer.batches == []
 
 
-def test_another_checkpoint_starts_afresh_and_says_so(tmp_path):
+def test_another_checkpoint_leaves_the_answers_of_the_first_and_says_so(tmp_path):
     said = []
     run(make_evaluation(tmp_path, num_images=6, say=said.append), FakeAnswerer())
     assert said == []
+    before = (tmp_path / "fake.jsonl").read_text()
     evaluation = make_evaluation(tmp_path, num_images=6, params="others", say=said.append)
     done = run(evaluation, FakeAnswerer())
-    assert said == ["fake.jsonl is of another run (other params): it starts afresh."]
     assert done.seconds["asked"] == len(done.result.answers)
+    assert (tmp_path / "fake.jsonl").read_text() == before
+    assert re.fullmatch(r"fake-[0-9a-f]{16}\.jsonl", done.path.name)
+    assert said == [
+        "fake.jsonl is of another run (other params) and stays; these answers go to "
+        f"{done.path.name}."
+    ]
+    for params in ("none", "others"):  # both go on where they ended
+        answerer = FakeAnswerer()
+        run(make_evaluation(tmp_path, num_images=6, params=params), answerer)
+        assert answerer.batches == []
 
 
 def test_lines_that_cannot_be_used_are_dropped(tmp_path):
@@ -126,7 +137,7 @@ def test_lines_that_cannot_be_used_are_dropped(tmp_path):
     assert len(path.read_text().split("\n")) == 3
     other = Journal(tmp_path, "p", fingerprint=Fingerprint({"a": (2,)}))
     assert other.start() == {} and "other a" in other.note
-    assert path.read_text() == ""
+    assert other.path != path and len(path.read_text().split("\n")) == 3
 
 
 def test_params_have_a_digest_that_sees_every_bit():

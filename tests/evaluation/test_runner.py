@@ -70,7 +70,8 @@ def done(experiment, params, tmp_path_factory):
 
 def predictions(workdir, plan):
     """The lines without what depends on the clock."""
-    lines = (workdir / "predictions" / f"{plan}.jsonl").read_text().splitlines()
+    content = json.loads((workdir / "eval.json").read_text())
+    lines = (workdir / content["predictions"][plan]).read_text().splitlines()
     return [json.loads(line) | {"seconds": None} for line in lines]
 
 
@@ -184,6 +185,36 @@ def test_a_second_evaluation_asks_nothing(done, experiment, params):
     )
     assert again == rows
     assert (predictions(workdir, "cut"), generate._cache_size()) == before
+
+
+def test_answers_and_scores_of_another_checkpoint_stay(data_dir, params, tmp_path):
+    """Whether it has another step, or the same one."""
+    values = config(data_dir)
+    experiment = load_experiment(values | {"eval": values["eval"] | {"draw_images": 0}})
+
+    def evaluate(params, step):
+        evaluate_checkpoint(
+            experiment, params, workdir=tmp_path, plans=("cut",), step=step, display="quiet"
+        )
+        content = json.loads((tmp_path / "eval.json").read_text())
+        lines = [line for path in tmp_path.rglob("*.jsonl") if "majority" not in path.name
+                 for line in path.read_text().splitlines()]
+        scores = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+        return content, lines, scores
+
+    others = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    seen_lines, seen_scores = [], []
+    for each, step in ((params, 1), (others, 2), (params, 2)):
+        content, lines, scores = evaluate(each, step)
+        assert all(line in lines for line in seen_lines)
+        assert all(score in scores for score in seen_scores)
+        assert content["step"] == step and content in scores
+        seen_lines, seen_scores = lines, [*seen_scores, content]
+    assert len(seen_lines) == 3 * 2 * 35  # of three checkpoints, the plan and "blind"
+
+    again, lines, _ = evaluate(params, 1)
+    assert sorted(lines) == sorted(seen_lines)
+    assert again["seconds"] == seen_scores[0]["seconds"] and again["rows"] == seen_scores[0]["rows"]
 
 
 @pytest.mark.slow

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from meteor_jax.pruning.decode import (
+    num_kept,
     pivot_scores,
     query_weights,
     recycle_dropped,
+    select_entries,
     take_entries,
     text_raters,
 )
@@ -131,3 +133,26 @@ def test_no_gradient_flows_through_a_choice():
 
     gradient = jax.grad(total)(jnp.asarray(STATES, jnp.float32)[None])
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_never_displaces_text(bad):
+    sequence = row(np.zeros((7, 2)), "tvvvvtt")
+    scores = jnp.asarray([[bad, bad, 0.1, bad, 0.2, bad, 0.0]], jnp.float32)
+    kept = select_entries(
+        sequence, scores, num_kept=jnp.asarray([2]), num_text=3, num_visual=2
+    )
+    np.testing.assert_array_equal(kept.idx, [[0, 2, 4, 5, 6]])
+    assert kept.valid.all()
+
+
+def test_an_attention_mass_that_is_not_finite_keeps_the_least_or_the_most():
+    plan = DecodePlan(layers=(1,), keep=(8,), limits=(0.25, 1.5), scale=(1.0,))
+    sequence = jax.tree.map(
+        lambda array: jnp.concatenate([array] * 3), row(np.zeros((15, 2)), "v" * 15)
+    )
+    kept = num_kept(
+        jnp.asarray([jnp.nan, jnp.inf, 5.0]), sequence, plan=plan, cut=0,
+        num_images=jnp.asarray([1, 1, 1]),
+    )
+    np.testing.assert_array_equal(kept, [2, 12, 5])

@@ -119,3 +119,29 @@ def test_equal_tokens_still_make_as_many_clusters_as_asked():
     )
     assert found.valid.all() and len(set(np.asarray(found.centre[0]))) == 2
     np.testing.assert_array_equal(found.of_token[0, found.centre[0]], [0, 1])
+
+
+def test_what_is_not_finite_is_no_pivots_choice_and_in_no_mean():
+    x = angles(0, 90, 180, 0, 270, 20).at[0, 3].set(jnp.nan)
+    taken = unlike_pivots(
+        x, pivots=jnp.asarray([[0, 1]]), pivot_valid=jnp.asarray([[True, True]]),
+        candidates=jnp.asarray([[False, False, True, True, True, True]]),
+        num_keep=jnp.asarray([3]),
+    )
+    np.testing.assert_array_equal(taken, [[0, 0, 1, 0, 1, 1]])
+    # As in test_merge_rest_by_hand: 2 is merged into nothing, 3 becomes the mean of what it gets.
+    x = jnp.asarray([[[1, 0], [7, 7], [2, jnp.nan], [jnp.inf, 1], [-7, 7], [3, 4]]], jnp.float32)
+    merged, places = merge_rest(x, jnp.asarray([[0, 9, 0, 0, 8.0, 0]]), keep=4, merged=2)
+    np.testing.assert_array_equal(places, [[0, 1, 3, 4]])
+    np.testing.assert_allclose(merged, [[[4, 4], [7, 7], [0, 0], [-7, 7]]])
+
+
+def test_what_is_not_finite_is_no_cluster():
+    x = jnp.asarray([[0, 1, 3, jnp.nan, 10, 11.5]], jnp.float32)[..., None]
+    found = density_peaks(
+        x, valid=jnp.ones((1, 6), bool), num_clusters=jnp.asarray([2]), max_clusters=2
+    )
+    np.testing.assert_array_equal(found.centre, [[0, 4]])  # as in test_density_peaks_by_hand
+    np.testing.assert_array_equal(found.of_token, [[0, 0, 0, 2, 1, 1]])
+    means = mean_of_clusters(x, found.of_token, num_clusters=2)
+    np.testing.assert_allclose(means[0, :, 0], [4 / 3, 10.75], rtol=1e-6)

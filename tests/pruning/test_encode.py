@@ -180,3 +180,13 @@ def test_allocate_errors():
         allocate(9, ranks=RANKS, available=AVAILABLE, assignment="ranks")
     with pytest.raises(ValueError, match="multiples of 16"):
         allocate(20, ranks={"eva": 1.0}, available={"eva": 64}, quantum={"eva": 16})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_token_that_is_not_finite_is_dropped_first(bad):
+    x = np.insert(SIX, 2, [[bad, 1.0]], axis=1)
+    raster = np.arange(7, dtype=np.int32)[None]
+    _, kept = cut_tokens(jnp.asarray(x), jnp.asarray(raster), cut=EncoderCut(4))
+    np.testing.assert_array_equal(kept, [[3, 4, 5, 6]])  # those of SIX alone
+    _, kept = cut_tokens(jnp.asarray(x), jnp.asarray(raster), cut=EncoderCut(6))
+    np.testing.assert_array_equal(kept, [[0, 1, 3, 4, 5, 6]])

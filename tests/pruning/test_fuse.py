@@ -175,3 +175,25 @@ def test_selection_is_jittable_and_static():
     for scale in range(1, 4):
         assert function(X * scale).shape == (1, 3, 2)
     assert function._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"similarity": "cosine"}, {"similarity": "abs_cosine"}, {"similarity": "centered_cosine"},
+        {"similarity": "max_cosine"}, {"rounds": 2}, {"floor": 0.25}, {"criterion": "max_min"},
+        {"criterion": "independent"},
+    ],
+    ids=str,
+)
+def test_a_token_that_is_not_finite_is_dropped_and_changes_no_other(fields):
+    x = np.random.default_rng(1).normal(size=(3, 12, 4)).astype(np.float32)
+    spans = Span("a", 0, 6, 0), Span("b", 6, 6, 0)
+    without = np.delete(x, 2, axis=1), (Span("a", 0, 5, 0), Span("b", 5, 6, 0))
+    x[:, 2, 1] = np.nan, np.inf, 1e30  # the square of the last overflows
+    plan = FusePlan(keep=4, **fields)
+    found = kept(plan, x=jnp.asarray(x), spans=spans)
+    expected = kept(plan, x=jnp.asarray(without[0]), spans=without[1])
+    assert 2 not in found
+    if plan.criterion != "independent":  # whose shares follow the number of tokens
+        np.testing.assert_array_equal(found, expected + (expected >= 2))

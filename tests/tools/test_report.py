@@ -51,13 +51,16 @@ def write_run(folder, *, examples=True, predictions=True, kept=True, only_full=F
         results += [result("meteor", [1, 0, 1, 0, 1, 1, 1, 1], layers=(1, 3)), majority(QUESTIONS)]
     rows = make_rows(QUESTIONS, results, tflops={r.plan: lambda *_: 2e-4 for r in results[:2]})
     details = {"kept_tokens": kept_tokens(QUESTIONS, results)} if kept else {}
+    if predictions:
+        paths = [write_predictions(folder / "predictions/step_7", QUESTIONS, r) for r in results]
+        details["predictions"] = {
+            each.plan: str(path.relative_to(folder))
+            for each, path in zip(results, paths, strict=True)
+        }
     write_eval(
         folder / "eval.json", rows, plans=[PLAN], step=7, details=details,
         config={"model": {"llama": {"depth": 4}}},
     )
-    if predictions:
-        for each in results:
-            write_predictions(folder / "predictions", QUESTIONS, each)
     if examples:
         images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
         records = [
@@ -143,6 +146,16 @@ def test_shares_come_from_training_and_else_from_the_examples(tmp_path):
     run = read_runs([path])[0]
     assert run.shares == {"meteor": {"clip": 0.25, "sam": 0.75}}
     assert "training" in run.shares_from
+
+
+def test_an_evaluation_that_was_kept_stands_beside_the_newest(tmp_path):
+    newest = write_run(tmp_path / "tiny")
+    kept = newest.with_name("eval_step_7.json")
+    kept.write_text(newest.read_text())
+    runs = read_runs([newest.parent, kept])
+    assert [run.name for run in runs] == ["tiny/eval", "tiny/eval_step_7"]
+    assert runs[0].predictions("meteor") == runs[1].predictions("meteor") != []
+    assert runs[0].examples and not runs[1].examples  # pictures are of the newest
 
 
 def test_several_runs_stand_side_by_side(tmp_path):

@@ -15,9 +15,9 @@ from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.optimizer import make_optimizer, make_schedule
 from meteor_jax.training.starting import make_steps
 from meteor_jax.training.state import init_params, make_state
-from meteor_jax.training.step import make_train_step, token_loss
-from meteor_jax.types import IGNORE_LABEL
+from meteor_jax.training.step import make_train_step
 from tests import tiny_model
+from tests.training import tiny_run
 from tests.training.tiny_run import TinyModel, make_batch, make_experiment
 
 FULL = parse_plan("full")
@@ -58,15 +58,6 @@ def moved(stage, **options):
     state, _ = step(state, make_batch(1))
     after = flatten_dict(jax.device_get(state.params), sep="/")
     return {path: np.abs(after[path] - before[path]).max() for path in before}
-
-
-def test_loss_is_of_the_next_token():
-    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]))
-    labels = jnp.array([[0, IGNORE_LABEL, 1]])
-    sums = token_loss(logits, labels)
-    assert float(sums.count) == 1  # the first label has nothing before it
-    assert float(sums.loss) == pytest.approx(-np.log(0.8))
-    assert float(sums.correct) == 1
 
 
 def test_frozen_parameters_stay_and_take_no_optimizer_state():
@@ -189,3 +180,17 @@ def test_ten_batches_compile_once():
         losses.append(float(metrics["loss"]))
     assert step._cache_size() == 1
     assert len(set(losses)) == 10
+
+
+def test_no_step_holds_the_logits_of_all_tokens(monkeypatch):
+    rows, length, vocabulary = 256, 512, 8192
+    monkeypatch.setattr(tiny_run, "VOCABULARY", vocabulary)
+    monkeypatch.setattr(tiny_run, "TEXT_LENGTH", length)
+    stage, batch = make_stage(batch_size=rows), make_batch(0, rows=rows)
+    state = jax.eval_shape(lambda: make_state(
+        init_params(TinyModel(), batch, seed=0), optimizer=make_optimizer(stage),
+        trainable=stage.trainable, rng=jax.random.PRNGKey(0), use_ema=False,
+    ))
+    step = make_train_step(TinyModel(), optimizer=make_optimizer(stage), plan=FULL, stage=stage)
+    temporary = step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 0.5 * rows * length * vocabulary * 4

@@ -17,7 +17,7 @@ import numpy as np
 
 from meteor_jax.config import build
 from meteor_jax.data.pipeline import DataConfig
-from meteor_jax.models.meteor import Forward, MeteorConfig
+from meteor_jax.models.meteor import Forward, HiddenStates, MeteorConfig
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.experiment import Experiment, TrainConfig
 from meteor_jax.training.loop import train
@@ -45,10 +45,12 @@ class Decoder(nn.Module):
 
     width: int
 
-    @nn.compact
+    def setup(self):
+        self.embedding = nn.Embed(VOCABULARY, self.width)
+        self.head = nn.Dense(VOCABULARY, use_bias=False)
+
     def __call__(self, tokens, picture):
-        x = nn.Embed(VOCABULARY, self.width, name="embedding")(jnp.maximum(tokens, 0))
-        return nn.Dense(VOCABULARY, use_bias=False, name="head")(jnp.tanh(x + picture[:, None]))
+        return jnp.tanh(self.embedding(jnp.maximum(tokens, 0)) + picture[:, None])
 
 
 class TinyModel(nn.Module):
@@ -56,20 +58,32 @@ class TinyModel(nn.Module):
 
     width: int = WIDTH
 
-    @nn.compact
+    def setup(self):
+        self.clip = Encoder(self.width)
+        self.llama = Decoder(self.width)
+
     def __call__(self, batch, *, plan):
+        hidden = self.hidden_states(batch, plan=plan)
+        return Forward(logits=self.logits(hidden.x), trace=hidden.trace)
+
+    def hidden_states(self, batch, *, plan):
         if plan.encode is not None and not plan.encode.ranks:
             raise ValueError("no feature ranks.")
         keep = plan.fuse.keep if plan.fuse else 4
         if keep > 4:
             raise ValueError(f"a budget of {keep} tokens, but there are 4.")
         pixels = batch.images.reshape(batch.images.shape[0], -1).astype(jnp.float32) / 255
-        picture = Encoder(self.width, name="clip")(pixels) * (keep / 4)
-        logits = Decoder(self.width, name="llama")(batch.tokens, picture)
+        x = self.llama(batch.tokens, self.clip(pixels) * (keep / 4))
         fused = jnp.broadcast_to(jnp.arange(keep) % 2, (batch.images.shape[0], keep))
-        return Forward(
-            logits=logits, trace=PruneTrace(encode={}, fused_encoder=fused, fused_raster=fused)
-        )
+        trace = PruneTrace(encode={}, fused_encoder=fused, fused_raster=fused)
+        return HiddenStates(x=x, trace=trace)
+
+    def logits(self, x):
+        return self.llama.head(x)
+
+    @nn.nowrap
+    def head_params(self, params):
+        return {"llama": {"head": params["llama"]["head"]}}
 
 
 def make_experiment(*, plans=None, **train_fields):
