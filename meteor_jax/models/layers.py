@@ -24,15 +24,26 @@ ACTIVATION_SPECS = {
     "btf": PartitionSpec(("data", "fsdp"), None, "tensor"),
     "btv": PartitionSpec(("data", "fsdp"), None, "tensor"),
     "bhwd": PartitionSpec(("data", "fsdp"), None, None, None),
+    "lbshd": PartitionSpec(None, ("data", "fsdp"), None, "tensor", None),  # cached keys, values
+    "bs": PartitionSpec(("data", "fsdp"), None),
 }
 
 
 def constrain(x: Array, axes: str) -> Array:
     """Pins `x` to the mesh in force (`jax.set_mesh`); the identity where there is none. `axes` is
-    a key of `ACTIVATION_SPECS`."""
-    if jax.sharding.get_abstract_mesh().empty:
+    a key of `ACTIVATION_SPECS`.
+
+    What `tensor` does not divide stays whole on every device: of kv heads split unevenly, the
+    SPMD partitioner would move the whole cache at every token.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, ACTIVATION_SPECS[axes])
+    spec = (
+        None if axis == "tensor" and size % mesh.shape[axis] else axis
+        for axis, size in zip(ACTIVATION_SPECS[axes], x.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 @jax.custom_vjp

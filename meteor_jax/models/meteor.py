@@ -267,7 +267,7 @@ class Meteor(nn.Module):
         x = jnp.take_along_axis(run.sequence.x, last[:, None, None], axis=1)[:, 0]
         return Prefilled(
             logits=self.llama.logits(x),
-            cache=DecodeCache(segments=run.segments, num_new=jnp.zeros((), jnp.int32)),
+            cache=_pinned(DecodeCache(run.segments, num_new=jnp.zeros((), jnp.int32))),
             cuts=run.cuts,
         )
 
@@ -284,8 +284,8 @@ class Meteor(nn.Module):
             out = self.llama.run_cached(x, position, segment, start=start, stop=stop)
             segments.append(segment.append(*out.extras, num_new=cache.num_new))
             x, start = out.x, stop
-        grown = DecodeCache(segments=tuple(segments), num_new=cache.num_new + tokens.shape[1])
-        return Extended(logits=self.llama.logits(x), cache=grown)
+        grown = DecodeCache(tuple(segments), num_new=cache.num_new + tokens.shape[1])
+        return Extended(logits=self.llama.logits(x), cache=_pinned(grown))
 
     def encoder_output(self, images: Array, *, encoder: str) -> Array:
         """What one encoder alone, uncut, says of uint8[I, H, W, 3]: float[I, N, E], row-major."""
@@ -335,6 +335,19 @@ class Meteor(nn.Module):
             visual_per_image=visual.num_tokens,
             num_new=num_new,
         )
+
+
+def _pinned(cache: DecodeCache) -> DecodeCache:
+    """`cache` by rows and kv heads, so that it stays where it is from one program to the next."""
+    return cache.replace(
+        segments=tuple(
+            segment.replace(
+                k=constrain(segment.k, "lbshd"), v=constrain(segment.v, "lbshd"),
+                valid=constrain(segment.valid, "bs"),
+            )
+            for segment in cache.segments
+        )
+    )
 
 
 def _keep_all(encoder: Any) -> tuple[EncoderCut, ...]:
