@@ -16,9 +16,9 @@ from ml_collections import config_flags
 from meteor_jax.checkpoint import CheckpointError
 from meteor_jax.distributed import define_process_flags, ending_together, start_from_flags
 from meteor_jax.evaluation.config import check_request
+from meteor_jax.evaluation.layout import inference_mesh
 from meteor_jax.evaluation.loading import load_params, read_experiment, source_folder
 from meteor_jax.evaluation.runner import evaluate_checkpoint
-from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import split_plans
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate() -> None:
-    """Restores the parameters that the flags name onto the config's mesh and evaluates them.
+    """Restores the parameters that the flags name onto inference's mesh and evaluates them.
 
     Raises:
         ValueError, OSError: one line that says what is wrong and what to do.
@@ -84,7 +84,7 @@ def evaluate() -> None:
         "num_questions": NUM_QUESTIONS.value,
     }
     check_request(experiment, source_dir=folder, **request)
-    mesh = make_mesh(experiment.train.mesh)
+    mesh = inference_mesh(experiment)
     with jax.set_mesh(mesh), ending_together():
         params, step = load_params(
             experiment, folder, mesh=mesh, step=STEP.value, init_from=init_from

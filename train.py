@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -32,8 +33,9 @@ from meteor_jax.distributed import (
 )
 from meteor_jax.evaluation.answerers import check_fits
 from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
+from meteor_jax.evaluation.layout import during_training, inference_mesh, param_shapes
 from meteor_jax.evaluation.results import averages
-from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.parallel import make_mesh
@@ -73,8 +75,8 @@ class Run:
         """Meets before the first step what would only be met by a later stage, or at the end.
 
         Raises:
-            ConfigError: data that a stage or a calibration cannot have, or a plan that does not fit
-                where it is evaluated.
+            ConfigError: data that a stage or a calibration cannot have, a plan that does not fit
+                where it is evaluated, or a mesh that does not fit the devices.
         """
         experiment = self.experiment
         for stage in experiment.train.stages():
@@ -83,6 +85,7 @@ class Run:
             except ValueError as error:
                 raise ConfigError(f"train.{stage.name}: {error}") from error
         shapes = param_shapes(experiment, mesh=make_mesh(experiment.train.mesh))
+        inference_mesh(experiment)
         asked = {"eval.plans": eval_config(experiment).plans}
         if experiment.train.eval_every:  # on the way a stage's own plans are evaluated
             asked |= {
@@ -150,7 +153,16 @@ class Run:
         return resolve_plans(names, library=self.experiment.plans, calibration=calibration)
 
     def evaluate(self, params: Any, *, step: int, final: bool) -> dict[str, float]:
-        """Everything in config.eval at the end; on the way few questions, as the stage trains."""
+        """Everything in config.eval at the end; on the way few questions, as the stage trains.
+
+        `params` are cast and moved once to where inference holds them: asked where they are
+        trained, every token of every answer would gather them.
+        """
+        params, mesh = during_training(params, self.experiment, mesh=jax.sharding.get_mesh())
+        with jax.set_mesh(mesh):
+            return self._evaluate(params, step=step, final=final)
+
+    def _evaluate(self, params: Any, *, step: int, final: bool) -> dict[str, float]:
         train_config, path = self.experiment.train, self.workdir / CALIBRATION_FILE
         plans = eval_config(self.experiment).plans
         if not final:

@@ -61,6 +61,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         options = [arg for arg in args if arg is not type(None)]
+        if isinstance(value, Mapping):  # meant for the one that has fields, which says what is off
+            options = [arg for arg in options if dataclasses.is_dataclass(arg)] or options
         for option in options[:-1]:
             try:
                 return _convert(option, value, where)

@@ -3,10 +3,18 @@
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from meteor_jax.parallel import make_mesh
+from meteor_jax.training.experiment import load_experiment
+from tests.fake_devices import fake_slices
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "docs" / "launch").iterdir())
@@ -31,6 +39,40 @@ def test_the_skypilot_task_parses(tmp_path):
 
 def test_the_page_names_every_file():
     assert {path.name for path in FILES} == set(re.findall(r"\]\(launch/([\w.]+)\)", PAGE))
+
+
+def flags_of_xpk(tmp_path, *, slices):
+    """train.py's flags, as xpk.sh hands them to the workload of so many slices."""
+    shown = tmp_path / "xpk"
+    shown.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    shown.chmod(0o755)
+    names = {"PROJECT": "p", "ZONE": "z", "CLUSTER": "c", "IMAGE": "i", "SLICES": str(slices)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "docs/launch/xpk.sh"), "train"], capture_output=True, text=True,
+        check=True, env=names | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )
+    assert f"--num-slices={slices}" in done.stdout.splitlines()
+    return re.findall(r"--config[\w.]*=\S+", done.stdout)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_xpk_trains_on_as_many_slices_as_it_asks_for(tmp_path, monkeypatch, slices):
+    given = (flag.replace("/app/", f"{ROOT}/") for flag in flags_of_xpk(tmp_path, slices=slices))
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])  # which config_flags reads
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    values(sys.argv)
+    experiment = load_experiment(config.value)
+    try:
+        mesh = make_mesh(experiment.train.mesh, devices=fake_slices(slices))
+    except Exception as error:
+        mesh = f"{type(error).__name__}: {str(error)[:200]}"
+    assert isinstance(mesh, Mesh), mesh
+    assert dict(mesh.shape) == {"data": slices, "fsdp": 64, "tensor": 1}
+    for rows, part in zip(mesh.devices, range(slices), strict=True):
+        assert {device.slice_index for device in rows.flat} == {part}
+    for stage in experiment.train.stages():
+        assert stage.config.batch_size % mesh.size == 0
 
 
 def test_what_the_commands_name_exists():

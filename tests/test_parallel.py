@@ -1,9 +1,11 @@
 """The mesh and the path rules."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from meteor_jax.config import ConfigError
@@ -13,8 +15,11 @@ from meteor_jax.parallel import (
     check_batch_size,
     make_mesh,
     parameter_spec,
+    parse_mesh,
+    regroup,
     shard_batch,
 )
+from tests.fake_devices import fake_slices
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,63 @@ def test_mesh_that_does_not_fit(config):
 def test_mesh_that_makes_no_sense(config):
     with pytest.raises(ConfigError, match="at most one of them is -1"):
         make_mesh(config)
+
+
+def mesh_or_error(config, devices):
+    try:
+        return make_mesh(config, devices=devices)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:400]}"
+
+
+@pytest.mark.parametrize("config", [MeshConfig(2, -1), MeshConfig(-1, 8, 4), MeshConfig(4, 2, 16)])
+def test_slices_divide_the_data_axis(config):
+    mesh = mesh_or_error(config, fake_slices(2))
+    assert isinstance(mesh, Mesh), mesh
+    half = mesh.shape["data"] // 2
+    for index, part in enumerate((mesh.devices[:half], mesh.devices[half:])):
+        assert {device.slice_index for device in part.flat} == {index}
+    assert mesh.size == 128 and mesh.axis_names == AXES
+    assert {axis.name for axis in mesh.axis_types} == {"Auto"}
+
+
+@pytest.mark.parametrize("config", [MeshConfig(1, -1), MeshConfig(3, 2), MeshConfig(1, 1, -1)])
+def test_slices_that_do_not_divide_the_data_axis_are_one_line(config):
+    assert mesh_or_error(config, fake_slices(2)).endswith(
+        "does not fit 2 slices of 64 devices: data must be a multiple of 2, and the product 128; "
+        "try data=2, fsdp=64."
+    )
+
+
+def test_nodes_of_gpus_may_share_any_axis():
+    nodes = fake_slices(4, side=2, platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    mesh = mesh_or_error(MeshConfig(1, -1), nodes)
+    assert isinstance(mesh, Mesh), mesh
+    assert [device.id for device in mesh.devices.flat] == list(range(16))
+
+
+def test_an_axis_need_not_be_a_side_of_the_slice():
+    mesh = mesh_or_error(MeshConfig(2, 2, 16), fake_slices(1, device_kind="TPU v5"))
+    assert isinstance(mesh, Mesh), mesh
+
+
+def test_regrouped_devices_keep_their_order(mesh):
+    other = regroup(mesh, MeshConfig(data=-1, tensor=4))
+    assert dict(other.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert list(other.devices.flat) == list(mesh.devices.flat)
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
+        regroup(mesh, MeshConfig(3))
+
+
+def test_a_mesh_as_text():
+    assert parse_mesh("fsdp=64") == MeshConfig(1, 64, 1)
+    assert parse_mesh("data=-1, tensor=8") == MeshConfig(-1, 1, 8)
+    for text, message in {
+        "8": "eval.mesh: expected such as data=1,fsdp=64, got '8'",
+        "tensr=8": "eval.mesh.tensr: no such field. Did you mean 'tensor'?",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            parse_mesh(text, where="eval.mesh")
 
 
 def test_rules(mesh):

@@ -30,6 +30,7 @@ case ${1:?cluster, storage, image, train or stop} in
     xpk workload create "${where[@]}" --workload="$RUN" --docker-image="${IMAGE:?}" \
       --tpu-type="$TYPE" --num-slices="$SLICES" --max-restarts=50 --command="cd /mnt/shared && \
       python /app/train.py --config=/app/$CONFIG --config.data.data_dir=/mnt/shared/data \
+      --config.train.mesh.data=$SLICES \
       --workdir=/mnt/shared/runs/$RUN"
     ;;
   stop) xpk workload delete "${where[@]}" --workload="$RUN" ;;

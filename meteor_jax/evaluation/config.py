@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from meteor_jax.checkpoint import CALIBRATION_FILE
 from meteor_jax.config import ConfigError, build
@@ -14,6 +15,7 @@ from meteor_jax.data.templates import get_template
 from meteor_jax.evaluation.results import BLIND, MAJORITY
 from meteor_jax.evaluation.schedule import BatchSizes
 from meteor_jax.evaluation.tasks import resolve_tasks
+from meteor_jax.parallel import MeshConfig, parse_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan, override
 from meteor_jax.training.experiment import Experiment
@@ -39,6 +41,9 @@ class EvalConfig:
         group_images: images whose visual tokens lie on the devices at once.
         draw_images: answers in kept_tokens.png and examples/; 0 draws none.
         seed: of the choice of questions.
+        mesh: devices along each axis, as fields or as text ("data=8,tensor=4"); "auto" splits
+            layers over as few devices as their memory asks for (`evaluation.layout`).
+        param_dtype: of the matrices of the model; "auto" is the computation's, `model.dtype`.
     """
 
     tasks: tuple[str, ...] = ("all",)
@@ -54,8 +59,12 @@ class EvalConfig:
     group_images: int = 64
     draw_images: int = 6
     seed: int = 0
+    mesh: MeshConfig | str = "auto"
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.mesh, str) and self.mesh != "auto":
+            object.__setattr__(self, "mesh", parse_mesh(self.mesh, where="eval.mesh"))
         for name in ("max_new_tokens", "images_per_batch", "questions_per_batch", "group_images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name} is at least 1, got {getattr(self, name)}.")

@@ -31,11 +31,11 @@ from meteor_jax.evaluation.answerers import ModelAnswerer, fused_shape
 from meteor_jax.evaluation.answering import Seconds, answer_prompts, prefetch
 from meteor_jax.evaluation.config import eval_config, prompt_template
 from meteor_jax.evaluation.lanes import Lanes
+from meteor_jax.evaluation.layout import inference_mesh
 from meteor_jax.evaluation.loading import load_params, read_experiment
 from meteor_jax.evaluation.prompts import Room, make_ask
 from meteor_jax.evaluation.schedule import Ask, BatchSizes, make_schedule
 from meteor_jax.models.meteor import Meteor
-from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration
 
@@ -100,7 +100,7 @@ class MeteorJax(lmms):
         self.tokenizer = load_tokenizer(
             experiment.data.tokenizer, folder=folder / TOKENIZER_FOLDER
         )
-        self.mesh = make_mesh(experiment.train.mesh)
+        self.mesh = inference_mesh(experiment)
         with jax.set_mesh(self.mesh):
             params, _ = load_params(experiment, folder, mesh=self.mesh, step=step)
         model = Meteor(experiment.model)

@@ -18,7 +18,7 @@ from meteor_jax.checkpoint import (
     restore_params,
     restore_parts,
 )
-from meteor_jax.evaluation.runner import param_shapes
+from meteor_jax.evaluation.layout import param_dtype, param_shapes
 from meteor_jax.training.compatible import check_model
 from meteor_jax.training.experiment import Experiment, load_experiment
 
@@ -48,7 +48,10 @@ def load_params(
     step: int | None = None,
     init_from: tuple[str, ...] = (),
 ) -> tuple[Any, int | None]:
-    """The parameters on `mesh`, and the step of their checkpoint.
+    """The parameters on `mesh`, as inference holds them, and the step of their checkpoint.
+
+    They are cast on the host as they are read, shard by shard; no device ever holds float32 where
+    `eval.param_dtype` is less.
 
     Args:
         step: of the checkpoint; None takes the newest.
@@ -57,7 +60,7 @@ def load_params(
     Raises:
         CheckpointError: no such checkpoint, or one that does not fit the experiment.
     """
-    like = param_shapes(experiment, mesh=mesh)
+    like = param_shapes(experiment, mesh=mesh, dtype=param_dtype(experiment))
     check = functools.partial(check_model, model=experiment.model)
     unpadded = experiment.model.llama.unpadded_shapes
     if not init_from:

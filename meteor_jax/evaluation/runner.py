@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -49,32 +48,10 @@ from meteor_jax.evaluation.resume import digest_params
 from meteor_jax.evaluation.tasks import Question, collect_questions, open_task_source
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor, MeteorConfig
-from meteor_jax.parallel import parameter_shardings
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import Experiment
-from meteor_jax.training.state import init_params
-from meteor_jax.types import Batch
 
 SUBMISSIONS_FOLDER = "submissions"
-
-
-def param_shapes(experiment: Experiment, *, mesh: Mesh) -> Any:
-    """The parameters' shapes, and how they lie on `mesh`: what `restore_params` asks for."""
-    config = experiment.model
-    image = jax.ShapeDtypeStruct((1, 1, config.image_size, config.image_size, 3), np.uint8)
-    text = jax.ShapeDtypeStruct((1, 8), np.int32)
-    row = jax.ShapeDtypeStruct((1,), np.int32)
-    flags = jax.ShapeDtypeStruct((1, 8), np.bool_)
-    valid = jax.ShapeDtypeStruct((1, 1), np.bool_)
-    batch = Batch(image, valid, text, flags, text, row)
-    shapes = jax.eval_shape(
-        lambda batch: init_params(Meteor(config), batch, seed=experiment.seed), batch
-    )
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        parameter_shardings(shapes, mesh),
-    )
 
 
 def evaluate_checkpoint(
@@ -178,9 +155,18 @@ def _details(
         "devices": {
             "kind": jax.devices()[0].device_kind, "count": jax.device_count(),
             "processes": jax.process_count(), "lanes": evaluation.lanes.count,
+            "mesh": dict(evaluation.lanes.mesh.shape) if evaluation.lanes.mesh else {},
         },
+        "param_bytes": dict(_bytes_by_dtype(evaluation.params)),
         "images_left_out": evaluation.images_left_out,
     }
+
+
+def _bytes_by_dtype(params: Any) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(params):
+        found[leaf.dtype.name] += leaf.nbytes
+    return found
 
 
 def _prepare(

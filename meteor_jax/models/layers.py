@@ -24,19 +24,28 @@ ACTIVATION_SPECS = {
     "btf": PartitionSpec(("data", "fsdp"), None, "tensor"),
     "btv": PartitionSpec(("data", "fsdp"), None, "tensor"),
     "bhwd": PartitionSpec(("data", "fsdp"), None, None, None),
+    "lbshd": PartitionSpec(None, ("data", "fsdp"), None, "tensor", None),  # cached keys, values
+    "bs": PartitionSpec(("data", "fsdp"), None),
 }
 
 
 def constrain(x: Array, axes: str) -> Array:
     """Pins `x` to the mesh in force (`jax.set_mesh`); the identity where there is none. `axes` is
-    a key of `ACTIVATION_SPECS`."""
+    a key of `ACTIVATION_SPECS`.
+
+    What `tensor` does not divide stays whole on every device: of kv heads split unevenly, the
+    SPMD partitioner would move the whole cache at every token.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = ACTIVATION_SPECS[axes]
+    spec = [
+        None if axis == "tensor" and size % mesh.shape[axis] else axis
+        for axis, size in zip(ACTIVATION_SPECS[axes], x.shape, strict=True)
+    ]
     if mesh.manual_axes:  # in `shard_map` over rows, which are split already
-        spec = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
-    return jax.lax.with_sharding_constraint(x, spec)
+        spec = [axis if axis == "tensor" else None for axis in spec]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 @jax.custom_vjp

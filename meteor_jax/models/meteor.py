@@ -296,10 +296,10 @@ class Meteor(nn.Module):
         x = jnp.take_along_axis(run.sequence.x, last[:, None, None], axis=1)[:, 0]
         return Prefilled(
             logits=self.llama.logits(x),
-            cache=DecodeCache(
+            cache=_pinned(DecodeCache(
                 segments=run.segments, num_new=jnp.zeros((), jnp.int32),
                 overflowed=jnp.zeros((), bool),
-            ),
+            )),
             cuts=run.cuts,
         )
 
@@ -333,7 +333,8 @@ class Meteor(nn.Module):
             segments=tuple(segments), num_new=cache.num_new + jnp.where(fits, count, 0),
             overflowed=cache.overflowed | ~fits,
         )
-        return Extended(logits=jnp.where(fits, self.llama.logits(x), jnp.nan), cache=grown)
+        logits = jnp.where(fits, self.llama.logits(x), jnp.nan)
+        return Extended(logits=logits, cache=_pinned(grown))
 
     def encoder_output(self, images: Array, *, encoder: str) -> Array:
         """What one encoder alone, uncut, says of uint8[I, H, W, 3]: float[I, N, E], row-major."""
@@ -384,6 +385,19 @@ class Meteor(nn.Module):
             num_new=num_new,
             forward_only=forward_only,
         )
+
+
+def _pinned(cache: DecodeCache) -> DecodeCache:
+    """`cache` by rows and kv heads, so that it stays where it is from one program to the next."""
+    return cache.replace(
+        segments=tuple(
+            segment.replace(
+                k=constrain(segment.k, "lbshd"), v=constrain(segment.v, "lbshd"),
+                valid=constrain(segment.valid, "bs"),
+            )
+            for segment in cache.segments
+        )
+    )
 
 
 def _keep_all(encoder: Any) -> tuple[EncoderCut, ...]:

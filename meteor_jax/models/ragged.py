@@ -75,7 +75,7 @@ def _take(array: Array, index: Array) -> Array:
 def num_row_shards(batch: int) -> int:
     """Over how many shards the mesh in force splits `batch` rows; 1 where it does not."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:  # the rows here are a shard's own
         return 1
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return 1 if batch % shards else shards

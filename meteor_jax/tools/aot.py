@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from meteor_jax.chips import Chip
-from meteor_jax.config import ConfigError, build
-from meteor_jax.parallel import MeshConfig
+from meteor_jax.config import ConfigError
+from meteor_jax.evaluation.layout import inference_mesh
+from meteor_jax.parallel import MeshConfig, make_mesh, parse_mesh
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.tools.fit import (
     PLATFORM,
@@ -37,7 +39,6 @@ from meteor_jax.tools.fit import (
     chip_of,
     measure,
     show_bytes,
-    topology_mesh,
 )
 from meteor_jax.tools.programs import PROGRAMS, Request, check_program
 from meteor_jax.training.experiment import load_experiment, parse_flags
@@ -72,22 +73,6 @@ def open_topology(name: str, *, slices: int = 1) -> list[Any]:
         ) from error
 
 
-def parse_mesh(text: str) -> MeshConfig:
-    """Reads "data=1,fsdp=64" as a `MeshConfig`; axes that are not named are 1.
-
-    Raises:
-        ConfigError: for an unknown axis or a size that is no number.
-    """
-    sizes: dict[str, Any] = {"data": 1}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        try:
-            sizes[axis.strip()] = int(size)
-        except ValueError:
-            raise ConfigError(f"mesh: expected such as data=1,fsdp=64, got '{text}'.") from None
-    return build(MeshConfig, sizes, where="mesh")
-
-
 def report(results: dict[str, Measured], *, chip: Chip, title: str) -> Table:
     """One column a program, one row a quantity, all of one device."""
     table = Table("one device", *results, title=title)
@@ -95,6 +80,9 @@ def report(results: dict[str, Measured], *, chip: Chip, title: str) -> Table:
     def row(label: str, show: Any) -> None:
         table.add_row(label, *(show(result) for result in results.values()))
 
+    row("mesh", lambda result: show_mesh(result.mesh))
+    row("matrices", lambda result: result.param_dtype)
+    table.add_section()
     for name in ("argument", "output", "alias", "temp", "peak"):
         row(
             {"alias": "outputs in place of arguments", "temp": "temporaries", "peak": "peak"}.get(
@@ -126,6 +114,10 @@ def report(results: dict[str, Measured], *, chip: Chip, title: str) -> Table:
     return table
 
 
+def show_mesh(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
 def _show_collective(result: Measured, kind: str) -> str:
     moved = result.collectives.get(kind)
     return f"{moved.result_bytes / 1e9:,.2f} in {moved.count:,.0f}" if moved else "–"
@@ -139,7 +131,7 @@ def try_alternatives(
     for alternative in alternatives(request, mesh):
         if refused.is_held and alternative.mesh == sizes:
             continue  # only another mesh changes what is held
-        tried = topology_mesh(alternative.mesh, devices=list(mesh.devices.flat))
+        tried = make_mesh(alternative.mesh, devices=list(mesh.devices.flat))
         try:
             measured = measure(alternative.request, tried)
         except DoesNotFit as error:
@@ -178,36 +170,39 @@ def run(argv: list[str]) -> int:
     experiment = load_experiment(options.config)
     devices = open_topology(options.topology, slices=options.slices)
     asked = parse_mesh(options.mesh) if options.mesh else experiment.train.mesh
-    mesh = topology_mesh(asked, devices=devices)
-    chip = chip_of(mesh)
+    meshes = {"train": make_mesh(asked, devices=devices)} if "train" in names else {}
+    if names != ["train"]:
+        evaluated = inference_mesh(experiment, devices=devices)
+        meshes |= {name: evaluated for name in names if name != "train"}
+    chip = chip_of(next(iter(meshes.values())))
     request = Request(
         program="", experiment=experiment, stage=options.stage, plan=options.plan,
         calibration=Calibration.load(Path(options.calibration or os.devnull)), rows=options.rows,
-        param_dtype=options.param_dtype,
     )
-    shape = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     title = (
-        f"{options.topology}{f' × {options.slices}' if options.slices > 1 else ''}, mesh {shape}, "
+        f"{options.topology}{f' × {options.slices}' if options.slices > 1 else ''}, "
         f"jax {versions['jax']}, libtpu {versions['libtpu']}"
     )
     results, refused = {}, {}
     for name in names:
         request = dataclasses.replace(request, program=name)
         try:
-            results[name] = measure(request, mesh)
+            results[name] = measure(request, meshes[name])
         except DoesNotFit as error:
-            say(console, f"{name} does not fit {title}: {error}")
+            shape = show_mesh(meshes[name].shape)
+            say(console, f"{name} does not fit {title}, mesh {shape}: {error}")
             refused[name] = {"reason": str(error)}
             if options.alternatives:
                 refused[name]["fits_with"] = try_alternatives(
-                    request, mesh, refused=error, console=console
+                    request, meshes[name], refused=error, console=console
                 )
     if results:
         console.print(report(results, chip=chip, title=title))
     if options.output:
         written = {
-            "topology": options.topology, "slices": options.slices, "mesh": dict(mesh.shape),
+            "topology": options.topology, "slices": options.slices,
+            "meshes": {name: dict(mesh.shape) for name, mesh in meshes.items()},
             "plan": options.plan, "versions": versions, "does_not_fit": refused,
             "programs": {name: _as_json(result) for name, result in results.items()},
         }
@@ -226,14 +221,11 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
     flags.DEFINE_string("topology", "v5e:8x8", f"A TPU slice: {TOPOLOGIES}")
     flags.DEFINE_integer("slices", 1, "Slices of that topology; they divide the data axis.")
-    flags.DEFINE_string("mesh", None, "Such as data=1,fsdp=64; the config's where not given.")
+    flags.DEFINE_string("mesh", None, "Of training, as data=1,fsdp=64; the config's by default.")
     flags.DEFINE_list("programs", list(PROGRAMS), "Which of train, prefill, extend.")
     flags.DEFINE_string("plan", "", "A plan's name or text; the stage's first where not given.")
     flags.DEFINE_enum("stage", "finetune", ("pretrain", "finetune"), "The stage to train.")
     flags.DEFINE_integer("rows", 0, "Prompts of prefill and extend; 0 takes the config's.")
-    flags.DEFINE_enum(
-        "param_dtype", "float32", ("float32", "bfloat16"), "Of prefill's and extend's parameters."
-    )
     flags.DEFINE_string("calibration", None, "A workdir's calibration.json, for measured ranks.")
     flags.DEFINE_bool("alternatives", True, "Compile others where something does not fit.")
     flags.DEFINE_string("output", None, "File for the numbers, as JSON.")

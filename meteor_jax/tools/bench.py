@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import resource
 import statistics
@@ -32,6 +33,9 @@ from meteor_jax.chips import find_chip
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.evaluation.config import resolve_plans
+from meteor_jax.evaluation.lanes import Lanes
+from meteor_jax.evaluation.layout import inference_mesh, param_dtype
+from meteor_jax.parallel import check_batch_size, make_mesh
 from meteor_jax.pruning.baselines import split_plans
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.tools.bench_programs import (
@@ -57,8 +61,13 @@ def bench(
     new_tokens: int = 16,
     text_tokens: int = 64,
     train: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> list[Row]:
     """One row a batch size and plan, in this order.
+
+    The programs are those of evaluation, on `inference_mesh` over `devices` (default: all) and with
+    its parameters; batch sizes are rounded up to as many rows for each of its lanes. The training
+    step is training's: float32 parameters on `train.mesh`.
 
     Seconds are medians over `repeats`; "spread" holds [fastest, slowest] of each. `tokens` is the
     mean over the decoder's layers of an image's tokens, as measured; `tflops` those of one row up
@@ -70,40 +79,53 @@ def bench(
         ValueError: if a plan does not fit the model.
     """
     forms = {plan.name: form_of(experiment.model, plan) for plan in plans}
-    params = make_params(forms.values(), dtype=experiment.model.dtype)
-    stage, rows = experiment.train.finetune, []
-    for batch in batch_sizes:
-        inputs = make_inputs(experiment.model, batch=batch, text_tokens=text_tokens)
-        compiled = {
-            plan.name: compile_inference(
-                forms[plan.name], params[forms[plan.name].fusion], inputs, plan=plan,
-                new_tokens=new_tokens,
-            )
-            for plan in plans
-        }
-        seconds = take_turns({name: one.run for name, one in compiled.items()}, repeats=repeats)
-        found = {
-            name: {"plan": name, "batch": batch}
-            | _inference_row(one, seconds[name], batch=batch, new_tokens=new_tokens)
-            for name, one in compiled.items()
-        }
-        if train:
-            states = train_states(params, stage=stage)
-            steps = {
-                plan.name: compile_train(
-                    forms[plan.name], states, inputs, plan=plan, stage=stage
+    mesh, dtype = inference_mesh(experiment, devices=devices), param_dtype(experiment)
+    train_mesh = make_mesh(experiment.train.mesh, devices=devices) if train else None
+    with jax.set_mesh(mesh):
+        params = make_params(forms.values(), dtype=dtype, mesh=mesh)
+    stage, rows, lanes = experiment.train.finetune, [], Lanes(mesh).count
+    for batch in dict.fromkeys(math.ceil(size / lanes) * lanes for size in batch_sizes):
+        sizes = {"batch": batch, "text_tokens": text_tokens}
+        with jax.set_mesh(mesh):
+            inputs = make_inputs(experiment.model, **sizes, mesh=mesh)
+            compiled = {
+                plan.name: compile_inference(
+                    forms[plan.name], params[forms[plan.name].fusion], inputs, plan=plan,
+                    new_tokens=new_tokens,
                 )
                 for plan in plans
             }
-            seconds = take_turns({name: one.run for name, one in steps.items()}, repeats=repeats)
+            runs = {name: one.run for name, one in compiled.items()}
+            seconds = take_turns(runs, repeats=repeats)
+        found = {
+            name: {"plan": name, "batch": batch}
+            | _inference_row(
+                one, seconds[name], batch=batch, new_tokens=new_tokens, num_devices=mesh.size
+            )
+            for name, one in compiled.items()
+        }
+        if train:
+            check_batch_size(batch, train_mesh, where="batch_sizes")
+            with jax.set_mesh(train_mesh):
+                inputs = make_inputs(experiment.model, **sizes, mesh=train_mesh)
+                states = train_states(forms.values(), stage=stage, mesh=train_mesh)
+                steps = {
+                    plan.name: compile_train(
+                        forms[plan.name], states, inputs, plan=plan, stage=stage
+                    )
+                    for plan in plans
+                }
+                runs = {name: one.run for name, one in steps.items()}
+                seconds = take_turns(runs, repeats=repeats)
             for name, one in steps.items():
-                row = _train_row(one, seconds[name])
+                row = _train_row(one, seconds[name], num_devices=mesh.size)
                 row["spread"] |= found[name]["spread"]
                 found[name] |= row
         peak, source = process_peak()
         common = {
             "process_peak_bytes": peak, "process_peak_source": source, "repeats": repeats,
-            "new_tokens": new_tokens, "text_tokens": text_tokens, "versions": versions(),
+            "new_tokens": new_tokens, "text_tokens": text_tokens, "mesh": dict(mesh.shape),
+            "param_dtype": dtype, "versions": versions(),
         }
         rows += [row | common for row in found.values()]
     return rows
@@ -121,7 +143,8 @@ def take_turns(
 
 
 def _inference_row(
-    one: Inference, runs: Sequence[Mapping[str, float]], *, batch: int, new_tokens: int
+    one: Inference, runs: Sequence[Mapping[str, float]], *, batch: int, new_tokens: int,
+    num_devices: int,
 ) -> Row:
     steps = new_tokens - 1
     measured = {
@@ -145,9 +168,9 @@ def _inference_row(
         "tokens": one.cost.visual_tokens_mean,
         "tflops": one.cost.total_flops / 1e12,
         "encode_mfu": share(
-            batch * (one.cost.total_flops - llm), row["encode_s"], "flops_per_s"
+            batch * (one.cost.total_flops - llm) / num_devices, row["encode_s"], "flops_per_s"
         ),
-        "prefill_mfu": share(batch * llm, row["prefill_s"], "flops_per_s"),
+        "prefill_mfu": share(batch * llm / num_devices, row["prefill_s"], "flops_per_s"),
         "decode_bandwidth": share(
             one.decode_bytes * steps, row["decode_s"], "bytes_per_s"
         ),
@@ -156,13 +179,15 @@ def _inference_row(
     }
 
 
-def _train_row(one: Programs, runs: Sequence[Mapping[str, float]]) -> Row:
+def _train_row(
+    one: Programs, runs: Sequence[Mapping[str, float]], *, num_devices: int
+) -> Row:
     seconds = [run["train"] for run in runs]
     chip, median = find_chip(jax.devices()[0].device_kind), statistics.median(seconds)
     return {
         "train_step_s": median,
         "train_tflops": one.flops / 1e12,
-        "train_mfu": one.flops / median / chip.flops_per_s if chip else None,
+        "train_mfu": one.flops / median / num_devices / chip.flops_per_s if chip else None,
         "train_peak_bytes": one.peak_bytes,
         "train_compile_s": one.compile_s,
         "spread": {"train_step_s": [min(seconds), max(seconds)]},
@@ -255,7 +280,7 @@ if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
     PLANS = flags.DEFINE_string("plans", "full,meteor", "Plans, separated by commas.")
     CALIBRATION = flags.DEFINE_string("calibration", None, "A calibration.json with ranks.")
-    BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once.")
+    BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once, over all.")
     REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each plan.")
     NEW_TOKENS = flags.DEFINE_integer("new_tokens", 16, "Tokens of an answer.")
     TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 64, "Text tokens around the image.")

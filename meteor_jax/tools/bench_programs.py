@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meteor_jax.evaluation.layout import cast_matrices
 from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.models.cost import Cost, count_cost, count_traced
 from meteor_jax.models.meteor import Meteor, MeteorConfig
+from meteor_jax.parallel import BATCH_AXES, parameter_shardings
 from meteor_jax.pruning.budgets import fit_scale
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import StageConfig
@@ -53,7 +56,8 @@ class Inference(Programs):
     Attributes:
         plan: as it ran: an adaptive one with λ.
         cost: of one row.
-        decode_bytes: that a decoding step must read: the decoder's parameters and the cache.
+        decode_bytes: that a device must read in a decoding step: the decoder's parameters and the
+            cache, what lies there of both.
     """
 
     plan: PrunePlan
@@ -67,9 +71,11 @@ def form_of(model: MeteorConfig, plan: PrunePlan) -> MeteorConfig:
     return dataclasses.replace(model, fusion="post") if plan.encode else model
 
 
-def make_inputs(model: MeteorConfig, *, batch: int, text_tokens: int) -> Batch:
-    """Noise as images and as text, on the device: half of the text, an image, the other half,
-    which is what training learns."""
+def make_inputs(
+    model: MeteorConfig, *, batch: int, text_tokens: int, mesh: Mesh | None = None
+) -> Batch:
+    """Noise as images and as text, by rows on `mesh` or on the default device: half of the text,
+    an image, the other half, which is what training learns."""
     rng = np.random.default_rng(0)
     side, middle = model.image_size, text_tokens // 2
     tokens = rng.integers(1, model.llama.vocab_size, (batch, text_tokens + 1), np.int32)
@@ -83,37 +89,42 @@ def make_inputs(model: MeteorConfig, *, batch: int, text_tokens: int) -> Batch:
             text_valid=np.ones(tokens.shape, bool),
             labels=np.where(learnt, tokens, IGNORE_LABEL).astype(np.int32),
             example_id=np.arange(batch, dtype=np.int32),
-        )
+        ),
+        mesh and NamedSharding(mesh, PartitionSpec(BATCH_AXES)),
     )
 
 
 def make_params(
-    models: Iterable[MeteorConfig], *, dtype: str, seed: int = 0
+    models: Iterable[MeteorConfig], *, dtype: str, mesh: Mesh | None = None, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Random parameters by `MeteorConfig.fusion`, made on the device; what the forms share is
-    the same arrays."""
+    """Random parameters by `MeteorConfig.fusion`, made where they lie on `mesh`, or on the default
+    device; matrices in `dtype`. What the forms share is the same arrays."""
     made: dict[str, dict[str, Any]] = {}
     shared: dict[str, Any] = {}
     for model in models:
         if model.fusion not in made:
             params = _init(
-                make_inputs(model, batch=1, text_tokens=2), model=model, dtype=dtype, seed=seed,
-                without=frozenset(shared),
+                make_inputs(model, batch=1, text_tokens=2), model=model, dtype=dtype, mesh=mesh,
+                seed=seed, without=frozenset(shared),
             )
             shared |= {name: tree for name, tree in params.items() if "projector" not in name}
             made[model.fusion] = shared | params
     return made
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype", "seed", "without"))
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "mesh", "seed", "without"))
 def _init(
-    batch: Batch, *, model: MeteorConfig, dtype: str, seed: int, without: frozenset[str]
+    batch: Batch, *, model: MeteorConfig, dtype: str, mesh: Mesh | None, seed: int,
+    without: frozenset[str],
 ) -> dict[str, Any]:
     """Parameters but those `without`. The compiler leaves out the forward pass, whose input is an
     argument because constants would be computed with."""
     params = init_params(Meteor(model), batch, seed=seed)
     own = {name: tree for name, tree in params.items() if name not in without}
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), own)
+    own = cast_matrices(own, dtype)
+    if mesh is None:
+        return own
+    return jax.lax.with_sharding_constraint(own, parameter_shardings(own, mesh))
 
 
 def compile_inference(
@@ -141,7 +152,7 @@ def compile_inference(
     prefill = prefill_function(meteor, plan=plan, new_tokens=new_tokens)
     prefill = compiler.compile(prefill, params, visual, inputs)
     first, cache, cuts = prefill(params, visual, inputs)
-    decode_bytes = _num_bytes((params["llama"], cache))
+    decode_bytes = _device_bytes((params["llama"], cache))
     decode = decode_function(meteor, num_steps=new_tokens - 1)
     decode = compiler.compile(decode, params, cache, first)
     jax.block_until_ready(decode(params, cache, first))
@@ -223,15 +234,21 @@ def _with_scale(
 
 
 def train_states(
-    params: dict[str, Any], *, stage: StageConfig
+    models: Iterable[MeteorConfig], *, stage: StageConfig, mesh: Mesh
 ) -> dict[str, TrainState]:
-    """A fresh state by form, with copies of the parameters, since training gives its state away.
-    """
-    return {
-        fusion: make_state(
-            jax.tree.map(jnp.copy, tree), optimizer=make_optimizer(stage),
+    """A fresh state by form, float32 and on `mesh` as training has it."""
+
+    def fresh(params: Any) -> TrainState:
+        return make_state(  # copies, since training gives its state away
+            jax.tree.map(jnp.copy, params), optimizer=make_optimizer(stage),
             trainable=stage.trainable, rng=jax.random.PRNGKey(0), use_ema=False,
         )
+
+    params = make_params(models, dtype="float32", mesh=mesh)
+    return {
+        fusion: jax.jit(
+            fresh, out_shardings=parameter_shardings(jax.eval_shape(fresh, tree), mesh)
+        )(tree)
         for fusion, tree in params.items()
     }
 
@@ -241,8 +258,11 @@ def compile_train(
     stage: StageConfig,
 ) -> Programs:
     """A training step, part "train"; plans of one form take turns on one state."""
-    step = make_train_step(Meteor(model), optimizer=make_optimizer(stage), plan=plan, stage=stage)
     compiler, form = _Compiler(), model.fusion
+    step = make_train_step(
+        Meteor(model), optimizer=make_optimizer(stage), plan=plan, stage=stage,
+        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, states[form]),
+    )
     flops = count_traced(step, states[form], inputs)
     step = compiler.compile(step, states[form], inputs)
 
@@ -277,5 +297,5 @@ class _Compiler:
         return compiled
 
 
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+def _device_bytes(tree: Any) -> int:
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -32,11 +32,11 @@ from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import is_main_process
 from meteor_jax.evaluation.config import eval_config, prompt_template, resolve_plans
+from meteor_jax.evaluation.layout import inference_mesh
 from meteor_jax.evaluation.loading import load_params
 from meteor_jax.inference.budgets import Questions, calibrate_budget, evenness_note
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.models.meteor import Meteor
-from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import split_plans
 from meteor_jax.pruning.encode import NUM_SEGMENTS
 from meteor_jax.pruning.plan import Calibration, PrunePlan
@@ -175,7 +175,7 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
     calibration = Calibration.load(path)
     names = split_plans(PLANS.value) if PLANS.value else list(experiment.plans)
     plans = resolve_plans(names, library=experiment.plans, calibration=calibration)
-    mesh = make_mesh(experiment.train.mesh)
+    mesh = inference_mesh(experiment)
     with jax.set_mesh(mesh):
         params, _ = load_params(experiment, workdir, mesh=mesh)
         records = pipeline.open_sources(experiment.data)

@@ -38,11 +38,11 @@ from meteor_jax.data.templates import Conversation, get_template, render, with_i
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import fetch
 from meteor_jax.evaluation.config import eval_config, prompt_template
+from meteor_jax.evaluation.layout import inference_mesh
 from meteor_jax.evaluation.loading import load_params
 from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor
-from meteor_jax.parallel import make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
 from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
@@ -288,7 +288,7 @@ def _measure_workdir(
 ) -> tuple[float, list[CutLayer]]:
     plan = parse_plan(PLAN.value, library=experiment.plans)
     plan = plan.calibrated(Calibration.load(workdir / CALIBRATION_FILE))
-    model, mesh = Meteor(experiment.model), make_mesh(experiment.train.mesh)
+    model, mesh = Meteor(experiment.model), inference_mesh(experiment)
     with jax.set_mesh(mesh):
         params, _ = load_params(experiment, workdir, mesh=mesh)
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)

@@ -6,16 +6,15 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from meteor_jax.chips import Chip, find_chip
 from meteor_jax.config import ConfigError
-from meteor_jax.parallel import AXES, BATCH_AXES, MeshConfig, make_mesh
+from meteor_jax.evaluation.layout import param_dtype
+from meteor_jax.parallel import AXES, BATCH_AXES, MeshConfig, num_slices
 from meteor_jax.tools.programs import (
     Program,
     Request,
@@ -50,6 +49,8 @@ class Measured:
     """A compiled program, every amount that of one device.
 
     Attributes:
+        mesh: devices along each axis.
+        param_dtype: of the matrices among the parameters.
         argument_bytes, output_bytes, alias_bytes, temp_bytes: XLA's buffers; outputs that take
             the place of arguments are counted in both and are the alias.
         peak_bytes: the most that is alive at any moment, by XLA's count.
@@ -58,6 +59,8 @@ class Measured:
         compile_s: seconds that compiling took.
     """
 
+    mesh: Mapping[str, int]
+    param_dtype: str
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
@@ -80,37 +83,6 @@ class Alternative:
     label: str
     request: Request
     mesh: MeshConfig
-
-
-def topology_mesh(config: MeshConfig, *, devices: list[Any]) -> Mesh:
-    """The mesh over a topology's devices; slices divide the `data` axis.
-
-    Raises:
-        ConfigError: if the axes do not fit the devices, or the slices do not divide `data`.
-    """
-    slices = num_slices(devices)
-    if slices == 1:
-        return make_mesh(config, devices=devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    rest = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {axis: len(devices) // rest if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices) or sizes["data"] % slices:
-        asked = ", ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
-        raise ConfigError(
-            f"mesh {asked} does not fit {slices} slices of {len(devices) // slices} devices: data "
-            f"must be a multiple of {slices}, and the product {len(devices)}; try "
-            f"data={slices},fsdp={len(devices) // slices}."
-        )
-    inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    grid = mesh_utils.create_hybrid_device_mesh(
-        inner, (slices, 1, 1), devices, allow_split_physical_axes=True
-    )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def num_slices(devices: Iterable[Any]) -> int:
-    """How many slices the devices lie in; those of a lone slice have no number."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def chip_of(mesh: Mesh) -> Chip:
@@ -159,6 +131,8 @@ def measure(request: Request, mesh: Mesh) -> Measured:
     counted = count_flops(request, mesh, platform=PLATFORM)
     flops, model_flops = (total / mesh.size for total in counted)
     return Measured(
+        mesh=dict(mesh.shape),
+        param_dtype="float32" if request.program == "train" else param_dtype(request.experiment),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
@@ -195,27 +169,34 @@ def read_out_of_memory(message: str) -> DoesNotFit | None:
 
 
 def alternatives(request: Request, mesh: Mesh) -> Iterator[Alternative]:
-    """What would need less memory, each with what came before: remat, then parameters split over
-    all devices, then fewer rows at a time, then every layer split over some devices."""
+    """What would need less memory. In training each with what came before: remat, then parameters
+    split over all devices, then fewer rows at a time, then every layer split over some devices; in
+    inference, where parameters stay put, every layer over more devices."""
     sizes = MeshConfig(**{axis: mesh.shape[axis] for axis in AXES})
     slices = num_slices(mesh.devices.flat)
-    training, labels = request.program == "train", []
+    heads = request.experiment.model.llama.num_kv_heads
+    if request.program != "train":
+        most = math.gcd(mesh.size // slices, heads)
+        for tensor in range(sizes.tensor + 1, most + 1):
+            if most % tensor == 0:
+                wider = MeshConfig(data=mesh.size // tensor, fsdp=1, tensor=tensor)
+                yield Alternative(f"mesh data={wider.data},tensor={tensor}", request, wider)
+        return
+    labels: list[str] = []
 
     def changed(*label: str) -> Alternative:
         return Alternative(" + ".join((*labels, *label)), request, sizes)
 
     experiment = with_remat(request.experiment, REMAT)
-    if training and experiment != request.experiment:
+    if experiment != request.experiment:
         request = dataclasses.replace(request, experiment=experiment)
         labels.append(REMAT_LABEL)
         yield changed()
     split = MeshConfig(data=slices, fsdp=mesh.size // slices, tensor=1)
-    if sizes != split and (not training or _rows(request) % mesh.size == 0):
+    if sizes != split and _rows(request) % mesh.size == 0:
         sizes = split
         labels.append(f"mesh data={sizes.data},fsdp={sizes.fsdp}")
         yield changed()
-    if not training:
-        return
     shards = math.prod(getattr(sizes, axis) for axis in BATCH_AXES)
     while _rows(request) > shards and (_rows(request) // 2) % shards == 0:
         request = _accumulating(request, 2 * request.stage_config.accumulate)
@@ -223,7 +204,6 @@ def alternatives(request: Request, mesh: Mesh) -> Iterator[Alternative]:
     for tensor in (2, 4, 8):
         fsdp = split.fsdp // tensor
         batch_size = request.stage_config.batch_size
-        heads = request.experiment.model.llama.num_kv_heads
         if split.fsdp % tensor or heads % tensor or batch_size % (slices * fsdp):
             return
         sizes = MeshConfig(data=slices, fsdp=fsdp, tensor=tensor)

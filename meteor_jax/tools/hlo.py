@@ -200,21 +200,28 @@ def replica_groups(attributes: str) -> list[list[int]]:
     """
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes)
     if mesh:
-        if mesh[2].strip() or ":" in mesh[3]:
+        order = re.fullmatch(
+            r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?", mesh[2].strip()
+        )
+        if order is None or ":" in mesh[3]:
             raise ValueError(f"replica groups of this form are not read: {mesh[0]}.")
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        ids = _iota(order[1] or str(math.prod(sizes.values())), order[2])
+        ids = ids.reshape(list(sizes.values()))
         rest = [axis for axis in range(ids.ndim) if axis not in axes]
         group = math.prod(ids.shape[axis] for axis in axes)
         return ids.transpose(rest + axes).reshape(-1, group).tolist()
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(axis) for axis in iota[3].split(",")])
-        return ids.reshape(shape).tolist()
+        return _iota(iota[2], iota[3]).reshape([int(n) for n in iota[1].split(",")]).tolist()
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
     groups = re.findall(r"\{([\d,]+)\}", listed[1]) if listed else []
     return [[int(n) for n in group.split(",")] for group in groups]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, … in the shape "2,4", its axes then in the order "1,0"."""
+    sizes = [int(size) for size in dims.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(axis) for axis in order.split(",")]) if order else ids

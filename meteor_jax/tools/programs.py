@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from meteor_jax.config import ConfigError
 from meteor_jax.evaluation.config import eval_config
+from meteor_jax.evaluation.layout import param_dtype, param_shapes
 from meteor_jax.models.attention import attention_kernel
 from meteor_jax.models.cost import count_traced
 from meteor_jax.models.meteor import Meteor
@@ -45,7 +46,6 @@ class Request:
         stage: of training, "pretrain" or "finetune".
         plan: a name or text; "" takes the stage's first.
         rows: prompts of prefill and extend; 0 takes the config's, rounded up to the mesh.
-        param_dtype: in which prefill and extend find the parameters; training holds float32.
     """
 
     program: str
@@ -54,7 +54,6 @@ class Request:
     plan: str = ""
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     rows: int = 0
-    param_dtype: str = "float32"
 
     @property
     def stage_config(self) -> StageConfig:
@@ -82,6 +81,8 @@ class Program:
 
 def build_program(request: Request, mesh: Mesh, *, platform: str) -> Program:
     """What `request` asks for on `mesh`; nothing but shapes is computed.
+
+    Prefill and extend are those of evaluation: `inference_mesh` is the mesh that it runs on.
 
     Raises:
         ConfigError: for batches that the mesh does not divide.
@@ -215,10 +216,7 @@ def _inference(request: Request, mesh: Mesh) -> tuple[Any, Batch, Callable[..., 
     check_batch_size(rows, mesh, where="rows")
     model, plan = Meteor(experiment.model), _plan(request)
     batch = _batch(experiment, rows=rows, text_length=experiment.data.text_length)
-    params = jax.eval_shape(lambda batch: init_params(model, batch, seed=0), batch)
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.param_dtype), params
-    )
+    params = param_shapes(experiment, mesh=mesh, dtype=param_dtype(experiment))
 
     def prefill(params: Any, images: Any, image_valid: Any, tokens: Any, text_valid: Any) -> Any:
         variables, rows = {"params": params}, image_valid.shape
@@ -233,7 +231,7 @@ def _inference(request: Request, mesh: Mesh) -> tuple[Any, Batch, Callable[..., 
         )
         return prefilled.logits, prefilled.cache
 
-    return _placed(params, parameter_shardings(params, mesh)), _by_rows(batch, mesh), prefill
+    return params, _by_rows(batch, mesh), prefill
 
 
 def _plan(request: Request) -> PrunePlan:

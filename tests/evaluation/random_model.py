@@ -17,7 +17,8 @@ from PIL import Image
 
 from meteor_jax.checkpoint import open_checkpoints, write_config
 from meteor_jax.distributed import start_processes
-from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.evaluation.layout import param_shapes
+from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.parallel import MeshConfig, make_mesh, parameter_shardings
 from meteor_jax.training.experiment import load_experiment
 

@@ -13,7 +13,8 @@ from meteor_jax.config import ConfigError
 from meteor_jax.evaluation import runner
 from meteor_jax.evaluation.answerers import encode_images
 from meteor_jax.evaluation.config import check_request, eval_config
-from meteor_jax.evaluation.runner import evaluate_checkpoint, param_shapes
+from meteor_jax.evaluation.layout import param_shapes
+from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.evaluation.tasks import open_task_source
 from meteor_jax.inference.generate import generate
 from meteor_jax.parallel import MeshConfig, make_mesh

@@ -131,10 +131,10 @@ def test_more_tokens_than_there_is_room_for_are_refused_where_shapes_show_it():
     batch, plan = tiny.make_batch(), tiny.plan("full")
     visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
     prefilled = tiny.prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=2)
-    with pytest.raises(ValueError, match="at most 2 more tokens, .* got 3; raise max_new_tokens"):
+    with pytest.raises(ValueError, match=r"at most 2 more tokens, .* got 3; raise max_new_tokens"):
         tiny.extend(tiny.params(), prefilled.cache, jnp.zeros((3, 3), jnp.int32))
     used = tiny.extend(tiny.params(), prefilled.cache, jnp.zeros((3, 1), jnp.int32)).cache
-    with pytest.raises(ValueError, match="at most 1 more tokens, .* got 2"):
+    with pytest.raises(ValueError, match=r"at most 1 more tokens, .* got 2"):
         tiny.extend.__wrapped__(tiny.params(), used, jnp.zeros((3, 2), jnp.int32))
 
 

@@ -27,7 +27,6 @@ from meteor_jax.tools.fit import (
     chip_of,
     measure,
     read_out_of_memory,
-    topology_mesh,
 )
 from meteor_jax.tools.hlo import parse, replica_groups
 from meteor_jax.tools.programs import (
@@ -93,6 +92,7 @@ def test_a_loop_of_unknown_turns_counts_once_and_is_reported():
         ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
         ("dimensions={0}", []),
     ],
@@ -159,7 +159,7 @@ def test_alternatives_go_from_remat_over_the_mesh_to_fewer_rows(mesh):
     assert last.request.stage_config.accumulate == 4
     assert last.request.experiment.model.llama.remat == "nothing_saveable"
     labels = [a.label for a in alternatives(Request("prefill", make_experiment()), mesh)]
-    assert labels == ["mesh data=1,fsdp=8"]
+    assert labels == ["mesh data=4,tensor=2"]  # the kv heads divide no further
 
 
 def with_remat_in_the_decoder():
@@ -191,9 +191,10 @@ def test_a_train_step_knows_of_turns_where_they_stand_apart(mesh):
 
 
 def test_extend_takes_the_cache_of_prefill_split_by_rows(mesh):
-    request = Request(
-        "extend", with_remat_in_the_decoder(), plan="full", rows=8, param_dtype="bfloat16"
-    )
+    experiment = with_remat_in_the_decoder()
+    fields = experiment.eval | {"param_dtype": "bfloat16"}
+    experiment = dataclasses.replace(experiment, eval=fields)
+    request = Request("extend", experiment, plan="full", rows=8)
     program = build_program(request, mesh, platform="tpu")
     params, cache, tokens = program.args
     assert params["llama"]["head"]["kernel"].dtype == jnp.bfloat16
@@ -224,7 +225,6 @@ def test_models_are_traced_for_the_platform_they_are_compiled_for():
         (lambda: aot.parse_mesh("dat=1"), "Did you mean 'data'?"),
         (lambda: check_program("trian"), "names out of train, prefill, extend, got 'trian'"),
         (lambda: chip_of(make_mesh(MeshConfig(1), devices=jax.devices()[:1])), "of 'cpu'"),
-        (lambda: topology_mesh(MeshConfig(3, 2), devices=two_slices()), "try data=2,fsdp=2"),
     ],
 )
 def test_errors_are_one_line(call, message):
@@ -232,14 +232,6 @@ def test_errors_are_one_line(call, message):
         call()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def two_slices():
-    @dataclasses.dataclass(frozen=True)
-    class Device:
-        slice_index: int
-
-    return [Device(index) for index in (0, 0, 1, 1)]
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
@@ -256,7 +248,7 @@ def test_a_tiny_config_compiles_for_four_chips(program):
     parts = {"clip": CONFIG.clip, "llama": dataclasses.replace(CONFIG.llama, depth=2)}
     model = dataclasses.replace(CONFIG, encoders=("clip",), **parts)
     request = with_remat(make_experiment(model, plans=("full",)), "nothing_saveable")
-    mesh = topology_mesh(MeshConfig(1, 4), devices=aot.open_topology("v5e:2x2"))
+    mesh = make_mesh(MeshConfig(1, 4), devices=aot.open_topology("v5e:2x2"))
     measured = measure(Request(program, request), mesh)
     assert 0 < measured.argument_bytes < measured.peak_bytes + measured.alias_bytes
     assert measured.peak_bytes < V5E.memory_bytes

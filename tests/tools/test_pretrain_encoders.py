@@ -9,7 +9,7 @@ import pytest
 
 from meteor_jax.checkpoint import restore_parts
 from meteor_jax.data.pipeline import DataConfig
-from meteor_jax.evaluation.runner import param_shapes
+from meteor_jax.evaluation.layout import param_shapes
 from meteor_jax.models.clip import ClipConfig
 from meteor_jax.models.llama import LlamaConfig
 from meteor_jax.models.meteor import MeteorConfig
