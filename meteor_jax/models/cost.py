@@ -28,7 +28,6 @@ from rich.table import Table
 from meteor_jax.config import build
 from meteor_jax.models.convnext import KERNEL, STEM, ConvNextConfig
 from meteor_jax.models.eva02 import Eva02Config
-from meteor_jax.models.layers import segment_bounds
 from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.models.pix2struct import Pix2StructConfig
 from meteor_jax.models.sam import GROUP, SamConfig
@@ -176,7 +175,7 @@ def _segments(
         _, sizes = window_order(encoder.grid, encoder.window)
     elif isinstance(encoder, SamConfig):
         _, sizes = window_order(encoder.grid, encoder.window // GROUP)
-    for boundary, stop in enumerate(segment_bounds(encoder.depth, NUM_SEGMENTS)):
+    for boundary, stop in enumerate(encoder.segment_ends):
         yield range(start, stop), sizes
         sizes, start = window_quotas(cuts[boundary].keep, sizes) if cuts else sizes, stop
 

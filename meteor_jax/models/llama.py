@@ -201,7 +201,7 @@ class Llama(nn.Module):
         valid = jnp.broadcast_to(cache.valid, (stop - start, *cache.valid.shape))
         per_layer = ((cache.k, cache.v, valid),)
         return self.blocks(
-            x, tables, None, start=start, stop=stop, per_layer=per_layer, in_place=True
+            x, tables, None, start=start, stop=stop, per_layer=per_layer
         )
 
     def text_attention(

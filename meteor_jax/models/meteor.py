@@ -29,6 +29,7 @@ from meteor_jax.models.llama import Llama, LlamaConfig
 from meteor_jax.models.pix2struct import Pix2Struct, Pix2StructConfig
 from meteor_jax.models.prefill import SegmentRun, new_position, run_segments
 from meteor_jax.models.projector import Projector
+from meteor_jax.models.remat import remat_policy
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD
 from meteor_jax.models.sam import Sam, SamConfig
 from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
@@ -85,12 +86,10 @@ class MeteorConfig:
                 f"encoders: expected names out of {', '.join(ENCODERS)}, got {self.encoders}."
             )
         for name in (*self.encoders, "llama"):
-            remat = getattr(self, name).remat
-            if remat != "none" and not hasattr(jax.checkpoint_policies, remat):
-                raise ValueError(
-                    f"{name}.remat: expected 'none' or a name in jax.checkpoint_policies, such as "
-                    f"'nothing_saveable', got '{remat}'."
-                )
+            try:
+                remat_policy(getattr(self, name).remat)
+            except ValueError as error:
+                raise ValueError(f"{name}.remat: {error}") from None
 
     def encoder(self, name: str) -> Any:
         """The config of one encoder."""
