@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from meteor_jax.models.attention import attend, attention_received
-from meteor_jax.models.layers import Stack, StackOutput, constrain, dense, segment_bounds
+from meteor_jax.models.layers import Stack, StackOutput, constrain, dense
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.pruning.encode import (
-    NUM_SEGMENTS,
     EncoderCut,
     EncoderOutput,
     LiveTokens,
@@ -167,7 +166,7 @@ class Clip(nn.Module):
         return encode_segments(
             x,
             cuts=cuts,
-            bounds=segment_bounds(config.depth, NUM_SEGMENTS),
+            bounds=config.segment_ends,
             run=run,
             attention=attention,
             num_prefix=num_prefix,

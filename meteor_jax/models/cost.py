@@ -28,12 +28,11 @@ from rich.table import Table
 from meteor_jax.config import build
 from meteor_jax.models.convnext import KERNEL, STEM, ConvNextConfig
 from meteor_jax.models.eva02 import Eva02Config
-from meteor_jax.models.layers import segment_bounds
 from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.models.pix2struct import Pix2StructConfig
 from meteor_jax.models.sam import GROUP, SamConfig
 from meteor_jax.pruning.baselines import parse_plan, split_plans
-from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
+from meteor_jax.pruning.encode import EncoderCut
 from meteor_jax.pruning.fuse import Span, pooled_grids
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.pruning.windows import window_order, window_quotas
@@ -179,7 +178,7 @@ def _segments(
         _, sizes = window_order(encoder.grid, encoder.window)
     elif isinstance(encoder, SamConfig):
         _, sizes = window_order(encoder.grid, encoder.window // GROUP)
-    for boundary, stop in enumerate(segment_bounds(encoder.depth, NUM_SEGMENTS)):
+    for boundary, stop in enumerate(encoder.segment_ends):
         yield range(start, stop), sizes
         sizes, start = window_quotas(cuts[boundary].keep, sizes) if cuts else sizes, stop
 

@@ -22,7 +22,6 @@ from meteor_jax.models.layers import (
     constrain,
     dense,
     gated_silu,
-    segment_bounds,
 )
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
@@ -34,7 +33,6 @@ from meteor_jax.models.windows import (
     to_windows,
 )
 from meteor_jax.pruning.encode import (
-    NUM_SEGMENTS,
     EncoderCut,
     EncoderOutput,
     LiveTokens,
@@ -86,6 +84,10 @@ class Eva02Config(TransformerSizes):
         return (self.grid // self.window) ** 2
 
     @property
+    def period(self) -> int:
+        return self.global_every
+
+    @property
     def global_blocks(self) -> range:
         return range(self.global_every - 1, self.depth, self.global_every)
 
@@ -95,21 +97,26 @@ class Rotary:
     """The windows of a block, and how far to turn the queries and keys of their tokens.
 
     Shapes:
-        cos, sin: float32[I, W, S, 1, d].
+        cos_sin: float32[I, W, S, 2, d].
     """
 
-    cos: Array
-    sin: Array
+    cos_sin: Array
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.cos_sin.shape[2]
 
     @property
     def window_sizes(self) -> tuple[int, ...]:
-        return (self.cos.shape[2],) * self.cos.shape[1]
+        return (self.length,) * self.cos_sin.shape[1]
 
     def turn(self, x: Array) -> Array:
         """Turns the channel pairs (0, 1), (2, 3), … of float[I, W, S, H, d], in float32."""
         first, second = x[..., ::2], x[..., 1::2]
         across = jnp.stack([-second, first], axis=-1).reshape(x.shape)
-        return (x * self.cos + across * self.sin).astype(x.dtype)
+        cos, sin = self.cos_sin[..., :1, :], self.cos_sin[..., 1:, :]
+        return (x * cos + across * sin).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -137,7 +144,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: Array, rotary: Rotary) -> Array:
         x = x.reshape(*x.shape[:-1], self.config.num_heads, -1)
-        return to_windows(x, sizes=rotary.window_sizes, length=rotary.cos.shape[2])
+        return to_windows(x, sizes=rotary.window_sizes, length=rotary.length)
 
 
 class GatedMLP(nn.Module):
@@ -210,16 +217,13 @@ class Eva02(nn.Module):
 
         x = self._embed(images)
         tables = jax.lax.stop_gradient(self.param("tables", lambda _: rotary_tables(config)))
+        tables = tables_by_place(config, tables)
         stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
 
         def run(tokens: LiveTokens, start: int, stop: int) -> StackOutput:
-            rotary = {kind: self._rotary(tokens, tables, kind) for kind in (False, True)}
-            out = StackOutput(x=tokens.x, last_input=tokens.x, extras=None)
-            for first, end, is_global in stretches(
-                start, stop, global_blocks=config.global_blocks
-            ):
-                out = stack(out.x, rotary[is_global], start=first, stop=end)
-            return out
+            rotary = tuple((self._rotary(tokens, tables, kind),) for kind in (False, True))
+            runs = tuple(stretches(start, stop, global_blocks=config.global_blocks))
+            return stack.alternate(tokens.x, runs=runs, aux=rotary)
 
         def attention(block: int, tokens: LiveTokens, criterion: str) -> Array:
             rotary = self._rotary(tokens, tables, block in config.global_blocks)
@@ -229,7 +233,7 @@ class Eva02(nn.Module):
         return encode_segments(
             x,
             cuts=cuts,
-            bounds=segment_bounds(config.depth, NUM_SEGMENTS),
+            bounds=config.segment_ends,
             run=run,
             attention=attention,
             window=config.window,
@@ -250,14 +254,22 @@ class Eva02(nn.Module):
         x = x + resize(position, size=config.grid, method="bicubic").astype(self.dtype)
         return constrain(x.reshape(x.shape[0], -1, config.width), "btd")
 
-    def _rotary(self, tokens: LiveTokens, tables: dict[str, Array], is_global: bool) -> Rotary:
-        grid, window = self.config.grid, self.config.window
-        place, num_windows, name = tokens.raster, 1, "global"
-        if not is_global:
-            row, column = place // grid % window, place % grid % window
-            place, num_windows, name = row * window + column, self.config.num_windows, "window"
-        place = place.reshape(place.shape[0], num_windows, -1, 1)
-        return Rotary(cos=tables[f"{name}_cos"][place], sin=tables[f"{name}_sin"][place])
+    def _rotary(self, tokens: LiveTokens, tables: tuple[Array, Array], is_global: bool) -> Rotary:
+        num_windows = 1 if is_global else self.config.num_windows
+        place = tokens.raster.reshape(tokens.raster.shape[0], num_windows, -1)
+        return Rotary(tables[is_global].at[place].get(mode="promise_in_bounds"))
+
+
+def tables_by_place(config: Eva02Config, tables: dict[str, Array]) -> tuple[Array, Array]:
+    """Cosines and sines float32[N, 2, d] of every place of the grid, in a windowed block and in a
+    global one, of the tables that the parameters hold."""
+    row, column = np.divmod(np.arange(config.num_tokens), config.grid)
+    in_window = row % config.window * config.window + column % config.window
+    windowed, whole = (
+        jnp.stack([tables[f"{name}_cos"], tables[f"{name}_sin"]], axis=1)
+        for name in ("window", "global")
+    )
+    return windowed[in_window], whole
 
 
 def rotary_tables(config: Eva02Config) -> dict[str, Array]:

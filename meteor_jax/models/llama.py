@@ -265,22 +265,19 @@ class Llama(nn.Module):
 
     def run(
         self, x: Array, position: Array, *, start: int, stop: int, turn: Array | None = None,
-        layout: RaggedLayout | None = None, forward_only: bool = False,
+        layout: RaggedLayout | None = None,
     ) -> Any:
         """Layers `[start, stop)` over packed sequences: `StackOutput`, its extras the layers'
         (k, v), each [L, B, S, K, d].
 
         Args:
             layout: x float[G, F, D] and position int32[G, F] are buffers of it; (k, v) are rows.
-            forward_only: nothing will be differentiated, so the layers are read in place.
         """
         tables = rotary_tables(position, config=self.config)
         mask = None
         if turn is not None:
             mask = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])
-        return self.blocks(
-            x, tables, mask, layout, start=start, stop=stop, in_place=forward_only
-        )
+        return self.blocks(x, tables, mask, layout, start=start, stop=stop)
 
     def run_cached(
         self, x: Array, position: Array, cache: SegmentCache, *, start: int, stop: int
@@ -290,7 +287,7 @@ class Llama(nn.Module):
         valid = jnp.broadcast_to(cache.valid, (stop - start, *cache.valid.shape))
         per_layer = ((cache.k, cache.v, valid),)
         return self.blocks(
-            x, tables, None, None, start=start, stop=stop, per_layer=per_layer, in_place=True
+            x, tables, None, None, start=start, stop=stop, per_layer=per_layer
         )
 
     def keys(self, x: Array, position: Array, *, layer: int, rotary: str) -> Array:

@@ -30,6 +30,7 @@ from meteor_jax.models.llama import Llama, LlamaConfig
 from meteor_jax.models.pix2struct import Pix2Struct, Pix2StructConfig
 from meteor_jax.models.prefill import SegmentRun, new_position, run_segments
 from meteor_jax.models.projector import Projector
+from meteor_jax.models.remat import remat_policy
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD
 from meteor_jax.models.sam import Sam, SamConfig
 from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
@@ -86,12 +87,10 @@ class MeteorConfig:
                 f"encoders: expected names out of {', '.join(ENCODERS)}, got {self.encoders}."
             )
         for name in (*self.encoders, "llama"):
-            remat = getattr(self, name).remat
-            if remat != "none" and not hasattr(jax.checkpoint_policies, remat):
-                raise ValueError(
-                    f"{name}.remat: expected 'none' or a name in jax.checkpoint_policies, such as "
-                    f"'nothing_saveable', got '{remat}'."
-                )
+            try:
+                remat_policy(getattr(self, name).remat)
+            except ValueError as error:
+                raise ValueError(f"{name}.remat: {error}") from None
 
     def encoder(self, name: str) -> Any:
         """The config of one encoder."""
@@ -187,7 +186,6 @@ class Meteor(nn.Module):
         run = self._run_segments(
             visual, image_valid=batch.image_valid, tokens=batch.tokens,
             text_valid=batch.text_valid, turn=batch.turn, plan=plan, num_new=0,
-            forward_only=False,
         )
         entries = entry_of_slot(run.sequence, num_slots=batch.tokens.shape[1])
         x = jnp.take_along_axis(run.sequence.x, entries[..., None], axis=1)
@@ -290,7 +288,7 @@ class Meteor(nn.Module):
         """
         run = self._run_segments(
             visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid, plan=plan,
-            num_new=max_new_tokens, forward_only=True,
+            num_new=max_new_tokens,
         )
         last = jnp.maximum(run.sequence.valid.sum(1) - 1, 0)
         x = jnp.take_along_axis(run.sequence.x, last[:, None, None], axis=1)[:, 0]
@@ -354,7 +352,7 @@ class Meteor(nn.Module):
 
     def _run_segments(
         self, visual: VisualTokens, *, image_valid: Array, tokens: Array, text_valid: Array,
-        plan: PrunePlan, num_new: int, forward_only: bool, turn: Array | None = None,
+        plan: PrunePlan, num_new: int, turn: Array | None = None,
     ) -> SegmentRun:
         longest = tokens.shape[1] + image_valid.shape[1] * visual.span + num_new
         if longest > self.config.llama.max_positions and not self.is_initializing():
@@ -383,7 +381,6 @@ class Meteor(nn.Module):
             max_images=image_valid.shape[1],
             visual_per_image=visual.num_tokens,
             num_new=num_new,
-            forward_only=forward_only,
         )
 
 

@@ -15,11 +15,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from meteor_jax.models.attention import attend, attention_received
-from meteor_jax.models.layers import Stack, StackOutput, constrain, dense, segment_bounds
+from meteor_jax.models.layers import Stack, StackOutput, constrain, dense
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.pruning.encode import (
-    NUM_SEGMENTS,
     EncoderCut,
     EncoderOutput,
     LiveTokens,
@@ -173,7 +172,7 @@ class Pix2Struct(nn.Module):
         out = encode_segments(
             x,
             cuts=cuts,
-            bounds=segment_bounds(config.depth, NUM_SEGMENTS),
+            bounds=config.segment_ends,
             run=run,
             attention=attention,
             image_seed=image_seed,

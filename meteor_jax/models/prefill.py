@@ -83,7 +83,6 @@ def run_segments(
     max_images: int,
     visual_per_image: int,
     num_new: int,
-    forward_only: bool = False,
 ) -> SegmentRun:
     """Runs all layers over a packed sequence, with the cuts of `plan` between them.
 
@@ -93,7 +92,6 @@ def run_segments(
         num_text: text places of a row; num_images: int32[B]; max_images: M.
         visual_per_image: tokens of one image in `sequence`.
         num_new: room for new tokens in every cache.
-        forward_only: nothing will be differentiated.
 
     Raises:
         ValueError: if a cut lies outside the decoder or keeps more than there is.
@@ -113,8 +111,7 @@ def run_segments(
     row = _Row(num_text=num_text, max_images=max_images, available=visual_per_image)
     drops = plan.cuts_that_drop(available=visual_per_image) if plan else ()
     bounds = (0, *(layers[cut] for cut in drops), depth)
-    options = {"forward_only": forward_only}
-    segment = _run(llama, variables, sequence, start=0, stop=bounds[1], **options)
+    segment = _run(llama, variables, sequence, start=0, stop=bounds[1])
     segments = [_cache(segment, num_new=num_new, lengths=(segment.k.shape[2],))]
     cuts: list[CutTrace] = []
     for cut in range(len(layers)):
@@ -124,7 +121,7 @@ def run_segments(
         start, stop = bounds[drops.index(cut) + 1 :][:2]
         segment, trace = _cut_and_run(
             llama, variables, segment, plan=plan, cut=cut, start=start, stop=stop, row=row,
-            num_images=num_images, raters=raters, **options,
+            num_images=num_images, raters=raters,
         )
         cuts.append(trace)
         longest = segment.k.shape[2]
@@ -142,7 +139,7 @@ def new_position(cache: SegmentCache, num_new: Array, *, count: int) -> Array:
 
 def _cut_and_run(
     llama: Llama, variables: Any, before: _Segment, *, plan: DecodePlan, cut: int, start: int,
-    stop: int, row: _Row, num_images: Array, raters: Array | None, forward_only: bool,
+    stop: int, row: _Row, num_images: Array, raters: Array | None,
 ) -> tuple[_Segment, CutTrace]:
     """Chooses K for every example, packs each row, and runs the layers up to the next cut over
     the smallest static total that holds what the rows keep: a branch of a `lax.switch` each."""
@@ -176,8 +173,8 @@ def _cut_and_run(
     needed = kept.reshape(num_shards, -1).sum(1).max()
     index = (needed > jnp.asarray(totals[:-1], jnp.int32)).sum()
     segment = _run_packed(
-        llama, variables, packed, start=start, stop=stop, forward_only=forward_only, index=index,
-        sizes=tuple(rows * row.num_text + total for total in totals), num_buffers=num_shards,
+        llama, variables, packed, start=start, stop=stop, index=index, num_buffers=num_shards,
+        sizes=tuple(rows * row.num_text + total for total in totals),
     )
     computed = jnp.asarray(totals, jnp.float32)[index] / rows
     return segment, trace_cut(
@@ -215,26 +212,25 @@ def _text_attention(
 
 
 def _run(
-    llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int, forward_only: bool
+    llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int
 ) -> _Segment:
     """Layers `[start, stop)`, every row by itself."""
     out = llama.apply(
         variables, sequence.x, sequence.position, start=start, stop=stop, turn=sequence.turn,
-        forward_only=forward_only, method="run",
+        method="run",
     )
     k, v = out.extras
     return _Segment(sequence.replace(x=out.x), last_input=out.last_input, k=k, v=v)
 
 
 def _run_packed(
-    llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int, forward_only: bool,
-    index: Array, sizes: tuple[int, ...], num_buffers: int,
+    llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int, index: Array,
+    sizes: tuple[int, ...], num_buffers: int,
 ) -> _Segment:
     """Layers `[start, stop)`, the rows in buffers of `sizes[index]` entries, which hold them."""
-    options = {"start": start, "stop": stop, "forward_only": forward_only}
     batch, longest = sequence.valid.shape
     if len(sizes) == 1:
-        return _run(llama, variables, sequence, **options)
+        return _run(llama, variables, sequence, start=start, stop=stop)
     layout, x, position = None, sequence.x, sequence.position
     if batch > num_buffers:  # else a row is its buffer
         layout = RaggedLayout.pack(
@@ -245,7 +241,7 @@ def _run_packed(
     def run(size: int) -> tuple[Array, ...]:
         size = min(size, x.shape[1])
         out = llama.apply(
-            variables, x[:, :size], position[:, :size], **options, method="run",
+            variables, x[:, :size], position[:, :size], start=start, stop=stop, method="run",
             layout=layout and layout.shrink(size),
         )
         k, v = out.extras

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.models.layers import Stack, StackOutput, constrain, dense, segment_bounds
+from meteor_jax.models.layers import Stack, StackOutput, constrain, dense
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.models.windows import (
@@ -30,7 +30,6 @@ from meteor_jax.models.windows import (
     to_windows,
 )
 from meteor_jax.pruning.encode import (
-    NUM_SEGMENTS,
     EncoderCut,
     EncoderOutput,
     LiveTokens,
@@ -249,20 +248,21 @@ class Sam(nn.Module):
         stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
 
         def tables(start: int, stop: int, is_global: bool) -> dict[str, Array]:
-            before = sum((b in config.global_blocks) == is_global for b in range(start))
-            return jax.tree.map(lambda t: t[before : before + stop - start], relative[is_global])
+            """Those of the blocks of a kind in `[start, stop)`."""
+            before, after = (
+                sum((b in config.global_blocks) == is_global for b in range(end))
+                for end in (start, stop)
+            )
+            return jax.tree.map(lambda table: table[before:after], relative[is_global])
 
         def run(tokens: LiveTokens, start: int, stop: int) -> StackOutput:
-            place = {kind: self._place(tokens, kind) for kind in (False, True)}
-            x = ungroup(tokens.x)
-            out = StackOutput(x=x, last_input=x, extras=None)
-            for first, end, is_global in stretches(
-                start, stop, global_blocks=config.global_blocks
-            ):
-                out = stack(
-                    out.x, place[is_global], start=first, stop=end,
-                    per_layer=(tables(first, end, is_global),),
-                )
+            runs = tuple(stretches(start, stop, global_blocks=config.global_blocks))
+            out = stack.alternate(
+                ungroup(tokens.x),
+                runs=runs,
+                aux=tuple((self._place(tokens, kind),) for kind in (False, True)),
+                per_layer=tuple((tables(start, stop, kind),) for kind in (False, True)),
+            )
             return out.replace(x=regroup(out.x), last_input=regroup(out.last_input))
 
         def attention(block: int, tokens: LiveTokens, criterion: str) -> Array:
@@ -277,7 +277,7 @@ class Sam(nn.Module):
         out = encode_segments(
             x,
             cuts=cuts,
-            bounds=segment_bounds(config.depth, NUM_SEGMENTS),
+            bounds=config.segment_ends,
             run=run,
             attention=attention,
             window=config.window // GROUP,

@@ -167,11 +167,7 @@ def _in_raster_order(tokens: LiveTokens, *, num_prefix: int) -> tuple[Array, Arr
     x, raster = tokens.x[:, num_prefix:], tokens.raster
     if len(tokens.window_sizes) == 1:
         return x, raster
-    order = jnp.argsort(raster, axis=1)
-    return (
-        jnp.take_along_axis(x, order[..., None], axis=1),
-        jnp.take_along_axis(raster, order, axis=1),
-    )
+    return _take(x, raster, jnp.argsort(raster, axis=1))
 
 
 def check_cuts(cuts: tuple[EncoderCut, ...]) -> None:
@@ -213,11 +209,13 @@ def cut_tokens(
     if cut.merged:
         x, idx = merge_rest(x, scores, keep=cut.keep, merged=cut.merged)
         return x, jnp.take_along_axis(raster, idx, axis=1)
-    idx = _keep_in_windows(scores, sizes=sizes, quotas=quotas)
-    return (
-        jnp.take_along_axis(x, idx[..., None], axis=1),
-        jnp.take_along_axis(raster, idx, axis=1),
-    )
+    return _take(x, raster, _keep_in_windows(scores, sizes=sizes, quotas=quotas))
+
+
+def _take(x: Array, raster: Array, idx: Array) -> tuple[Array, Array]:
+    """float[I, K, E] and int32[I, K] at int32[I, K] of places that there are."""
+    take = functools.partial(jnp.take_along_axis, axis=1, mode="promise_in_bounds")
+    return take(x, idx[..., None]), take(raster, idx)
 
 
 def _keep_in_windows(

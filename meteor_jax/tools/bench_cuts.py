@@ -108,7 +108,7 @@ class Decoder:
         )
         return run_segments(
             self.llama, variables, sequence, plan=plan, num_text=num_text, num_images=valid.sum(1),
-            max_images=1, visual_per_image=rows.visual.num_tokens, num_new=0, forward_only=True,
+            max_images=1, visual_per_image=rows.visual.num_tokens, num_new=0,
         )
 
     def calibrated(self, plan: DecodePlan, *, batch: int) -> DecodePlan:
