@@ -96,11 +96,12 @@ class ModelAnswerer:
         )
 
     def warm_up(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Any:
-        started = self._start(visual, rows, max_new_tokens=max_new_tokens)
-        return [
-            self._decode(started, max_new_tokens=max_new_tokens, cache_length=choice)
-            for choice in range(started.cache.num_lengths)
-        ]
+        started, done = self._start(visual, rows, max_new_tokens=max_new_tokens), []
+        for choice in range(started.cache.num_lengths):
+            done.append(self._decode(started, max_new_tokens=max_new_tokens, cache_length=choice))
+            # Its cache was given away.
+            started = self._start(visual, rows, max_new_tokens=max_new_tokens)
+        return done
 
     def _start(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Started:
         return start(

@@ -50,7 +50,7 @@ class Generated:
     Shapes:
         tokens: int32[B, max_new_tokens], the end token after a row's end.
         num_tokens: int32[B], without the end token.
-        finite: bool[B]; False where a row had a logit that is NaN or infinite, so that its tokens
+        finite: bool[B]; False where a row had a logit that is NaN or +inf, so that its tokens
             mean nothing.
     """
 
@@ -120,7 +120,10 @@ def generate(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plan", "max_new_tokens", "sampling"))
+# Unused parameters are arguments too, so that `memory_analysis` counts what a device holds.
+@functools.partial(
+    jax.jit, static_argnames=("model", "plan", "max_new_tokens", "sampling"), keep_unused=True
+)
 def start(
     model: Meteor,
     params: Any,
@@ -142,7 +145,7 @@ def start(
     longest = jnp.stack([segment.valid.sum(1).max() for segment in prefilled.cache.segments])
     return Started(
         first=draw(prefilled.logits, sampling=sampling, key=jax.random.fold_in(key, 0)),
-        finite=jnp.isfinite(prefilled.logits).all(-1),
+        finite=is_sound(prefilled.logits),
         longest=_on_every_host(longest),
         cache=prefilled.cache,
         cuts=prefilled.cuts,
@@ -163,10 +166,6 @@ def choose_cache_length(started: Started) -> int:
     return choices - 1
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "max_new_tokens", "eos_id", "sampling", "cache_length"),
-)
 def decode(
     model: Meteor,
     params: Any,
@@ -178,19 +177,57 @@ def decode(
     key: Array,
     cache_length: int = 0,
 ) -> Generated:
-    """Goes on from the first token until every row has ended, or has `max_new_tokens`.
+    """Goes on from the first token until every row has ended, or has `max_new_tokens`. The cache of
+    `started` is given away.
 
     Args:
         cache_length: of `choose_cache_length`.
     """
-    variables = {"params": params}
-    out = jnp.full((started.first.shape[0], max_new_tokens), eos_id, jnp.int32)
+    cache = trim(started.cache, cache_length)
+    rows, _ = decode_rows(
+        model, params, started.first, started.finite, cache, key, max_new_tokens=max_new_tokens,
+        eos_id=eos_id, sampling=sampling,
+    )
+    return Generated(
+        tokens=rows.tokens,
+        num_tokens=(rows.tokens != eos_id).sum(1).astype(jnp.int32),
+        finite=rows.finite,
+        cuts=started.cuts,
+    )
+
+
+@flax.struct.dataclass
+class Decoded:
+    """int32[B, max_new_tokens] and bool[B], as in `Generated`."""
+
+    tokens: Array
+    finite: Array
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "max_new_tokens", "eos_id", "sampling"),
+    donate_argnames=("cache",),
+    keep_unused=True,
+)
+def decode_rows(
+    model: Meteor,
+    params: Any,
+    first: Array,
+    finite: Array,
+    cache: DecodeCache,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    sampling: Sampling = Sampling(),
+) -> tuple[Decoded, DecodeCache]:
+    """The program of `decode`: rows that have ended, and the cache, which takes the place of the
+    one that was given."""
+    out = jnp.full((first.shape[0], max_new_tokens), eos_id, jnp.int32)
     state = _State(
-        step=jnp.ones((), jnp.int32),
-        tokens=out.at[:, 0].set(started.first),
-        done=started.first == eos_id,
-        finite=started.finite,
-        cache=started.cache.trim(cache_length),
+        step=jnp.ones((), jnp.int32), tokens=out.at[:, 0].set(first), done=first == eos_id,
+        finite=finite, cache=cache,
     )
 
     def unfinished(state: _State) -> Array:
@@ -198,7 +235,7 @@ def decode(
 
     def step(state: _State) -> _State:
         previous = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        extended = model.apply(variables, state.cache, previous, method="extend")
+        extended = model.apply({"params": params}, state.cache, previous, method="extend")
         logits = extended.logits[:, 0]
         drawn = draw(logits, sampling=sampling, key=jax.random.fold_in(key, state.step))
         drawn = jnp.where(state.done, eos_id, drawn)
@@ -206,17 +243,27 @@ def decode(
             step=state.step + 1,
             tokens=jax.lax.dynamic_update_slice(state.tokens, drawn[:, None], (0, state.step)),
             done=state.done | (drawn == eos_id),
-            finite=state.finite & (state.done | jnp.isfinite(logits).all(-1)),
+            finite=state.finite & (state.done | is_sound(logits)),
             cache=extended.cache,
         )
 
     state = jax.lax.while_loop(unfinished, step, state)
-    return Generated(
-        tokens=state.tokens,
-        num_tokens=(state.tokens != eos_id).sum(1).astype(jnp.int32),
-        finite=state.finite,
-        cuts=started.cuts,
-    )
+    return Decoded(tokens=state.tokens, finite=state.finite), state.cache
+
+
+def trim(cache: DecodeCache, choice: int) -> DecodeCache:
+    """`DecodeCache.trim`, compiled; the same cache where nothing is to be trimmed."""
+    return cache if choice >= cache.num_lengths - 1 else _trim(cache, choice)
+
+
+@jax.jit(static_argnames=("choice",))
+def _trim(cache: DecodeCache, choice: int) -> DecodeCache:
+    return cache.trim(choice)
+
+
+def is_sound(logits: Array) -> Array:
+    """bool[...]: no logit of float32[..., V] is NaN or +inf; −inf is a token that cannot come."""
+    return ~(jnp.isnan(logits) | jnp.isposinf(logits)).any(-1)
 
 
 def _on_every_host(x: Array) -> Array:

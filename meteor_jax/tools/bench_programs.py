@@ -18,16 +18,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meteor_jax.evaluation.layout import cast_matrices
 from meteor_jax.inference.budgets import chosen_mass
+from meteor_jax.inference.generate import (
+    Started,
+    choose_cache_length,
+    decode_rows,
+    start,
+    trim,
+)
 from meteor_jax.models.cost import Cost, count_cost, count_traced
 from meteor_jax.models.meteor import Meteor, MeteorConfig
 from meteor_jax.parallel import BATCH_AXES, parameter_shardings
-from meteor_jax.pruning.budgets import fit_scale
+from meteor_jax.pruning.budgets import fit_edges, fit_scale
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import TrainState, init_params, make_state
 from meteor_jax.training.step import make_train_step
-from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, CutTrace, DecodeCache, VisualTokens
+from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, VisualTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +151,17 @@ def compile_inference(
         rows = images.shape[:2]
         return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), encoded.tokens)
 
-    compiler = _Compiler()
+    compiler = Compiler()
     encode = compiler.compile(encode, params, inputs.images)
     visual = encode(params, inputs.images)
     if plan.decode is not None and plan.decode.budget == "adaptive":
         plan = _with_scale(model, params, visual, inputs, plan=plan)
-    prefill = prefill_function(meteor, plan=plan, new_tokens=new_tokens)
-    prefill = compiler.compile(prefill, params, visual, inputs)
-    first, cache, cuts = prefill(params, visual, inputs)
-    decode_bytes = _device_bytes((params["llama"], cache))
-    decode = decode_function(meteor, num_steps=new_tokens - 1)
-    decode = compiler.compile(decode, params, cache, first)
-    jax.block_until_ready(decode(params, cache, first))
+    programs = compile_generation(
+        compiler, meteor, params, visual, inputs, plan=plan, new_tokens=new_tokens
+    )
+    started = programs.start()
+    decode_bytes = _device_bytes((params["llama"], started.cache))
+    jax.block_until_ready(programs.decode(started))
 
     def run() -> dict[str, float]:
         times = [time.perf_counter()]
@@ -166,51 +172,59 @@ def compile_inference(
             return result
 
         visual = wait(encode(params, inputs.images))
-        first, cache, _ = wait(prefill(params, visual, inputs))
-        wait(decode(params, cache, first))
+        wait(programs.decode(wait(programs.start(visual))))
         return dict(zip(("encode", "prefill", "decode"), np.diff(times).tolist(), strict=True))
 
-    rows, text_tokens = inputs.tokens.shape[0], inputs.tokens.shape[1] - 1
-    kept = tuple(float(cut.num_kept.mean()) for cut in cuts)
-    cost = count_cost(model, plan, text_tokens=text_tokens, decode_tokens=kept or None)
+    rows, text_tokens = inputs.tokens.shape
+    computed = tuple(float(cut.num_computed.mean()) for cut in started.cuts)
+    cost = count_cost(
+        model, plan, text_tokens=text_tokens, computed=computed or None, rows=rows
+    )
     return Inference(
         run=run, flops=rows * cost.total_flops, compile_s=compiler.seconds,
         peak_bytes=compiler.peak_bytes, plan=plan, cost=cost, decode_bytes=decode_bytes,
     )
 
 
-def prefill_function(meteor: Meteor, *, plan: PrunePlan, new_tokens: int) -> Callable[..., Any]:
-    """A jitted (params, visual, inputs) → (first tokens int32[B], the cache, the cuts)."""
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The two programs of `inference.generate`, compiled.
 
-    @functools.partial(jax.jit, keep_unused=True)
-    def prefill(
-        params: Any, visual: VisualTokens, inputs: Batch
-    ) -> tuple[Any, DecodeCache, tuple[CutTrace, ...]]:
-        out = meteor.apply(
-            {"params": params}, visual, image_valid=inputs.image_valid, tokens=inputs.tokens,
-            text_valid=inputs.text_valid, plan=plan, max_new_tokens=new_tokens, method="prefill",
-        )
-        return out.logits.argmax(-1).astype(jnp.int32), out.cache, out.cuts
+    Attributes:
+        start: visual tokens → rows after their first token.
+        decode: these, whose cache it takes → every row with all of its new tokens.
+    """
 
-    return prefill
+    start: Callable[..., Started]
+    decode: Callable[[Started], Any]
 
 
-def decode_function(meteor: Meteor, *, num_steps: int) -> Callable[..., Any]:
-    """A jitted (params, cache, first tokens) → (the cache, int32[num_steps, B]) that takes the
-    most likely token, step after step. The cache is donated."""
-
-    @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
-    def decode(params: Any, cache: DecodeCache, first: Any) -> tuple[DecodeCache, Any]:
-        def step(state: tuple[DecodeCache, Any], _: None) -> tuple[tuple[DecodeCache, Any], Any]:
-            cache, token = state
-            out = meteor.apply({"params": params}, cache, token[:, None], method="extend")
-            token = out.logits[:, 0].argmax(-1).astype(jnp.int32)
-            return (out.cache, token), token
-
-        (cache, _), tokens = jax.lax.scan(step, (cache, first), None, length=num_steps)
-        return cache, tokens
-
-    return decode
+def compile_generation(
+    compiler: Compiler, meteor: Meteor, params: Any, visual: VisualTokens, inputs: Batch, *,
+    plan: PrunePlan, new_tokens: int,
+) -> Generation:
+    """The programs that answer `inputs`; no token ends a row."""
+    key, never = jax.random.key(0), -1
+    prompts = {
+        "image_valid": inputs.image_valid, "tokens": inputs.tokens,
+        "text_valid": inputs.text_valid, "key": key,
+    }
+    start_rows = compiler.compile(
+        start, meteor, params, visual, **prompts, plan=plan, max_new_tokens=new_tokens
+    )
+    started = start_rows(params, visual, **prompts)
+    choice = choose_cache_length(started)
+    cache = trim(started.cache, choice)
+    decode = compiler.compile(
+        decode_rows, meteor, params, started.first, started.finite, cache, key,
+        max_new_tokens=new_tokens, eos_id=never,
+    )
+    return Generation(
+        start=lambda visual=visual: start_rows(params, visual, **prompts),
+        decode=lambda started: decode(
+            params, started.first, started.finite, trim(started.cache, choice), key
+        ),
+    )
 
 
 def _with_scale(
@@ -218,18 +232,24 @@ def _with_scale(
 ) -> PrunePlan:
     """`plan` with the λ that meets its `keep` when every earlier cut does."""
     fixed = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, budget="fixed"))
-    prefill = prefill_function(Meteor(model), plan=fixed, new_tokens=0)
-    scales = []
-    available = visual.num_tokens
-    for cut, trace in enumerate(prefill(params, visual, inputs)[2]):
-        mass = chosen_mass(trace, plan=plan.decode)
+    started = start(
+        Meteor(model), params, visual, image_valid=inputs.image_valid, tokens=inputs.tokens,
+        text_valid=inputs.text_valid, plan=fixed, max_new_tokens=0, key=jax.random.key(0),
+    )
+    scales, edges, available = [], [], visual.num_tokens
+    for cut, trace in enumerate(jax.device_get(started.cuts)):
+        mass, low_high = chosen_mass(trace, plan=plan.decode), plan.decode.bounds(cut)
         target = plan.decode.keep[cut]
         scales.append(fit_scale(
-            mass, low_high=plan.decode.bounds(cut), target=target,
-            available=np.full(mass.shape, available),
+            mass, low_high=low_high, target=target, available=np.full(mass.shape, available)
+        ))
+        kept = np.clip(np.round(scales[-1] * mass), *low_high)
+        edges.append(fit_edges(
+            [kept[row : row + 1] for row in range(len(kept))], high=low_high[1],
+            num_totals=plan.decode.num_totals,
         ))
         available = target
-    decode = dataclasses.replace(plan.decode, scale=tuple(scales))
+    decode = dataclasses.replace(plan.decode, scale=tuple(scales), edges=tuple(edges))
     return dataclasses.replace(plan, decode=decode)
 
 
@@ -258,7 +278,7 @@ def compile_train(
     stage: StageConfig,
 ) -> Programs:
     """A training step, part "train"; plans of one form take turns on one state."""
-    compiler, form = _Compiler(), model.fusion
+    compiler, form = Compiler(), model.fusion
     step = make_train_step(
         Meteor(model), optimizer=make_optimizer(stage), plan=plan, stage=stage,
         state_shardings=jax.tree.map(lambda leaf: leaf.sharding, states[form]),
@@ -278,15 +298,15 @@ def compile_train(
     )
 
 
-class _Compiler:
+class Compiler:
     """Compiles, and keeps count of the seconds and of the most memory that a program needs."""
 
     def __init__(self) -> None:
         self.seconds, self.peak_bytes = 0.0, 0
 
-    def compile(self, function: Any, *args: Any) -> Callable[..., Any]:
+    def compile(self, function: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         started = time.perf_counter()
-        compiled = function.lower(*args).compile()
+        compiled = function.lower(*args, **kwargs).compile()
         self.seconds += time.perf_counter() - started
         memory = compiled.memory_analysis()
         needed = (

@@ -36,10 +36,10 @@ from meteor_jax.pruning.baselines import full
 from meteor_jax.tools import bench_torch_models as theirs_of
 from meteor_jax.tools.bench import take_turns, versions
 from meteor_jax.tools.bench_programs import (
-    decode_function,
+    Compiler,
+    compile_generation,
     make_inputs,
     make_params,
-    prefill_function,
 )
 from meteor_jax.training.experiment import load_experiment, parse_flags
 from meteor_jax.types import Array, VisualTokens
@@ -128,16 +128,16 @@ def _our_llm(
     x = _noise((1, 1, num_visual, model.llama.width), model.dtype)
     visual = VisualTokens(x, jnp.zeros_like(place), place, place, span=num_visual)
     meteor = Meteor(model)
-    prefill = prefill_function(meteor, plan=full(), new_tokens=new_tokens)
-    decode = decode_function(meteor, num_steps=new_tokens - 1)
+    generation = compile_generation(
+        Compiler(), meteor, params, visual, inputs, plan=full(), new_tokens=new_tokens
+    )
     made: dict[str, Any] = {}
 
     def run_prefill() -> None:
-        first, cache, _ = jax.block_until_ready(prefill(params, visual, inputs))
-        made["prompt"] = (cache, first)
+        made["prompt"] = jax.block_until_ready(generation.start())
 
     def run_decode() -> None:
-        jax.block_until_ready(decode(params, *made.pop("prompt")))
+        jax.block_until_ready(generation.decode(made.pop("prompt")))
 
     return {"llm prefill": run_prefill, f"llm decode, {new_tokens - 1} steps": run_decode}
 
