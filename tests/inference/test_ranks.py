@@ -2,7 +2,13 @@
 
 import collections
 import dataclasses
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +23,7 @@ from meteor_jax.pruning.plan import Calibration
 from meteor_jax.pruning.ranks import numerical_ranks
 from tests import tiny_model as tiny
 
+ROOT = Path(__file__).parents[2]
 NAMES = ("clip", "convnext", "pix2struct")
 
 
@@ -76,6 +83,30 @@ def test_a_mesh_decomposes_each_map_once(sizes, decomposed):
     for kind in ranks:
         for name in NAMES:
             np.testing.assert_allclose(ranks[kind][name], expected[kind][name], atol=0.4)
+
+
+@pytest.mark.long
+def test_two_processes_share_the_images():
+    """Also where each has all rows, because `tensor` spans them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.inference.ranks_of_two", str(port), str(process)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    ]
+    lines = [process.communicate(timeout=240)[0].splitlines()[-1] for process in running]
+    counts, ranks = zip(*map(json.loads, lines), strict=True)
+    assert counts == (4 * 3 * 3, 4 * 3 * 3) and ranks[0] == ranks[1]
+    expected = calibrate_ranks(tiny.MODEL, tiny.params(), images())
+    for name in NAMES:
+        np.testing.assert_allclose(
+            ranks[0]["effective"][name], expected["effective"][name], rtol=1e-3
+        )
 
 
 def test_features_are_in_float32_whatever_the_model_computes_in(decomposed):

@@ -1,14 +1,18 @@
 """λ and ranks."""
 
 import dataclasses
+import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from meteor_jax.config import ConfigError
 from meteor_jax.data.tokenizers import ByteTokenizer
 from meteor_jax.inference.budgets import Questions, calibrate_budget
+from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.budgets import fit_scale
 from meteor_jax.pruning.plan import Calibration
@@ -16,6 +20,7 @@ from meteor_jax.tools.calibrate import (
     CalibrationBatch,
     calibrate_plans,
     calibration_batch,
+    rank_table,
 )
 from meteor_jax.training.experiment import load_experiment
 from tests import tiny_model as tiny
@@ -112,3 +117,62 @@ def test_only_adaptive_plans_are_measured():
         tiny.MODEL, tiny.params(), plans=plans, batch=batch(), calibration=tiny.RANKS
     )
     assert set(measured.scales) == {"meteor"} and measured.ranks == tiny.RANKS.ranks
+
+
+def default_ranks(model, params):
+    """The ranks that a plan goes by which says nothing of ranks."""
+    plan = parse_plan("meteor(encode=(26, 22, 30), fuse=20)")
+    calibration = calibrate_plans(
+        model, params, plans=[plan], batch=batch(), calibration=Calibration()
+    )
+    return dict(plan.calibrated(calibration).encode.ranks)
+
+
+class OneMap:
+    """A model whose only encoder sees the same map in every image."""
+
+    config = MeteorConfig(encoders=("clip",))
+
+    def __init__(self, features):
+        self.features = features
+
+    def clone(self, **_):
+        return self
+
+    def apply(self, variables, images, *, method):
+        assert method == "boundary_features"
+        return {"clip": (jnp.broadcast_to(self.features, (len(images), *self.features.shape)),) * 3}
+
+
+def test_a_map_of_forty_factors_in_bfloat16_has_rank_forty():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(576, 40)) @ random.normal(size=(40, 1024))
+    ranks = default_ranks(OneMap(jnp.asarray(features, jnp.bfloat16)), {})
+    np.testing.assert_allclose(ranks["clip"], (40,) * 3, atol=1)
+
+
+def test_default_ranks_of_a_bfloat16_model_tell_a_deficient_encoder_from_a_full_one():
+    """Whatever writes into Pix2Struct's features writes into three dimensions of sixteen."""
+    random = np.random.default_rng(0)
+    basis = np.linalg.qr(random.normal(size=(16, 3)))[0]
+    narrow = ("embedding", "patch_embedding", "attention/out", "mlp/out")
+
+    def project(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf @ basis @ basis.T if any(part in name for part in narrow) else leaf
+
+    params = dict(tiny.params())
+    params["pix2struct"] = jax.tree_util.tree_map_with_path(project, params["pix2struct"])
+    model = tiny.MODEL.clone(config=dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
+    ranks = default_ranks(model, params)
+    assert max(ranks["pix2struct"]) <= 3 and min(ranks["clip"]) > 6
+
+
+def test_the_table_shows_what_a_rank_could_be_at_most():
+    calibration = Calibration(ranks={"energy 0.99": {"clip": (3.5, 7.0, 9.25)}})
+    console = Console(file=io.StringIO(), width=200)
+    console.print(rank_table(calibration, shapes={"clip": (36, 96)}))
+    (row,) = [line for line in console.file.getvalue().splitlines() if "clip" in line]
+    assert row.replace("│", " ").split() == [
+        "energy", "0.99", "clip", "36", "96", "3.5", "7.0", "9.2",
+    ]
