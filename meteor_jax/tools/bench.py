@@ -280,7 +280,7 @@ if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
     PLANS = flags.DEFINE_string("plans", "full,meteor", "Plans, separated by commas.")
     CALIBRATION = flags.DEFINE_string("calibration", None, "A calibration.json with ranks.")
-    BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once, over all.")
+    BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once.")
     REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each plan.")
     NEW_TOKENS = flags.DEFINE_integer("new_tokens", 16, "Tokens of an answer.")
     TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 64, "Text tokens around the image.")

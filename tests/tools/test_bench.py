@@ -11,6 +11,7 @@ from rich.console import Console
 from meteor_jax.config import ConfigError
 from meteor_jax.data.config import DataConfig
 from meteor_jax.evaluation.config import resolve_plans
+from meteor_jax.evaluation.layout import inference_mesh, param_shapes
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.baselines import parse_plan
@@ -91,13 +92,16 @@ def test_plans_take_turns():
     assert [run["encode"] for run in seconds["meteor"]] == [2.0, 4.0, 6.0]
 
 
-def test_the_forms_share_every_weight_but_the_projectors(experiment):
+def test_the_forms_share_every_weight_and_lie_as_evaluation_holds_them(experiment):
     models = [
         bench_programs.form_of(experiment.model, plan)
         for plan in plans_of(experiment, "full", "meteor")
     ]
     assert [model.fusion for model in models] == ["pre", "post"]
-    params = bench_programs.make_params(models, dtype="bfloat16")
+    experiment = dataclasses.replace(experiment, eval={"mesh": "data=4,tensor=2"})
+    mesh = inference_mesh(experiment, devices=jax.devices()[:8])
+    params = bench_programs.make_params(models, dtype="bfloat16", mesh=mesh)
+    loaded = param_shapes(experiment, mesh=mesh, dtype="bfloat16")
     own = [{name for name in params[form] if "projector" in name} for form in ("pre", "post")]
     assert own == [{"projector"}, {f"projector_{name}" for name in experiment.model.encoders}]
     for name in (*experiment.model.encoders, "llama"):
@@ -106,9 +110,11 @@ def test_the_forms_share_every_weight_but_the_projectors(experiment):
             strict=True,
         )
         assert all(one is other for one, other in pairs)
-        paths = jax.tree_util.tree_leaves_with_path(params["pre"][name])
-        kernels = [leaf for path, leaf in paths if path[-1].key == "kernel"]
-        assert kernels and all(leaf.dtype == "bfloat16" for leaf in kernels)
+        assert jax.tree.map(
+            lambda leaf, like: leaf.dtype == like.dtype
+            and leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim),
+            params["pre"][name], loaded[name],
+        ) == jax.tree.map(lambda _: True, loaded[name])
 
 
 @pytest.mark.long
