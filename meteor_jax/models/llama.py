@@ -264,16 +264,19 @@ class Llama(nn.Module):
         return jnp.where(is_token, logits, jnp.finfo(jnp.float32).min)
 
     def run(
-        self, x: Array, position: Array, *, start: int, stop: int, turn: Array | None = None,
-        layout: RaggedLayout | None = None,
+        self, x: Array, position: Array | tuple[Array, Array], *, start: int, stop: int,
+        turn: Array | None = None, layout: RaggedLayout | None = None,
     ) -> Any:
         """Layers `[start, stop)` over packed sequences: `StackOutput`, its extras the layers'
         (k, v), each [L, B, S, K, d].
 
         Args:
+            position: int32[B, S], or the `rotary_tables` of them.
             layout: x float[G, F, D] and position int32[G, F] are buffers of it; (k, v) are rows.
         """
-        tables = rotary_tables(position, config=self.config)
+        tables = position
+        if not isinstance(position, tuple):
+            tables = rotary_tables(position, config=self.config)
         mask = None
         if turn is not None:
             mask = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])

@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.llama import Llama
+from meteor_jax.models.llama import Llama, rotary_tables
 from meteor_jax.models.ragged import RaggedLayout, num_row_shards
 from meteor_jax.pruning.decode import (
     cut_scores,
@@ -231,18 +231,20 @@ def _run_packed(
     batch, longest = sequence.valid.shape
     if len(sizes) == 1:
         return _run(llama, variables, sequence, start=start, stop=stop)
-    layout, x, position = None, sequence.x, sequence.position
+    layout, x, position = None, sequence.x, sequence.position  # the same for all sizes
     if batch > num_buffers:  # else a row is its buffer
         layout = RaggedLayout.pack(
             sequence.valid.sum(1), longest=longest, num_buffers=num_buffers
         )
         x, position = layout.to_buffers(x), layout.to_buffers(position)
 
+    cos, sin = rotary_tables(position, config=llama.config)
+
     def run(size: int) -> tuple[Array, ...]:
         size = min(size, x.shape[1])
         out = llama.apply(
-            variables, x[:, :size], position[:, :size], start=start, stop=stop, method="run",
-            layout=layout and layout.shrink(size),
+            variables, x[:, :size], (cos[:, :size], sin[:, :size]), start=start, stop=stop,
+            layout=layout and layout.shrink(size), method="run",
         )
         k, v = out.extras
         states = (_pad(array, x.shape[1], axis=1) for array in (out.x, out.last_input))

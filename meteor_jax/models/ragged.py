@@ -46,13 +46,13 @@ class RaggedLayout:
         row = jnp.minimum(row, num_rows - 1)
         column_at = jnp.minimum(at - jnp.take_along_axis(starts[:, :, 0], row, axis=1), longest - 1)
         return cls(
-            place=(starts + jnp.where(held, column, 0)).reshape(num_buffers, -1),
+            place=jnp.where(held, starts + column, 0).reshape(num_buffers, -1),
             held=held.reshape(num_buffers, -1), entry=row * longest + column_at, longest=longest,
         )
 
     def shrink(self, size: int) -> RaggedLayout:
         """The same rows in buffers of `size` entries, which must hold them."""
-        return self.replace(place=jnp.minimum(self.place, size - 1), entry=self.entry[:, :size])
+        return self.replace(entry=self.entry[:, :size])
 
     def to_buffers(self, rows: Array) -> Array:
         """[G, F, ...] of [B, L, ...]."""
@@ -67,9 +67,9 @@ class RaggedLayout:
 
 
 def _take(array: Array, index: Array) -> Array:
-    """[G, N, ...] of [G, M, ...] at int32[G, N]."""
+    """[G, N, ...] of [G, M, ...] at int32[G, N], below M."""
     index = index.reshape(*index.shape, *(1,) * (array.ndim - 2))
-    return jnp.take_along_axis(array, index, axis=1, mode="clip")
+    return jnp.take_along_axis(array, index, axis=1, mode="promise_in_bounds")
 
 
 def num_row_shards(batch: int) -> int:
