@@ -45,7 +45,7 @@ class SegmentRun:
 
 
 @flax.struct.dataclass
-class _Segment:
+class Segment:
     """One segment's result: `last_input` is its last layer's, float[B, S, D]."""
 
     sequence: Sequence
@@ -138,9 +138,9 @@ def new_position(cache: SegmentCache, num_new: Array, *, count: int) -> Array:
 
 
 def _cut_and_run(
-    llama: Llama, variables: Any, before: _Segment, *, plan: DecodePlan, cut: int, start: int,
+    llama: Llama, variables: Any, before: Segment, *, plan: DecodePlan, cut: int, start: int,
     stop: int, row: _Row, num_images: Array, raters: Array | None,
-) -> tuple[_Segment, CutTrace]:
+) -> tuple[Segment, CutTrace]:
     """Chooses K for every example, packs each row, and runs the layers up to the next cut over
     the smallest static total that holds what the rows keep: a branch of a `lax.switch` each."""
     sequence = before.sequence
@@ -159,32 +159,51 @@ def _cut_and_run(
             sequence, scores, recycled=recycled, clusters=clusters, num_images=num_images,
             max_images=row.max_images, num_kept=kept,
         )
-    num_shards = num_row_shards(kept.shape[0])
-    rows = kept.shape[0] // num_shards
+    rows = kept.shape[0] // num_row_shards(kept.shape[0])
     totals = plan.totals(cut, rows=rows * row.max_images, available=row.available)
+    capacity = totals[-1] // rows
     selection = select_entries(
-        sequence, scores, num_kept=kept, num_text=row.num_text,
-        num_visual=totals[-1] // rows,
+        sequence, scores, num_kept=kept, num_text=row.num_text, num_visual=capacity
     )
     packed = take_entries(sequence, selection, positions=plan.positions)
+    segment, computed = run_rows(
+        llama, variables, packed, num_kept=kept, totals=totals, num_text=row.num_text,
+        start=start, stop=stop,
+    )
+    return segment, trace_cut(packed, capacity=capacity, vav=vav, num_computed=computed)
 
+
+def run_rows(
+    llama: Llama, variables: Any, sequence: Sequence, *, num_kept: Array, totals: tuple[int, ...],
+    num_text: int, start: int, stop: int,
+) -> tuple[Segment, Array]:
+    """Layers `[start, stop)` over packed rows, over the smallest total that holds them.
+
+    Args:
+        num_kept: int32[B], visual tokens of every row.
+        totals: static numbers of visual tokens of a shard's rows together, increasing; the last
+            holds any.
+        num_text: text places of a row.
+
+    Returns:
+        The segment, and float32[B]: visual tokens computed, a row's share of the total.
+    """
+    num_shards = num_row_shards(num_kept.shape[0])
+    rows = num_kept.shape[0] // num_shards
     # The first total that no shard's rows exceed together: the same on all shards, because the
     # branches gather parameters.
-    needed = kept.reshape(num_shards, -1).sum(1).max()
+    needed = num_kept.reshape(num_shards, -1).sum(1).max()
     index = (needed > jnp.asarray(totals[:-1], jnp.int32)).sum()
     segment = _run_packed(
-        llama, variables, packed, start=start, stop=stop, index=index, num_buffers=num_shards,
-        sizes=tuple(rows * row.num_text + total for total in totals),
+        llama, variables, sequence, start=start, stop=stop, index=index, num_buffers=num_shards,
+        sizes=tuple(rows * num_text + total for total in totals),
     )
     computed = jnp.asarray(totals, jnp.float32)[index] / rows
-    return segment, trace_cut(
-        packed, capacity=totals[-1] // rows, vav=vav,
-        num_computed=jnp.broadcast_to(computed, kept.shape),
-    )
+    return segment, jnp.broadcast_to(computed, num_kept.shape)
 
 
 def _text_attention(
-    llama: Llama, variables: Any, before: _Segment, *, plan: DecodePlan, start: int,
+    llama: Llama, variables: Any, before: Segment, *, plan: DecodePlan, start: int,
     num_text: int, raters: Array | None,
 ) -> Array:
     """float32[B, H, S]: what each entry receives from the text rows that count.
@@ -213,20 +232,20 @@ def _text_attention(
 
 def _run(
     llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int
-) -> _Segment:
+) -> Segment:
     """Layers `[start, stop)`, every row by itself."""
     out = llama.apply(
         variables, sequence.x, sequence.position, start=start, stop=stop, turn=sequence.turn,
         method="run",
     )
     k, v = out.extras
-    return _Segment(sequence.replace(x=out.x), last_input=out.last_input, k=k, v=v)
+    return Segment(sequence.replace(x=out.x), last_input=out.last_input, k=k, v=v)
 
 
 def _run_packed(
     llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int, index: Array,
     sizes: tuple[int, ...], num_buffers: int,
-) -> _Segment:
+) -> Segment:
     """Layers `[start, stop)`, the rows in buffers of `sizes[index]` entries, which hold them."""
     batch, longest = sequence.valid.shape
     if len(sizes) == 1:
@@ -253,7 +272,7 @@ def _run_packed(
     x, last_input, k, v = jax.lax.switch(index, [lambda size=size: run(size) for size in sizes])
     if layout is not None:
         x, last_input = layout.to_rows(x), layout.to_rows(last_input)
-    return _Segment(sequence.replace(x=x), last_input=last_input, k=k, v=v)
+    return Segment(sequence.replace(x=x), last_input=last_input, k=k, v=v)
 
 
 def _pad(array: Array, length: int, *, axis: int) -> Array:
@@ -273,7 +292,7 @@ def _trace_of_none(cuts: list[CutTrace], sequence: Sequence, row: _Row) -> CutTr
     )
 
 
-def _cache(segment: _Segment, *, num_new: int, lengths: tuple[int, ...]) -> SegmentCache:
+def _cache(segment: Segment, *, num_new: int, lengths: tuple[int, ...]) -> SegmentCache:
     """The segment's keys and values, and room for `num_new` tokens behind them."""
     sequence = segment.sequence
     count = sequence.valid.sum(1)

@@ -1,11 +1,16 @@
-"""What an adaptive budget costs beside a fixed one of the same mean: prefill of one decoder.
+"""What the layers after a cut cost where rows keep unequal numbers of tokens.
 
-    python -m meteor_jax.tools.bench_cuts --batch=8 --layers=4 --keep=394
+    python -m meteor_jax.tools.bench_cuts
 
-Random weights. λ and the static totals are measured on 64 rows, as `calibrate` does, and batches of
-these rows are timed, all plans in turns, so that a slow moment of the machine falls on all.
-"after" is what the layers after the first cut take, scoring included: the whole less the layers
-before it alone. Compile time stands apart; medians over --repeats, with the fastest and slowest.
+Random weights, and K drawn evenly between half and one and a half of its mean, since noise looks at
+every image alike. "fixed" computes the mean for every row, "adaptive" packs the rows into the
+smallest static total that holds them (`prefill.run_rows`), the totals measured as `calibrate` does,
+"padded" pads every row to the longest there may be. All in turns, so that a slow moment of the
+machine falls on all; compile time stands apart; medians over --repeats of all batches, with the
+fastest and the slowest.
+
+Below, what a whole prefill needs beside its arguments and results: the compiler's temporaries,
+unpruned and with three cuts.
 """
 
 from __future__ import annotations
@@ -14,11 +19,10 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,32 +30,22 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.models.fusion import splice
 from meteor_jax.models.llama import Llama, LlamaConfig
-from meteor_jax.models.prefill import SegmentRun, run_segments
-from meteor_jax.pruning.budgets import fit_edges, fit_scale
+from meteor_jax.models.prefill import run_rows, run_segments
+from meteor_jax.pruning.budgets import fit_edges
 from meteor_jax.pruning.plan import DecodePlan
-from meteor_jax.types import IMAGE_TOKEN, Array, VisualTokens
+from meteor_jax.types import IMAGE_TOKEN, Array, Sequence, VisualTokens
 
-NUM_ROWS = 64  # that λ and totals are measured on
-
-
-@flax.struct.dataclass
-class Rows:
-    """Prompts of one image: VisualTokens of [B, 1, N, D] and int32[B, T]."""
-
-    visual: VisualTokens
-    tokens: Array
+NUM_ROWS = 64  # that are drawn, and that the totals are measured on
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one plan: compiling, and the median, fastest and slowest of its runs.
+    """Seconds of one way to run the rows: compiling, and the median, fastest and slowest run.
 
     Attributes:
-        kept, computed: visual tokens a row after each cut, mean over the rows.
-        temp_bytes: of the compiled program.
+        computed: visual tokens a row, mean over the batches.
     """
 
     name: str
@@ -59,31 +53,21 @@ class Timing:
     median_s: float
     fastest_s: float
     slowest_s: float
-    kept: tuple[float, ...]
-    computed: tuple[float, ...]
-    temp_bytes: int
+    computed: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A decoder with random weights, and rows of noise that look at their image more or less."""
+    """A decoder with random weights, and the sizes of its rows."""
 
     llama: Llama
     variables: Any
-    rows: Rows
+    num_visual: int
+    num_text: int
 
     @classmethod
     def make(cls, config: LlamaConfig, *, num_visual: int, num_text: int) -> Decoder:
-        llama, rng = Llama(config), np.random.default_rng(0)
-        tokens = rng.integers(1, config.vocab_size, (NUM_ROWS, num_text)).astype(np.int32)
-        tokens[:, 0] = IMAGE_TOKEN
-        x = rng.normal(0, 1, (NUM_ROWS, 1, num_visual, config.width)).astype(np.float32)
-        # What an easy and a hard question do; in no order.
-        x *= rng.permutation(np.linspace(0.25, 2.0, NUM_ROWS).astype(np.float32)).reshape(
-            -1, 1, 1, 1
-        )
-        place = np.broadcast_to(np.arange(num_visual, dtype=np.int32), x.shape[:-1])
-        visual = VisualTokens(x, np.zeros_like(place), place, place, span=num_visual)
+        llama = Llama(config)
 
         @jax.jit
         def init(key: Array) -> Any:
@@ -92,104 +76,116 @@ class Decoder:
             layers = llama.init(key, zeros, position, start=0, stop=1, method="run")["params"]
             return embedded | layers
 
-        return cls(llama, {"params": init(jax.random.key(0))}, Rows(visual, tokens))
-
-    def batches(self, size: int) -> Iterator[Rows]:
-        for start in range(0, NUM_ROWS - size + 1, size):
-            yield jax.device_put(jax.tree.map(lambda x, at=start: x[at : at + size], self.rows))
-
-    def prefill(self, variables: Any, rows: Rows, plan: DecodePlan | None) -> SegmentRun:
-        batch, num_text = rows.tokens.shape
-        valid = jnp.ones((batch, 1), bool)
-        text = self.llama.apply(variables, jnp.maximum(rows.tokens, 0), method="embed")
-        sequence = splice(
-            text, tokens=rows.tokens, text_valid=jnp.ones(rows.tokens.shape, bool),
-            visual=rows.visual, image_valid=valid,
-        )
-        return run_segments(
-            self.llama, variables, sequence, plan=plan, num_text=num_text, num_images=valid.sum(1),
-            max_images=1, visual_per_image=rows.visual.num_tokens, num_new=0,
-        )
-
-    def calibrated(self, plan: DecodePlan, *, batch: int) -> DecodePlan:
-        """`plan` with λ and totals measured cut after cut."""
-        plan = dataclasses.replace(plan, scale=(1.0,) * len(plan.layers), num_totals=1)
-        run = jax.jit(
-            lambda variables, rows, plan: self.prefill(variables, rows, plan).cuts,
-            static_argnames="plan",
-        )
-        available: np.ndarray | None = None
-        for cut in range(len(plan.layers)):
-            traces = [run(self.variables, rows, plan=plan)[cut] for rows in self.batches(batch)]
-            mass = np.concatenate([chosen_mass(jax.device_get(t), plan=plan) for t in traces])
-            reached = np.full(mass.shape, self.rows.visual.num_tokens)
-            reached = reached if available is None else available
-            low_high = plan.bounds(cut)
-            scale = fit_scale(mass, low_high=low_high, target=plan.keep[cut], available=reached)
-            kept = np.minimum(np.clip(np.round(scale * mass), *low_high), reached)
-            edges = fit_edges([kept[i : i + 1] for i in range(len(kept))], high=low_high[1],
-                              num_totals=3)
-            plan = dataclasses.replace(
-                plan, scale=(*plan.scale[:cut], scale, *plan.scale[cut + 1 :]),
-                edges=(*plan.edges, edges),
-            )
-            available = kept.astype(int)
-        return dataclasses.replace(plan, num_totals=3)
+        return cls(llama, {"params": init(jax.random.key(0))}, num_visual, num_text)
 
 
-def bench_prefill(
-    decoder: Decoder, *, plans: dict[str, DecodePlan | None], batch: int, repeats: int
+def bench_rows(
+    decoder: Decoder, *, mean: int, start: int, batch: int, repeats: int
 ) -> list[Timing]:
-    """Times the prefill of batches of `batch` rows under each plan."""
-    batches = list(decoder.batches(batch))
-    compiled, compile_s, cuts = {}, {}, {}
-    for name, plan in plans.items():
-        function = jax.jit(functools.partial(_program, decoder, plan))
-        started = time.perf_counter()
-        compiled[name] = function.lower(decoder.variables, batches[0]).compile()
-        compile_s[name] = time.perf_counter() - started
-        cuts[name] = [compiled[name](decoder.variables, rows)[-1] for rows in batches]
-    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    """Times the layers from `start` on over batches of rows of `mean` visual tokens on average."""
+    kept = draw_kept(mean)
+    batches = kept.reshape(-1, batch)
+    high = min(round(1.5 * mean), decoder.num_visual)
+    plan = DecodePlan(
+        layers=(start,), keep=(mean,),
+        edges=(fit_edges([kept[i : i + 1] for i in range(NUM_ROWS)], high=high, num_totals=3),),
+    )
+    ways = {
+        "fixed": (batch * mean,),
+        "adaptive": plan.totals(0, rows=batch, available=decoder.num_visual),
+        "padded": (batch * high,),
+    }
+    key = jax.random.key(1)
+    compiled: dict[str, Callable[..., Any]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    compile_s, computed = {}, {}
+    for name, totals in ways.items():
+        function = jax.jit(functools.partial(_layers_after, decoder, start=start, totals=totals))
+        begin = time.perf_counter()
+        x = jax.random.normal(
+            key, (batch, decoder.num_text + totals[-1] // batch, decoder.llama.config.width)
+        )
+        rows = (decoder.variables, x)
+        program = function.lower(*rows, _lengths(batches[0], name, mean)).compile()
+        compile_s[name] = time.perf_counter() - begin
+
+        def run(of_batch: np.ndarray, *, name=name, rows=rows, program=program) -> Any:
+            return jax.block_until_ready(program(*rows, _lengths(of_batch, name, mean)))
+
+        compiled[name] = run
+        computed[name] = float(np.mean([run(of_batch)[1].mean() for of_batch in batches]))
     for _ in range(repeats):
-        for rows in batches:
+        for of_batch in batches:
             for name, run in compiled.items():
-                started = time.perf_counter()
-                jax.block_until_ready(run(decoder.variables, rows))
-                seconds[name].append(time.perf_counter() - started)
+                begin = time.perf_counter()
+                run(of_batch)
+                seconds[name].append(time.perf_counter() - begin)
     return [
         Timing(
-            name, compile_s[name], float(np.median(times)), min(times), max(times),
-            kept=_mean(cuts[name], "num_kept"), computed=_mean(cuts[name], "num_computed"),
-            temp_bytes=compiled[name].memory_analysis().temp_size_in_bytes,
+            name, compile_s[name], float(np.median(times)), min(times), max(times), computed[name]
         )
         for name, times in seconds.items()
     ]
 
 
-def _program(decoder: Decoder, plan: DecodePlan | None, variables: Any, rows: Rows) -> Any:
-    run = decoder.prefill(variables, rows, plan)
-    return run.sequence.x, run.segments, run.cuts
+def draw_kept(mean: int) -> np.ndarray:
+    """int[NUM_ROWS] between 0.5 and 1.5 times `mean`, which is their mean, in no order."""
+    kept = np.round(np.linspace(0.5 * mean, 1.5 * mean, NUM_ROWS)).astype(np.int32)
+    return np.random.default_rng(0).permutation(kept)
 
 
-def _mean(batches: Sequence[Any], field: str) -> tuple[float, ...]:
-    return tuple(
-        float(np.mean([getattr(cut, field) for cut in of_cut]))
-        for of_cut in zip(*batches, strict=True)
+def _lengths(kept: np.ndarray, name: str, mean: int) -> np.ndarray:
+    return np.full_like(kept, mean) if name == "fixed" else kept
+
+
+def _layers_after(
+    decoder: Decoder, variables: Any, x: Array, kept: Array, *, start: int, totals: tuple[int, ...]
+) -> tuple[Any, Array]:
+    place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    sequence = Sequence(
+        x=x, position=place, valid=place < decoder.num_text + kept[:, None], slot=place,
+        visual=place,
     )
+    segment, computed = run_rows(
+        decoder.llama, variables, sequence, num_kept=kept, totals=totals,
+        num_text=decoder.num_text, start=start, stop=decoder.llama.config.depth,
+    )
+    return (segment.sequence.x, segment.k, segment.v), computed
 
 
-def compare(
-    config: LlamaConfig, *, layers: tuple[int, ...], keep: tuple[int, ...], batch: int,
-    num_visual: int, num_text: int, repeats: int,
-) -> list[Timing]:
-    """Unpruned, the layers before the first cut alone, a fixed budget, and an adaptive one."""
-    decoder = Decoder.make(config, num_visual=num_visual, num_text=num_text)
-    plan = DecodePlan(layers=layers, keep=keep, heads=4)
-    adaptive = decoder.calibrated(plan, batch=batch)
-    plans = {"full": None, "fixed": dataclasses.replace(plan, budget="fixed"), "adaptive": adaptive}
-    before = dataclasses.replace(decoder, llama=Llama(dataclasses.replace(config, depth=layers[0])))
-    timings = bench_prefill(decoder, plans=plans, batch=batch, repeats=repeats)
-    return timings + bench_prefill(before, plans={"before": None}, batch=batch, repeats=repeats)
+def temporaries(decoder: Decoder, *, plan: DecodePlan | None, batch: int) -> int:
+    """Bytes that a compiled prefill of `batch` prompts needs beside its arguments and results."""
+    config = decoder.llama.config
+
+    def prefill(variables: Any, x: Array, tokens: Array) -> Any:
+        valid = jnp.ones((batch, 1), bool)
+        place = jnp.broadcast_to(jnp.arange(decoder.num_visual), x.shape[:-1])
+        visual = VisualTokens(x, place, place, place, span=decoder.num_visual)
+        sequence = splice(
+            decoder.llama.apply(variables, jnp.maximum(tokens, 0), method="embed"),
+            tokens=tokens, text_valid=jnp.ones(tokens.shape, bool), visual=visual,
+            image_valid=valid,
+        )
+        run = run_segments(
+            decoder.llama, variables, sequence, plan=plan, num_text=decoder.num_text,
+            num_images=valid.sum(1), max_images=1, visual_per_image=decoder.num_visual, num_new=0,
+        )
+        return run.sequence.x, run.segments, run.cuts
+
+    tokens = np.ones((batch, decoder.num_text), np.int32)
+    tokens[:, 0] = IMAGE_TOKEN
+    x = jax.ShapeDtypeStruct((batch, 1, decoder.num_visual, config.width), jnp.float32)
+    compiled = jax.jit(prefill).lower(decoder.variables, x, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def three_cuts(decoder: Decoder) -> DecodePlan:
+    """METEOR's: at a quarter, a half and three quarters of the depth."""
+    depth, count = decoder.llama.config.depth, decoder.num_visual
+    return DecodePlan(
+        layers=(depth // 4, depth // 2, 3 * depth // 4), keep=(count // 4, count // 8, count // 16),
+        scale=(1.0,) * 3, heads=4,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -198,46 +194,44 @@ def main(argv: list[str]) -> None:
         depth=DEPTH.value, width=WIDTH.value, num_heads=WIDTH.value // 64,
         num_kv_heads=WIDTH.value // 64, mlp_dim=WIDTH.value * 11 // 4, vocab_size=1000,
     )
-    timings = compare(
-        config, layers=tuple(map(int, LAYERS.value)), keep=tuple(map(int, KEEP.value)),
-        num_visual=VISUAL.value, num_text=TEXT.value, batch=BATCH.value, repeats=REPEATS.value,
+    decoder = Decoder.make(config, num_visual=VISUAL.value, num_text=TEXT.value)
+    timings = bench_rows(
+        decoder, mean=KEEP.value, start=DEPTH.value // 2, batch=BATCH.value, repeats=REPEATS.value
     )
-    title = (
-        f"prefill of {BATCH.value} × ({VISUAL.value} + {TEXT.value}) tokens, {config.depth} layers "
-        f"× {config.width}, {jax.default_backend()}, jax {jax.__version__}"
+    table = Table(
+        "rows", "ms", "fastest–slowest", "÷ fixed", "compile s", "tokens computed",
+        title=f"{DEPTH.value - DEPTH.value // 2} layers × {WIDTH.value}, {BATCH.value} rows of "
+        f"{TEXT.value} + {KEEP.value / 2:.0f}–{1.5 * KEEP.value:.0f} tokens, "
+        f"{jax.default_backend()}, jax {jax.__version__}",
     )
-    by_name = {timing.name: timing for timing in timings}
-    before = by_name["before"].median_s
-    columns = (
-        "plan", "median ms", "fastest–slowest", "after ms", "÷ fixed", "compile s", "kept",
-        "computed", "temporaries MB",
-    )
-    table = Table(*columns, title=title)
-    fixed = by_name["fixed"].median_s - before
     for timing in timings:
-        after = timing.median_s - before
         table.add_row(
             timing.name, f"{timing.median_s * 1e3:.0f}",
             f"{timing.fastest_s * 1e3:.0f}–{timing.slowest_s * 1e3:.0f}",
-            f"{after * 1e3:.0f}", f"{after / fixed:.2f}", f"{timing.compile_s:.1f}",
-            " → ".join(f"{count:.0f}" for count in timing.kept),
-            " → ".join(f"{count:.0f}" for count in timing.computed),
-            f"{timing.temp_bytes / 1e6:.0f}",
+            f"{timing.median_s / timings[0].median_s:.2f}", f"{timing.compile_s:.1f}",
+            f"{timing.computed:.0f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    full, cut = (
+        temporaries(decoder, plan=plan, batch=2) / 1e6 for plan in (None, three_cuts(decoder))
+    )
+    console.print(
+        f"temporaries of a prefill of 2 × {VISUAL.value} tokens: {full:.0f} MB unpruned, "
+        f"{cut:.0f} MB with three cuts ({cut / full:.2f})."
+    )
     if OUTPUT.value:
         rows = [json.dumps(dataclasses.asdict(timing)) for timing in timings]
         Path(OUTPUT.value).write_text("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":
-    DEPTH = flags.DEFINE_integer("depth", 8, "Layers of the decoder.")
+    DEPTH = flags.DEFINE_integer("depth", 8, "Layers of the decoder; the upper half is timed.")
     WIDTH = flags.DEFINE_integer("width", 512, "Its width; heads are 64 wide.")
     VISUAL = flags.DEFINE_integer("visual", 1024, "Visual tokens of the image.")
     TEXT = flags.DEFINE_integer("text", 32, "Text tokens around it.")
-    BATCH = flags.DEFINE_integer("batch", 8, "Prompts; 64 at most.")
-    LAYERS = flags.DEFINE_list("layers", ["4"], "The first layer after each cut.")
-    KEEP = flags.DEFINE_list("keep", ["394"], "Visual tokens kept at each cut, on average.")
-    REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each plan over all batches.")
+    BATCH = flags.DEFINE_integer("batch", 8, "Rows of a batch; a divisor of 64.")
+    KEEP = flags.DEFINE_integer("keep", 394, "Visual tokens that a row keeps, on average.")
+    REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs over all batches.")
     OUTPUT = flags.DEFINE_string("output", None, "File for one JSON object a row.")
     app.run(main)
