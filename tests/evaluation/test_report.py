@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from meteor_jax.evaluation.files import prediction_line
 from meteor_jax.evaluation.report import (
     choose_examples,
     draw_curve,
@@ -108,6 +109,17 @@ def test_corrupt_questions_count_as_wrong_and_are_named():
     broken = PlanResult("full", answers, visual_tokens_fused=16, depth=4)
     row = find(make_rows(QUESTIONS, [broken], tflops={}), "reading_count", "full")
     assert (row.score, row.n, row.corrupt, row.visual_tokens_kept) == (0.5, 4, 1, 16)
+
+
+def test_answers_from_logits_that_are_not_finite_are_counted():
+    answers = (dataclasses.replace(FULL.answers[0], non_finite=True), *FULL.answers[1:])
+    result = dataclasses.replace(FULL, answers=answers)
+    rows = make_rows(QUESTIONS, [result], tflops={})
+    assert find(rows, "reading_count", "full").non_finite == 1
+    assert prediction_line(QUESTIONS[0], answers[0])["non_finite"]
+    console = Console(record=True, width=100)
+    print_table(rows, console=console)
+    assert "1 answers come from logits that are NaN or infinite" in console.export_text()
 
 
 def test_layer_average_without_cuts():

@@ -1,11 +1,20 @@
 """Answers: greedy, sampled, ended; rows on their own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.inference.generate import Sampling, draw, generate
+from meteor_jax.inference.generate import (
+    Sampling,
+    choose_cache_length,
+    draw,
+    generate,
+    is_sound,
+    start,
+)
 from meteor_jax.pruning.plan import PrunePlan
 from tests import tiny_model as tiny
 
@@ -55,6 +64,42 @@ def test_a_pruned_answer_does_not_depend_on_batch_mates():
     for i in range(3):
         alone = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
         np.testing.assert_array_equal(answer(alone, plan).tokens[0], together[i])
+
+
+def test_a_row_whose_logits_are_not_finite_is_flagged_and_disturbs_no_other():
+    plan, batch = tiny.plan(tiny.METEOR), tiny.make_batch(with_image=(True, True, True))
+    visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
+    broken = visual.replace(x=visual.x.at[1].set(jnp.nan))
+    options = {
+        "image_valid": batch.image_valid, "tokens": batch.tokens, "plan": plan, "eos_id": EOS,
+        "text_valid": batch.text_valid, "max_new_tokens": 5,
+    }
+    sound = generate(tiny.MODEL, tiny.params(), visual, **options)
+    assert np.asarray(sound.finite).all()
+    found = generate(tiny.MODEL, tiny.params(), broken, **options)
+    np.testing.assert_array_equal(found.finite, [True, False, True])
+    np.testing.assert_array_equal(found.tokens[::2], sound.tokens[::2])
+
+
+def test_a_token_that_cannot_come_is_no_fault():
+    logits = jnp.array([[0.0, -jnp.inf], [jnp.nan, 0.0], [jnp.inf, 0.0]])
+    np.testing.assert_array_equal(is_sound(logits), [True, False, False])
+
+
+def test_the_cache_is_cut_to_what_the_longest_row_keeps():
+    """Rows that keep few tokens are decoded over a shorter cache."""
+    plan, batch = tiny.plan(tiny.METEOR), tiny.make_batch()
+    visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
+    for scale, choice in (((1e-9, 1e-9), 0), ((1e9, 1e9), 1)):
+        scaled = dataclasses.replace(
+            plan, decode=dataclasses.replace(plan.decode, scale=scale)
+        )
+        started = start(
+            tiny.MODEL, tiny.params(), visual, image_valid=batch.image_valid,
+            tokens=batch.tokens, text_valid=batch.text_valid, plan=scaled, max_new_tokens=5,
+            key=jax.random.key(0),
+        )
+        assert choose_cache_length(started) == choice
 
 
 def test_top_p_draws_only_from_the_likely():

@@ -154,3 +154,20 @@ def test_a_trimmed_cache_answers_the_same():
         tiny.extend(tiny.params(), short, tokens).logits,
         tiny.extend(tiny.params(), cache, tokens).logits, rtol=0, atol=1e-5,
     )
+
+
+def test_totals_share_most_of_the_program():
+    """Three totals at three cuts: three copies of a layer each, and all else once."""
+    batch, adaptive = tiny.make_batch(), tiny.plan(
+        "meteor(fuse=48, layers=(1, 2, 3), keep=(24, 16, 8), decode.scale=(9.0, 9.0, 9.0))"
+    )
+    visual = jax.eval_shape(
+        lambda: tiny.encode(tiny.params(), batch.images, plan=adaptive).tokens
+    )
+
+    def lines(budget):
+        decode = dataclasses.replace(adaptive.decode, budget=budget)
+        run = jax.jit(functools.partial(prefill, dataclasses.replace(adaptive, decode=decode)))
+        return len(run.lower(visual, batch).compile().as_text().splitlines())
+
+    assert lines("adaptive") < 1.6 * lines("fixed")
