@@ -206,7 +206,9 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
 def rank_table(calibration: Calibration, *, shapes: Mapping[str, tuple[int, int]]) -> Table:
     """Ranks by kind, encoder and boundary, beside the (tokens, width) that they are at most."""
     segments = [f"segment {boundary + 1}" for boundary in range(NUM_SEGMENTS)]
-    table = Table("rank", "encoder", title="feature ranks, mean over images")
+    table = Table(title="feature ranks, mean over images")
+    for column in ("rank", "encoder"):
+        table.add_column(column, no_wrap=True)
     for column in ("tokens", "width", *segments):
         table.add_column(column, justify="right")
     for kind, ranks in calibration.ranks.items():
