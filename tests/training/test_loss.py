@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from meteor_jax.models.layers import constrain
 from meteor_jax.parallel import BATCH_AXES, MeshConfig, make_mesh
 from meteor_jax.training import loss
 from meteor_jax.training.loss import all_logits_at_once, hidden_loss, token_loss
@@ -16,7 +17,8 @@ ROWS, LENGTH, WIDTH, VOCABULARY = 8, 10, 8, 32
 
 
 def head(params, x):
-    return jnp.matmul(x, params["kernel"], preferred_element_type=jnp.float32)
+    logits = jnp.matmul(x, params["kernel"], preferred_element_type=jnp.float32)
+    return constrain(logits, "btv")
 
 
 def make_inputs(dtype=jnp.float32):
