@@ -32,7 +32,7 @@ from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.models.pix2struct import Pix2StructConfig
 from meteor_jax.models.sam import GROUP, SamConfig
 from meteor_jax.pruning.baselines import parse_plan, split_plans
-from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
+from meteor_jax.pruning.encode import EncoderCut
 from meteor_jax.pruning.fuse import Span, pooled_grids
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.pruning.windows import window_order, window_quotas
