@@ -23,6 +23,7 @@ from meteor_jax.models.fused_attention import (
     split_over_mesh,
 )
 from meteor_jax.models.platform import target_platform
+from meteor_jax.models.remat import save_as
 from meteor_jax.types import Array
 
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
@@ -90,12 +91,15 @@ def attend(
             "splash" on a CPU is interpreted: slow, for tests.
     """
     kernel = select_kernel(q, k, v, mask=mask, kernel=kernel)
+    q, k, v = (save_as("qkv", array) for array in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if kernel == "xla":
-        return _attend_xla(q, k, v, join_masks(mask, segments), causal=causal, scale=scale)
+        out = _attend_xla(q, k, v, join_masks(mask, segments), causal=causal, scale=scale)
+        return save_as("attention", out)
     fused = attend_cudnn if kernel == "cudnn" else attend_splash
     run = functools.partial(fused, causal=causal, scale=scale)
-    return split_over_mesh(run, q, k, v, mask, segments)
+    out = split_over_mesh(run, q, k, v, mask, segments)
+    return out if kernel == "splash" else save_as("attention", out)  # splash names its own
 
 
 def _attend_xla(
@@ -112,8 +116,11 @@ def _attend_xla(
     if mask is not None:
         bias = bias + jnp.where(mask[:, None, None], 0.0, MASKED)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    in_chunks = target_platform() == "cpu" and num_queries > CPU_CHUNK and mask is None
-    if in_chunks and not causal:
+    in_chunks = num_queries > CPU_CHUNK and mask is None
+    if target_platform() != "cpu":
+        weights = jax.nn.softmax(_scores(q, k) + bias, axis=-1)
+        out = _values(weights.astype(v.dtype), v).astype(v.dtype)
+    elif in_chunks and not causal:
         out = _in_chunks(q, k, v, bias)
     elif in_chunks and num_queries == k.shape[2]:
         out = _causal_in_chunks(q, k, v, bias)
@@ -158,38 +165,40 @@ def _in_chunks(q: Array, k: Array, v: Array, bias: Array) -> Array:
     return out.reshape(batch, num_kv, groups, num_queries, -1)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _weighted_values(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """softmax(q·k + bias)·v for float[B, K, G, T, d] and float[B, K, S, d]."""
-    return _weighted_values_forward(q, k, v, bias)[0]
+    """softmax(q·k + bias)·v for float[B, K, G, T, d] and float[B, K, S, d]; no derivative by the
+    bias."""
+    return _mix(q, k, v, bias)[0]
 
 
-def _weighted_values_forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Any]:
-    logits = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) + bias
+def _mix(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """The result, and the weights before they are divided by their float32 sums."""
+    logits = _scores(q, k) + bias
     weight = jnp.exp(logits - logits.max(-1, keepdims=True))
     total = weight.sum(-1, keepdims=True)
     weight = weight.astype(v.dtype)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weight, v, preferred_element_type=jnp.float32) / total
-    return out.astype(v.dtype), (q, k, v, out, weight, total)
+    return (_values(weight, v) / total).astype(v.dtype), weight, total
 
 
-def _weighted_values_backward(saved: Any, grad: Array) -> tuple[Array, Array, Array, None]:
-    # Σ_s p·∂p = Σ_d o·∂o, so the softmax's gradient needs no sum over the map (FlashAttention).
-    q, k, v, out, weight, total = saved
-    grad = grad / total
-    inner = (grad * out).sum(-1, keepdims=True)
-    grad = grad.astype(v.dtype)
-    towards = jnp.einsum("bkgtd,bksd->bkgts", grad, v, preferred_element_type=jnp.float32)
-    scores = (weight * (towards - inner)).astype(v.dtype)
-    return (
-        jnp.einsum("bkgts,bksd->bkgtd", scores, k),
-        jnp.einsum("bkgts,bkgtd->bksd", scores, q),
-        jnp.einsum("bkgts,bkgtd->bksd", weight, grad),
-        None,
-    )
+def _scores(q: Array, k: Array) -> Array:
+    return jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
 
 
-_weighted_values.defvjp(_weighted_values_forward, _weighted_values_backward)
+def _values(weight: Array, v: Array) -> Array:
+    return jnp.einsum("bkgts,bksd->bkgtd", weight, v, preferred_element_type=jnp.float32)
+
+
+@_weighted_values.defjvp
+def _weighted_values_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # What a change of the scores moves is ∂o = Σ_s p·∂s·v − (Σ_s p·∂s)·o. Written so, the backward
+    # pass takes Σ_d o·∂o where that of a softmax sums over the map (FlashAttention).
+    q, k, v, bias = primals
+    dq, dk, dv, _ = tangents
+    out, weight, total = _mix(q, k, v, bias)
+    moved = weight * (_scores(dq, k) + _scores(q, dk))
+    change = _values(moved, v) - moved.sum(-1, keepdims=True) * out + _values(weight, dv)
+    return out, (change / total).astype(v.dtype)
 
 
 def attend_cached(q: Array, k: Array, v: Array, cache: tuple[Array, Array, Array]) -> Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from meteor_jax.models.attention import attend, attention_received
 from meteor_jax.models.layers import Stack, StackOutput, constrain, dense
+from meteor_jax.models.remat import save_as
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.pruning.encode import (
@@ -97,7 +98,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x)
+        x = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x))
         return dense(self.config.width, dtype=self.dtype, name="fc2")(quick_gelu(x))
 
 
@@ -114,7 +115,7 @@ class Block(nn.Module):
         self.mlp = MLP(self.config, self.dtype)
 
     def __call__(self, x: Array) -> tuple[Array, None]:
-        x = x + self.attention(self.norm1(x))
+        x = save_as("residual", x + self.attention(self.norm1(x)))
         x = x + self.mlp(self.norm2(x))
         return constrain(x, "btd"), None
 

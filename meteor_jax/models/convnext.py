@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from meteor_jax.models.layers import Stack, constrain, dense
 from meteor_jax.models.platform import target_platform
+from meteor_jax.models.remat import save_as
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.pruning.encode import EncoderCut, EncoderOutput, check_cuts, cut_tokens
 from meteor_jax.types import Array
@@ -120,7 +121,7 @@ class Block(nn.Module):
         width = self.config.width
         y = DepthwiseConv(self.dtype, name="depthwise")(x)
         y = layer_norm(self.dtype, name="norm")(y)
-        y = dense(4 * width, dtype=self.dtype, name="fc1")(y)
+        y = save_as("mlp", dense(4 * width, dtype=self.dtype, name="fc1")(y))
         y = dense(width, dtype=self.dtype, name="fc2")(gelu(y))
         init = nn.initializers.constant(self.config.layer_scale_init)
         scale = self.param("layer_scale", init, (width,))
@@ -211,36 +212,22 @@ def depthwise_conv(x: Array, kernel: Array) -> Array:
     )
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def depthwise_conv_tpu(x: Array, kernel: Array) -> Array:
     """`depthwise_conv` whose kernel's gradient is sums of shifted products: as a convolution of
     one group a channel, XLA takes minutes to compile each for a TPU."""
     return depthwise_conv(x, kernel)
 
 
-def _conv_tpu_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    height, width = x.shape[1:3]
-    padded, weight = _pad(x), grad.astype(jnp.float32)
-
-    def total(row: int, column: int) -> Array:
-        window = padded[:, row : row + height, column : column + width]
-        return jnp.sum(window.astype(jnp.float32) * weight, axis=(0, 1, 2))
-
-    sums = [total(row, column) for row in range(KERNEL) for column in range(KERNEL)]
-    kernel_grad = jnp.stack(sums).reshape(kernel.shape)
-    return depthwise_conv(grad, kernel[::-1, ::-1]), kernel_grad.astype(kernel.dtype)
+@depthwise_conv_tpu.defjvp
+def _conv_tpu_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    by_kernel = _sum_shifted(x.astype(jnp.float32), dkernel.astype(jnp.float32))
+    return depthwise_conv(x, kernel), depthwise_conv(dx, kernel) + by_kernel.astype(x.dtype)
 
 
-depthwise_conv_tpu.defvjp(lambda x, k: (depthwise_conv(x, k), (x, k)), _conv_tpu_backward)
-
-
-@jax.custom_vjp
-def depthwise_shifted(x: Array, kernel: Array) -> Array:
-    """The depthwise convolution as a sum of shifted products, which CPUs run far faster.
-
-    Its gradient is written out, because differentiating the sum is ten times slower than this.
-    """
+def _sum_shifted(x: Array, kernel: Array) -> Array:
+    """The depthwise convolution as a sum of shifted products."""
     height, width = x.shape[1:3]
     padded = _pad(x)
     total = jnp.zeros_like(x)
@@ -251,32 +238,56 @@ def depthwise_shifted(x: Array, kernel: Array) -> Array:
     return total
 
 
-def _depthwise_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return depthwise_shifted(x, kernel), (x, kernel)
+@jax.custom_jvp
+def depthwise_shifted(x: Array, kernel: Array) -> Array:
+    """The depthwise convolution as a sum of shifted products, which CPUs run far faster.
+
+    Differentiating the sum is ten times slower than it, so its derivatives are written in forms
+    whose transposes, which are the gradients, are fast.
+    """
+    return _sum_shifted(x, kernel)
 
 
-def _depthwise_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, kernel = saved
+@depthwise_shifted.defjvp
+def _depthwise_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    return _sum_shifted(x, kernel), _sum_placed(dx, kernel) + _sum_rows(x, dkernel)
+
+
+def _sum_placed(x: Array, kernel: Array) -> Array:
+    """The depthwise convolution that places every product instead of fetching it: transposed, it
+    fetches, which is `_sum_shifted`."""
+    height, width = x.shape[1:3]
+    total = 0
+    for row in range(KERNEL):
+        for column in range(KERNEL):
+            rows, columns = (KERNEL - 1 - row, row), (KERNEL - 1 - column, column)
+            total += jnp.pad(x * kernel[row, column, 0], ((0, 0), rows, columns, (0, 0)))
+    margin = KERNEL // 2
+    return total[:, margin : margin + height, margin : margin + width]
+
+
+def _sum_rows(x: Array, kernel: Array) -> Array:
+    """The depthwise convolution row by row. Transposed by the kernel, each step is a plain
+    elementwise product, added to one total a kernel column, [kernel row, W, C]; the sums over W
+    come last."""
     num_images, height, width, channels = x.shape
     padded = _pad(x)
+    columns = jnp.broadcast_to(
+        kernel.astype(jnp.float32)[:, :, 0, None], (KERNEL, KERNEL, width, channels)
+    )
+    columns = tuple(columns[:, column] for column in range(KERNEL))
 
-    def add_row(totals: tuple[Array, ...], place: Array) -> tuple[tuple[Array, ...], None]:
+    def line(_: None, place: Array) -> tuple[None, Array]:
         image, row = place // height, place % height
         sizes = (1, KERNEL, padded.shape[2], channels)
         band = jax.lax.dynamic_slice(padded, (image, row, 0, 0), sizes)[0].astype(jnp.float32)
-        line = grad[image, row].astype(jnp.float32)
-        added = (total + band[:, i : i + width] * line for i, total in enumerate(totals))
-        return tuple(added), None
+        return None, sum(
+            (band[:, i : i + width] * column).sum(0) for i, column in enumerate(columns)
+        ).astype(x.dtype)
 
-    # One total a kernel column, [kernel row, W, C]: sums over W last, so that each step is a
-    # plain elementwise product.
-    totals = (jnp.zeros((KERNEL, width, channels)),) * KERNEL
-    totals, _ = jax.lax.scan(add_row, totals, jnp.arange(num_images * height))
-    kernel_grad = jnp.stack(totals, axis=1).sum(2)[:, :, None]
-    return depthwise_shifted(grad, kernel[::-1, ::-1]), kernel_grad.astype(kernel.dtype)
-
-
-depthwise_shifted.defvjp(_depthwise_forward, _depthwise_backward)
+    _, lines = jax.lax.scan(line, None, jnp.arange(num_images * height))
+    return lines.reshape(x.shape)
 
 
 def _pad(x: Array) -> Array:

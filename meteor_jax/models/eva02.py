@@ -23,6 +23,7 @@ from meteor_jax.models.layers import (
     dense,
     gated_silu,
 )
+from meteor_jax.models.remat import save_as
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.models.windows import (
@@ -155,8 +156,8 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        gate = dense(self.config.mlp_dim, dtype=self.dtype, name="gate")(x)
-        up = dense(self.config.mlp_dim, dtype=self.dtype, name="up")(x)
+        gate = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="gate")(x))
+        up = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="up")(x))
         x = layer_norm(self.dtype, name="norm")(gated_silu(gate, up))
         return dense(self.config.width, dtype=self.dtype, name="out")(x)
 
@@ -174,7 +175,7 @@ class Block(nn.Module):
         self.mlp = GatedMLP(self.config, self.dtype)
 
     def __call__(self, x: Array, rotary: Rotary) -> tuple[Array, None]:
-        x = x + self.attention(self.norm1(x), rotary)
+        x = save_as("residual", x + self.attention(self.norm1(x), rotary))
         x = x + self.mlp(self.norm2(x))
         return constrain(x, "btd"), None
 

@@ -139,6 +139,7 @@ def attend_splash(
             block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
             block_q_dq=block_q, block_kv_dq=block_kv,
         ),
+        residual_checkpoint_name="attention",
         interpret=target_platform() == "cpu",
     )
     out = jax.vmap(run)(q, k, v, ids)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from meteor_jax.models.platform import target_platform
+from meteor_jax.models.product import product
 from meteor_jax.models.remat import remat_policy
 from meteor_jax.types import Array
 
@@ -52,48 +54,26 @@ def constrain(x: Array, axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-@jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
-    return jnp.matmul(x, kernel)
-
-
-def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    # XLA's CPU backend transposes the first factor, and computes all that leads to it in that
-    # strided order. So the narrower factor comes first: half the time of a gated MLP.
-    if x.shape[-1] <= grad.shape[-1]:
-        kernel_grad = jnp.tensordot(x, grad, axes=(rows, rows))
-    else:
-        kernel_grad = jnp.tensordot(grad, x, axes=(rows, rows)).T
-    return jnp.matmul(grad, kernel.T), kernel_grad
-
-
-_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
-
-
 def dense(features: int, *, dtype: Any, **options: Any) -> nn.Dense:
-    """`nn.Dense` whose backward pass is fast on every backend; `options` are `nn.Dense`'s."""
-
-    def dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-        return _product(x, kernel)
-
-    return nn.Dense(features, dtype=dtype, dot_general=dot_general, **options)
+    """`nn.Dense`, on CPUs with their own `product`; `options` are `nn.Dense`'s."""
+    if target_platform() == "cpu":
+        options["dot_general"] = lambda x, kernel, *_, **__: product(x, kernel)
+    return nn.Dense(features, dtype=dtype, **options)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def gated_silu(gate: Array, up: Array) -> Array:
-    """silu(gate) · up, whose gradient keeps nothing but its two inputs."""
+    """silu(gate) · up, whose gradient keeps two arrays and not the five of its operations."""
     return jax.nn.silu(gate) * up
 
 
-def _gated_silu_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    gate, up = saved
+@gated_silu.defjvp
+def _gated_silu_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    gate, up = primals
     sigmoid = jax.nn.sigmoid(gate)
-    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
-
-
-gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_silu_backward)
+    silu = gate * sigmoid
+    by_gate = up * sigmoid * (1 + gate * (1 - sigmoid))
+    return silu * up, tangents[0] * by_gate + tangents[1] * silu
 
 
 @flax.struct.dataclass

@@ -18,6 +18,7 @@ import numpy as np
 from meteor_jax.models.attention import attend, attend_cached, attention_received
 from meteor_jax.models.layers import Stack, constrain, dense, gated_silu
 from meteor_jax.models.ragged import RaggedLayout
+from meteor_jax.models.remat import save_as
 from meteor_jax.types import Array, SegmentCache
 
 
@@ -166,9 +167,10 @@ class LlamaBlock(nn.Module):
             attended = attend(q, k, v, causal=True, mask=mask)
         if layout is not None:
             attended = constrain(layout.to_buffers(attended), "bthd")
-        x = x + self.out(attended.reshape(*x.shape[:2], -1))
+        x = save_as("residual", x + self.out(attended.reshape(*x.shape[:2], -1)))
         hidden = self.mlp_norm(x)
-        hidden = constrain(gated_silu(self.gate(hidden), self.up(hidden)), "btf")
+        gate, up = save_as("mlp", self.gate(hidden)), save_as("mlp", self.up(hidden))
+        hidden = constrain(gated_silu(gate, up), "btf")
         return constrain(x + self.down(hidden), "btd"), (k, v)
 
     def _heads(self, x: Array) -> Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from meteor_jax.models.attention import attend, attention_received
 from meteor_jax.models.layers import Stack, StackOutput, constrain, dense
+from meteor_jax.models.remat import save_as
 from meteor_jax.models.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.pruning.encode import (
@@ -104,8 +105,8 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         hidden = self.config.mlp_dim
-        gate = dense(hidden, use_bias=False, dtype=self.dtype, name="gate")(x)
-        up = dense(hidden, use_bias=False, dtype=self.dtype, name="up")(x)
+        gate = save_as("mlp", dense(hidden, use_bias=False, dtype=self.dtype, name="gate")(x))
+        up = save_as("mlp", dense(hidden, use_bias=False, dtype=self.dtype, name="up")(x))
         x = nn.gelu(gate, approximate=True) * up
         return dense(self.config.width, use_bias=False, dtype=self.dtype, name="out")(x)
 
@@ -123,7 +124,7 @@ class Block(nn.Module):
         self.mlp = GatedMLP(self.config, self.dtype)
 
     def __call__(self, x: Array) -> tuple[Array, None]:
-        x = x + self.attention(self.norm1(x))
+        x = save_as("residual", x + self.attention(self.norm1(x)))
         x = x + self.mlp(self.norm2(x))
         return constrain(x, "btd"), None
 

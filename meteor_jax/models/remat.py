@@ -7,16 +7,24 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-# Policies of jax.checkpoint_policies that are complete without arguments, and those that take names.
+from meteor_jax.types import Array
+
+# Policies of jax.checkpoint_policies that are complete as they are, and those that take names.
 PLAIN = (
     "nothing_saveable", "everything_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable",
 )
 NAMED = ("save_only_these_names", "save_anything_except_these_names")
 
-# What the blocks name: queries, keys and values as attention takes them; what attention mixes;
-# the residual stream after it; and the inner layer of an MLP before its nonlinearity.
+# What the blocks name: queries, keys and values as attention takes them; what attention gives; the
+# residual stream after it; and the inner layer of the MLP before its nonlinearity.
 SavedName = Literal["qkv", "attention", "residual", "mlp"]
+
+
+def save_as(name: SavedName, x: Array) -> Array:
+    """`x`, which policies that take names know by this one."""
+    return checkpoint_name(x, name)
 
 
 def remat_policy(text: str) -> Callable[..., Any] | None:

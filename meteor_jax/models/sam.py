@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.models.layers import Stack, StackOutput, constrain, dense
+from meteor_jax.models.remat import save_as
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.models.windows import (
@@ -179,7 +180,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x)
+        x = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x))
         x = nn.gelu(x, approximate=False)
         return dense(self.config.block_width, dtype=self.dtype, name="fc2")(x)
 
@@ -199,7 +200,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, place: Place, relative: dict[str, Array] | None = None
     ) -> tuple[Array, None]:
-        x = x + self.attention(self.norm1(x), place, relative)
+        x = save_as("residual", x + self.attention(self.norm1(x), place, relative))
         x = x + self.mlp(self.norm2(x))
         return constrain(x, "btd"), None
 

@@ -34,6 +34,16 @@ def test_depthwise_forms_are_equal(form):
     )
 
 
+@pytest.mark.parametrize("form", [depthwise_shifted, depthwise_conv_tpu])
+def test_depthwise_forms_change_alike(form):
+    x, dx = jax.random.normal(jax.random.key(0), (2, 2, 9, 6, 5))
+    kernel, dkernel = jax.random.normal(jax.random.key(1), (2, 7, 7, 1, 5))
+    ours, theirs = (
+        jax.jvp(one, (x, kernel), (dx, dkernel))[1] for one in (form, depthwise_conv)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_depthwise_by_hand():
     """A single bright pixel spreads as the flipped kernel; outside the grid there are zeros."""
     x = jnp.zeros((1, 7, 7, 1)).at[0, 3, 3, 0].set(1.0)

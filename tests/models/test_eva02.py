@@ -182,6 +182,24 @@ def test_a_kept_number_must_divide_by_the_windows():
         run(40, 30, 20)
 
 
+def test_a_deeper_encoder_is_no_larger_a_program():
+    """Cut three times, eight periods of blocks take the program of three."""
+    cuts = tuple(map(EncoderCut, (40, 20, 12), ("mean_token", "attention", "attention")))
+
+    def lines(depth):
+        model = MODEL.clone(config=dataclasses.replace(CONFIG, depth=depth))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images())
+        lowered = jax.jit(functools.partial(model.apply, cuts=cuts)).lower(shapes, images())
+        return lowered.as_text().count("\n")
+
+    assert lines(24) < 1.2 * lines(9)
+
+
+def test_no_segment_ends_inside_a_period():
+    assert dataclasses.replace(CONFIG, depth=24).segment_ends == (9, 15, 24)
+    assert CONFIG.segment_ends == (1, 2, 3)  # fewer periods than segments
+
+
 def test_tables_stay_exact_in_bfloat16():
     bfloat16 = MODEL.clone(dtype=jnp.bfloat16)
     program = str(jax.make_jaxpr(bfloat16.apply)({"params": params()}, images()))
