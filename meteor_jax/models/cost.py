@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from meteor_jax.config import build
-from meteor_jax.models.convnext import KERNEL, STEM, ConvNextConfig
-from meteor_jax.models.eva02 import Eva02Config
+from meteor_jax.models.encoder_cost import block_flops, encoder_flops, encoder_score_flops
 from meteor_jax.models.meteor import MeteorConfig
-from meteor_jax.models.pix2struct import Pix2StructConfig
-from meteor_jax.models.sam import GROUP, SamConfig
 from meteor_jax.pruning.baselines import parse_plan, split_plans
-from meteor_jax.pruning.encode import EncoderCut
 from meteor_jax.pruning.fuse import Span, pooled_grids
 from meteor_jax.pruning.plan import Calibration, PrunePlan
-from meteor_jax.pruning.windows import window_order, window_quotas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,74 +118,6 @@ def count_cost(
     return Cost(tuple(parts), visual_tokens_fused=num_images * fused, visual_tokens_mean=mean)
 
 
-def encoder_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
-    """Patch embedding, blocks and neck of one encoder; cut tokens leave at the segment ends."""
-    if isinstance(encoder, ConvNextConfig):
-        return _convnext_flops(encoder)
-    if isinstance(encoder, SamConfig):
-        return _sam_flops(encoder, cuts)
-    gated = isinstance(encoder, (Pix2StructConfig, Eva02Config))
-    total = 2.0 * encoder.num_tokens * encoder.patch_size**2 * 3 * encoder.width
-    for blocks, sizes in _segments(encoder, cuts):
-        for block in blocks:
-            tokens, keys = _tokens_and_keys(encoder, block, sizes)
-            total += _block_flops(
-                tokens, width=encoder.width, kv_width=encoder.width, mlp_dim=encoder.mlp_dim,
-                num_matrices=3 if gated else 2, pairs=tokens * keys,
-            )
-    return total
-
-
-def encoder_score_flops(encoder: Any, cuts: tuple[EncoderCut, ...] | None) -> float:
-    """Queries, keys and attention recomputed where a cut asks for attention received, and what
-    merging at the output costs."""
-    if cuts is None:
-        return 0.0
-    total = _merge_flops(encoder, cuts)
-    if isinstance(encoder, ConvNextConfig):
-        return total
-    for cut, (blocks, sizes) in zip(cuts, _segments(encoder, cuts), strict=True):
-        if cut.criterion not in ("attention", "cls") or cut.keep == sum(sizes):
-            continue
-        block = blocks[-1] if blocks else min(blocks.start, encoder.depth - 1)
-        if isinstance(encoder, SamConfig):
-            total += _sam_score_flops(encoder, block, sizes)
-        else:
-            tokens, keys = _tokens_and_keys(encoder, block, sizes)
-            total += 2.0 * tokens * encoder.width * 2 * encoder.width
-            total += 2.0 * tokens * keys * (encoder.width + encoder.num_heads)
-    return total
-
-
-def _merge_flops(encoder: Any, cuts: tuple[EncoderCut, ...]) -> float:
-    """Likeness of the dropped tokens to those that gather them, and their sums."""
-    dropped = cuts[-2].keep - cuts[-1].keep
-    width = GROUP**2 * encoder.block_width if isinstance(encoder, SamConfig) else encoder.width
-    return 2 * 2.0 * dropped * cuts[-1].merged * width
-
-
-def _segments(
-    encoder: Any, cuts: tuple[EncoderCut, ...] | None
-) -> Iterator[tuple[range, tuple[int, ...]]]:
-    """The blocks of each segment, and how many tokens are in each of its attention windows."""
-    sizes, start = (encoder.num_tokens,), 0
-    if isinstance(encoder, Eva02Config):
-        _, sizes = window_order(encoder.grid, encoder.window)
-    elif isinstance(encoder, SamConfig):
-        _, sizes = window_order(encoder.grid, encoder.window // GROUP)
-    for boundary, stop in enumerate(encoder.segment_ends):
-        yield range(start, stop), sizes
-        sizes, start = window_quotas(cuts[boundary].keep, sizes) if cuts else sizes, stop
-
-
-def _tokens_and_keys(encoder: Any, block: int, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """A block's tokens, and how many of them each attends to; windows are equal here."""
-    tokens = sum(sizes) + int(getattr(encoder, "keep_cls", False))
-    if len(sizes) == 1 or block in encoder.global_blocks:
-        return tokens, tokens
-    return tokens, sizes[0]
-
-
 def fuse_flops(
     plan: PrunePlan, *, sizes: dict[str, int], grids: dict[str, int], width: int
 ) -> tuple[float, int]:
@@ -244,7 +171,7 @@ def llama_flops(
         scores += 2.0 * (visual[0] + text_tokens) * text_tokens * llama.width
     for segment, (start, stop) in enumerate(itertools.pairwise(bounds)):
         tokens, entries = visual[segment] + text_tokens, longest[segment] + text_tokens
-        flops += (stop - start) * _block_flops(
+        flops += (stop - start) * block_flops(
             tokens, width=llama.width, kv_width=kv_width, mlp_dim=llama.mlp_dim, num_matrices=3,
             pairs=entries**2,
         )
@@ -276,56 +203,6 @@ def resize_flops(size_in: int, size_out: int, *, channels: int = 3) -> float:
     if size_in == size_out:
         return 0.0
     return 2.0 * channels * size_out * size_in * (size_in + size_out)
-
-
-def _block_flops(
-    tokens: float, *, width: int, kv_width: int, mlp_dim: int, num_matrices: int, pairs: float,
-) -> float:
-    """One transformer block: projections and MLP of its tokens, and as many pairs of attention."""
-    projections = width * (2 * width + 2 * kv_width)
-    return 2.0 * tokens * (projections + num_matrices * width * mlp_dim) + 4.0 * pairs * width
-
-
-def _sam_flops(encoder: SamConfig, cuts: tuple[EncoderCut, ...] | None) -> float:
-    width, heads, inner = encoder.block_width, encoder.num_heads, GROUP**2
-    total = 2.0 * inner * encoder.num_tokens * encoder.patch_size**2 * 3 * width
-    for blocks, sizes in _segments(encoder, cuts):
-        for block in blocks:
-            windows, slots, side = _sam_windows(encoder, block, sizes)
-            total += 2.0 * windows * slots * (3 * width**2 + 2 * side * width)
-            total += 2.0 * windows * slots**2 * (2 * width + 2 * side * heads)
-            total += 2.0 * inner * sum(sizes) * (width**2 + 2 * width * encoder.mlp_dim)
-    kept = cuts[-1].keep if cuts else encoder.num_tokens
-    return total + 2.0 * inner * kept * width * encoder.neck_width
-
-
-def _sam_score_flops(encoder: SamConfig, block: int, sizes: tuple[int, ...]) -> float:
-    width, heads = encoder.block_width, encoder.num_heads
-    windows, slots, side = _sam_windows(encoder, block, sizes)
-    total = 2.0 * windows * slots * (3 * width**2 + 2 * side * width)
-    return total + 2.0 * windows * slots**2 * (width + 2 * side * heads + heads)
-
-
-def _sam_windows(
-    encoder: SamConfig, block: int, sizes: tuple[int, ...]
-) -> tuple[int, int, int]:
-    """Windows of a block, slots of a window, rows of a window; `sizes` count groups."""
-    if block in encoder.global_blocks:
-        return 1, GROUP**2 * sum(sizes), GROUP * encoder.grid
-    whole = sum(sizes) == encoder.num_tokens
-    slots = encoder.window**2 if whole else GROUP**2 * max(sizes)
-    return len(sizes), slots, encoder.window
-
-
-def _convnext_flops(encoder: ConvNextConfig) -> float:
-    side = encoder.image_size // STEM
-    total = 2.0 * side**2 * STEM**2 * 3 * encoder.widths[0]
-    for stage, (depth, width) in enumerate(zip(encoder.depths, encoder.widths, strict=True)):
-        if stage:
-            side //= 2
-            total += 2.0 * side**2 * 4 * encoder.widths[stage - 1] * width
-        total += depth * 2.0 * side**2 * (KERNEL**2 * width + 8 * width**2)
-    return total
 
 
 def count_traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +26,7 @@ from meteor_jax.models.fusion import (
 )
 from meteor_jax.models.layers import constrain
 from meteor_jax.models.llama import Llama, LlamaConfig
+from meteor_jax.models.outputs import Encoded, Extended, Forward, HiddenStates, Prefilled
 from meteor_jax.models.pix2struct import Pix2Struct, Pix2StructConfig
 from meteor_jax.models.prefill import SegmentRun, new_position, run_segments
 from meteor_jax.models.projector import Projector
@@ -39,7 +39,6 @@ from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import (
     Array,
     Batch,
-    CutTrace,
     DecodeCache,
     EncodeTrace,
     PruneTrace,
@@ -109,47 +108,6 @@ class MeteorConfig:
                 f"{', '.join(self.encoders)}."
             )
         return tuple(name for name in self.encoders if not plan.encoders or name in plan.encoders)
-
-
-@flax.struct.dataclass
-class Encoded:
-    """Images as the LLM takes them: `tokens` of [I, N, D], and what was pruned on the way."""
-
-    tokens: VisualTokens
-    trace: PruneTrace
-
-
-@flax.struct.dataclass
-class HiddenStates:
-    """`x` float[B, T, D], what `Meteor.logits` makes logits of, at every text token."""
-
-    x: Array
-    trace: PruneTrace
-
-
-@flax.struct.dataclass
-class Forward:
-    """`logits` float32[B, T, V]; those at place t predict the text token at t + 1."""
-
-    logits: Array
-    trace: PruneTrace
-
-
-@flax.struct.dataclass
-class Prefilled:
-    """`logits` float32[B, V] of each row's last prompt token, the cache, and the cuts made."""
-
-    logits: Array
-    cache: DecodeCache
-    cuts: tuple[CutTrace, ...]
-
-
-@flax.struct.dataclass
-class Extended:
-    """`logits` float32[B, T, V] of the new tokens, and the longer cache."""
-
-    logits: Array
-    cache: DecodeCache
 
 
 class Meteor(nn.Module):

@@ -39,7 +39,7 @@ def train_step_flops(
     text = batch.tokens.shape[1] - images  # an image's mark is no token
     cost = count_cost(config, plan, text_tokens=text)
     llm, _, _ = llama_flops(
-        config, plan, fused=images * cost.visual_tokens_fused, text_tokens=text, decode_tokens=None
+        config, plan, fused=images * cost.visual_tokens_fused, text_tokens=text, computed=None
     )
     llm += 2.0 * batch.tokens.shape[1] * config.llama.width * config.llama.vocab_size  # the head
     shares = _trainable_shares(params, trainable)

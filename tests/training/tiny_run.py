@@ -17,7 +17,8 @@ import numpy as np
 
 from meteor_jax.config import build
 from meteor_jax.data.pipeline import DataConfig
-from meteor_jax.models.meteor import Forward, HiddenStates, MeteorConfig
+from meteor_jax.models.meteor import MeteorConfig
+from meteor_jax.models.outputs import Forward, HiddenStates
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.experiment import Experiment, TrainConfig
 from meteor_jax.training.loop import train
