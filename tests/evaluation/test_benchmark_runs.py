@@ -13,7 +13,7 @@ from meteor_jax.evaluation.benchmarks.folders import FOLDERS
 from meteor_jax.evaluation.benchmarks.rows import BENCHMARKS
 from meteor_jax.evaluation.benchmarks.scoring import SUBMISSION
 from meteor_jax.evaluation.runner import evaluate_checkpoint
-from meteor_jax.inference.generate import generate
+from meteor_jax.inference.generate import start
 from meteor_jax.training.experiment import load_experiment
 from tests.evaluation import random_model
 from tests.evaluation.benchmark_fixtures import ROWS, write_folder
@@ -33,12 +33,12 @@ def done(tmp_path_factory):
         "images_per_batch": 4, "questions_per_batch": 8, "group_images": 16,
     }
     experiment = load_experiment(values)
-    before = generate._cache_size()
+    before = start._cache_size()
     rows = evaluate_checkpoint(
         experiment, make_params(experiment), workdir=workdir, tasks=IN_FIXTURE, plans=("full",),
         display="quiet",
     )
-    return workdir, rows, generate._cache_size() - before
+    return workdir, rows, start._cache_size() - before
 
 
 def test_every_task_has_a_row_or_a_submission(done):

@@ -16,7 +16,7 @@ from meteor_jax.evaluation.config import check_request, eval_config
 from meteor_jax.evaluation.layout import param_shapes
 from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.evaluation.tasks import open_task_source
-from meteor_jax.inference.generate import generate
+from meteor_jax.inference.generate import start
 from meteor_jax.parallel import MeshConfig, make_mesh
 from meteor_jax.training.experiment import load_experiment
 from tests.evaluation.random_model import config, make_params, png
@@ -61,11 +61,11 @@ def params(experiment):
 @pytest.fixture(scope="module")
 def done(experiment, params, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    before = encode_images._cache_size(), generate._cache_size()
+    before = encode_images._cache_size(), start._cache_size()
     rows = evaluate_checkpoint(
         experiment, params, workdir=workdir, plans=("full", "cut"), display="quiet"
     )
-    compiled = encode_images._cache_size() - before[0], generate._cache_size() - before[1]
+    compiled = encode_images._cache_size() - before[0], start._cache_size() - before[1]
     return workdir, rows, compiled
 
 
@@ -180,12 +180,12 @@ def test_a_plan_that_does_not_fit_ends_it_before_any_is_run(
 
 def test_a_second_evaluation_asks_nothing(done, experiment, params):
     workdir, rows, _ = done
-    before = predictions(workdir, "cut"), generate._cache_size()
+    before = predictions(workdir, "cut"), start._cache_size()
     again = evaluate_checkpoint(
         experiment, params, workdir=workdir, plans=("full", "cut"), display="quiet"
     )
     assert again == rows
-    assert (predictions(workdir, "cut"), generate._cache_size()) == before
+    assert (predictions(workdir, "cut"), start._cache_size()) == before
 
 
 def test_answers_and_scores_of_another_checkpoint_stay(data_dir, params, tmp_path):
