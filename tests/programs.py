@@ -33,9 +33,9 @@ def saved_bytes(function: Any, *args: Any) -> int:
 
 
 def differentiates_forward(function: Any, *args: Any) -> bool:
-    """Whether `jax.jvp` traces; what it raises of a custom VJP is a TypeError."""
+    """Whether `jax.jvp` can be compiled; what it raises of a custom VJP is a TypeError."""
     try:
-        jax.make_jaxpr(lambda *args: jax.jvp(function, args, args))(*args)
+        jax.jit(lambda *args: jax.jvp(function, args, args)).lower(*args)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
