@@ -30,7 +30,7 @@ def test_every_plan_of_every_run_stands_against_the_first_full(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
     lines = across_runs(runs).splitlines()
     assert lines[0] == "## Against a/full"
-    assert "| a/full | 16.0 | 75.0 | 75.0 | – | – | – |" in lines
+    assert "| a/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in lines
     (meteor,) = [line for line in lines if line.startswith("| b/meteor")]
     assert "| +0.0 |" in meteor and meteor.endswith("| 8 |")
     assert not any("majority" in line for line in lines)
@@ -44,7 +44,7 @@ def test_without_predictions_or_a_second_run_there_is_nothing_to_say(tmp_path):
     assert across_runs(read_runs([whole])) == ""
     assert across_runs(read_runs([bare, whole])) == ""
     text = across_runs(read_runs([whole, bare]))
-    assert "| bare/full | 16.0 | 75.0 | 75.0 | – | – | – |" in text
+    assert "| bare/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in text
 
 
 def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):

@@ -37,7 +37,7 @@ PLAN = PrunePlan(name="meteor", decode=DecodePlan(layers=(1, 3), keep=(6, 4)))
 def result(plan, right, **fields):
     answers = tuple(
         Answer("yes" if good else "no", float(good), kept=(4 + i, 2 + i) if fields else (),
-               prompt_tokens=9)
+               computed=(10.0, 8.0) if fields else (), prompt_tokens=9, prompt_length=16)
         for i, good in enumerate(right)
     )
     return PlanResult(plan, answers, visual_tokens_fused=16, depth=4, seconds=0.002, **fields)
@@ -87,9 +87,9 @@ def test_a_whole_run_gives_every_section(whole):
         "How this was measured",
     ]
     lines = text.splitlines()
-    assert any(line.startswith("| meteor | 9.1 | 0.2 | 2.00 | **75.0** |") for line in lines)
+    assert any(line.startswith("| meteor | 9.1 | 11.0 | 0.2 | 2.00 | **75.0** |") for line in lines)
     assert "paper, full-size, other data" in text
-    assert any(line.startswith("| METEOR (paper) | 242 | 24 % | 13.42 | 51 % |") for line in lines)
+    assert any(line.startswith("| METEOR (paper) | 242 | – | 24 % | 13.42 | 51 % |") for line in lines)
     assert "1 were right with full only, 1 with meteor only" in text
     assert "### Right: how many" in text and "### Wrong: how many" in text
     for name in re.findall(r"\]\(([^)]+)\)", text):
