@@ -150,6 +150,7 @@ class Run:
                 logging.warning("%s", line)
 
     def _plans(self, names: Sequence[str], calibration: Calibration) -> tuple[PrunePlan, ...]:
+        names = tuple(dict.fromkeys(names))  # a stage may name a plan again, to train it more often
         return resolve_plans(names, library=self.experiment.plans, calibration=calibration)
 
     def evaluate(self, params: Any, *, step: int, final: bool) -> dict[str, float]:
@@ -166,7 +167,7 @@ class Run:
         train_config, path = self.experiment.train, self.workdir / CALIBRATION_FILE
         plans = eval_config(self.experiment).plans
         if not final:
-            plans = train_config.stage_at(step).config.plans
+            plans = tuple(dict.fromkeys(train_config.stage_at(step).config.plans))
         calibration = Calibration.load(path)
         to_measure = self._plans(plans, calibration)
         if needs_measuring(to_measure, calibration):

@@ -75,7 +75,7 @@ def test_tokens_are_counted_as_measured(experiment, rows):
     assert full["tokens"] == 16  # one grid of 4 × 4 for all encoders
     # λ is set on these rows, so that on average a cut keeps what the plan says.
     assert meteor["tokens"] == pytest.approx((20 + 10) / 2, abs=0.5)
-    whole = count_cost(experiment.model, parse_plan("full"), text_tokens=6)
+    whole = count_cost(experiment.model, parse_plan("full"), text_tokens=7)  # and its mark
     assert full["tflops"] == pytest.approx(whole.total_flops / 1e12)
 
 
