@@ -30,6 +30,7 @@ Kernel = Literal["auto", "xla", "cudnn", "splash"]
 
 MASKED = -1e30  # a score that softmax turns into exactly 0 in float32, without NaN in empty rows
 CPU_CHUNK = 256  # query rows of one attention map that stays in a CPU's cache
+CAUSAL_CHUNK = 128  # query rows of one causal map on a CPU: fewer compute less that nobody may see
 QUERY_CHUNK = 256  # query rows of one attention map that `attention_received` holds at a time
 
 _AUTO: contextvars.ContextVar[Kernel] = contextvars.ContextVar("attention_kernel", default="auto")
@@ -116,13 +117,12 @@ def _attend_xla(
     if mask is not None:
         bias = bias + jnp.where(mask[:, None, None], 0.0, MASKED)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    in_chunks = num_queries > CPU_CHUNK and mask is None
     if target_platform() != "cpu":
         weights = jax.nn.softmax(_scores(q, k) + bias, axis=-1)
         out = _values(weights.astype(v.dtype), v).astype(v.dtype)
-    elif in_chunks and not causal:
+    elif mask is None and not causal and num_queries > CPU_CHUNK:
         out = _in_chunks(q, k, v, bias)
-    elif in_chunks and num_queries == k.shape[2]:
+    elif mask is None and causal and CAUSAL_CHUNK < num_queries == k.shape[2]:
         out = _causal_in_chunks(q, k, v, bias)
     else:
         out = _weighted_values(q, k, v, bias)
@@ -132,8 +132,8 @@ def _attend_xla(
 def _causal_in_chunks(q: Array, k: Array, v: Array, bias: Array) -> Array:
     """`_weighted_values` a chunk of queries at a time, over the keys that these can see alone."""
     chunks = []
-    for start in range(0, q.shape[3], CPU_CHUNK):
-        stop = min(start + CPU_CHUNK, q.shape[3])
+    for start in range(0, q.shape[3], CAUSAL_CHUNK):
+        stop = min(start + CAUSAL_CHUNK, q.shape[3])
         chunks.append(
             _weighted_values(
                 q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :], bias[start:stop, :stop]

@@ -16,13 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.models.layers import (
-    Stack,
-    StackOutput,
-    constrain,
-    dense,
-    gated_silu,
-)
+from meteor_jax.models.layers import Stack, StackOutput, constrain, dense, gated_silu
 from meteor_jax.models.remat import save_as
 from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
@@ -197,9 +191,13 @@ class Eva02(nn.Module):
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
-        A cut keeps equally many tokens in every window, and kept tokens turn by their original
-        places. Attention received counts inside the windows where the segment's last block has
-        them (our reading: METEOR does not speak of windows).
+        How cuts meet windows is our reading, METEOR speaks of thirds of the blocks and not of
+        windows: a cut keeps equally many tokens in every window, and kept tokens turn by their
+        original places. No segment ends inside a period, so that each segment is one scan over
+        periods: the thirds of 24 blocks, 8, 16 and 24, become 9, 15 and 24. Every segment then ends
+        with a global block, so the attention that a token receives is that from the whole grid.
+        An encoder of fewer periods than segments ends them anywhere, and attention received counts
+        inside the windows where the segment's last block has them.
 
         Shapes:
             images: float[I, H, W, 3], H = W.

@@ -32,7 +32,7 @@ class LlamaConfig:
             token, that `tensor` can divide them. They take part in nothing, and conversion and
             export leave them out.
         init_std: of the normal distribution that every matrix starts from.
-        remat: "none", or a name in `jax.checkpoint_policies`.
+        remat: see `Stack`.
     """
 
     depth: int = 32
@@ -109,19 +109,6 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     return rotated.astype(x.dtype)
 
 
-def _to_rows(
-    q: Array, k: Array, v: Array, layout: RaggedLayout
-) -> tuple[Array, Array, Array]:
-    """Rows [B, L, heads, d] of buffers [G, F, heads, d]: one gather, by kv heads, so that a mesh
-    that splits these splits it."""
-    dim, groups = k.shape[-1], q.shape[2] // k.shape[2]
-    q = q.reshape(*k.shape[:-1], groups * dim)
-    rows = layout.to_rows(jnp.concatenate([q, k, v], axis=-1))
-    q, k, v = jnp.split(rows, (groups * dim, (groups + 1) * dim), axis=-1)
-    q = q.reshape(*k.shape[:2], -1, dim)
-    return tuple(constrain(array, "bthd") for array in (q, k, v))
-
-
 class LlamaBlock(nn.Module):
     """One layer: pre-norm attention and SwiGLU. Returns (x, (k, v)) with the keys rotated."""
 
@@ -159,8 +146,8 @@ class LlamaBlock(nn.Module):
         hidden = self.attention_norm(x)
         q, k = self._query_key(hidden, tables)
         v = constrain(self._heads(self.value(hidden)), "bthd")
-        if layout is not None:
-            q, k, v = _to_rows(q, k, v, layout)
+        if layout is not None:  # one gather each: XLA's CPU backend is slow to gather what it joins
+            q, k, v = (constrain(layout.to_rows(array), "bthd") for array in (q, k, v))
         if cache:
             attended = attend_cached(q, k, v, cache)
         else:

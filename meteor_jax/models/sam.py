@@ -229,6 +229,8 @@ class Sam(nn.Module):
         mean of the attention that the four receive (inside the windows where the segment's last
         block has them); a window's quota is in proportion to the real tokens it holds; and the
         zeros that fill the edge windows of the whole grid are gone after the first real cut.
+        Segments are thirds of the blocks, wherever the global ones lie: in whole periods, of which
+        there are four, they would end at 6, 18 and 24.
 
         Shapes:
             images: float[I, H, W, 3], H = W.

@@ -2,12 +2,12 @@
 
     python -m meteor_jax.tools.bench_cuts
 
-Random weights, and K drawn evenly between half and one and a half of its mean, since noise looks at
-every image alike. "fixed" computes the mean for every row, "adaptive" packs the rows into the
-smallest static total that holds them (`prefill.run_rows`), the totals measured as `calibrate` does,
-"padded" pads every row to the longest there may be. All in turns, so that a slow moment of the
-machine falls on all; compile time stands apart; medians over --repeats of all batches, with the
-fastest and the slowest.
+Random weights, and K spread evenly between half and one and a half of its mean, which is every
+batch's, since noise looks at every image alike. "fixed" computes the mean for every row, "adaptive"
+packs the rows into the smallest static total that holds them (`prefill.run_rows`), the totals
+measured as `calibrate` does, "padded" pads every row to the longest there may be. All in turns, so
+that a slow moment of the machine falls on all; compile time stands apart; medians over --repeats of
+all batches, with the fastest and the slowest.
 
 Below, what a whole prefill needs beside its arguments and results: the compiler's temporaries,
 unpruned and with three cuts.
@@ -83,8 +83,8 @@ def bench_rows(
     decoder: Decoder, *, mean: int, start: int, batch: int, repeats: int
 ) -> list[Timing]:
     """Times the layers from `start` on over batches of rows of `mean` visual tokens on average."""
-    kept = draw_kept(mean)
-    batches = kept.reshape(-1, batch)
+    batches = spread_kept(mean, batch=batch)
+    kept = np.random.default_rng(0).permutation(batches.ravel())
     high = min(round(1.5 * mean), decoder.num_visual)
     plan = DecodePlan(
         layers=(start,), keep=(mean,),
@@ -128,10 +128,12 @@ def bench_rows(
     ]
 
 
-def draw_kept(mean: int) -> np.ndarray:
-    """int[NUM_ROWS] between 0.5 and 1.5 times `mean`, which is their mean, in no order."""
-    kept = np.round(np.linspace(0.5 * mean, 1.5 * mean, NUM_ROWS)).astype(np.int32)
-    return np.random.default_rng(0).permutation(kept)
+def spread_kept(mean: int, *, batch: int) -> np.ndarray:
+    """int[NUM_ROWS / batch, batch] between 0.5 and 1.5 times `mean`, which is each batch's mean if
+    `batch` is even."""
+    kept = np.linspace(0.5 * mean, 1.5 * mean, NUM_ROWS).reshape(batch, -1)
+    kept[1::2] = kept[1::2, ::-1]  # dealt there and back, so that no batch gets the larger ones
+    return np.round(kept.T).astype(np.int32)
 
 
 def _lengths(kept: np.ndarray, name: str, mean: int) -> np.ndarray:

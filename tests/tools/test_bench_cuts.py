@@ -4,7 +4,7 @@ business."""
 import pytest
 
 from meteor_jax.models.llama import LlamaConfig
-from meteor_jax.tools.bench_cuts import Decoder, bench_rows, draw_kept, temporaries, three_cuts
+from meteor_jax.tools.bench_cuts import Decoder, bench_rows, spread_kept, temporaries, three_cuts
 
 CONFIG = LlamaConfig(
     depth=4, width=64, num_heads=2, num_kv_heads=2, mlp_dim=96, vocab_size=50, init_std=0.3
@@ -14,7 +14,7 @@ CONFIG = LlamaConfig(
 def test_rows_of_unequal_length_compute_about_their_mean():
     decoder = Decoder.make(CONFIG, num_visual=64, num_text=6)
     timings = {t.name: t for t in bench_rows(decoder, mean=24, start=2, batch=8, repeats=1)}
-    assert draw_kept(24).mean() == pytest.approx(24, abs=0.5)
+    assert spread_kept(24, batch=8).mean(1) == pytest.approx(24, abs=0.5)
     assert timings["fixed"].computed == 24 and timings["padded"].computed == 36
     assert 24 <= timings["adaptive"].computed < 1.15 * 24
     assert all(timing.median_s > 0 and timing.compile_s > 0 for timing in timings.values())

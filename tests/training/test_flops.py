@@ -63,7 +63,7 @@ def shapes(images):
 )
 def test_is_what_the_step_computes(plan, trainable, images, monkeypatch):
     """Within 3 %: the first layer of what trains needs no gradient of its inputs."""
-    monkeypatch.setattr(attention, "CPU_CHUNK", 1024)  # chunks skip keys that causality hides
+    monkeypatch.setattr(attention, "CAUSAL_CHUNK", 1024)  # chunks skip keys that causality hides
     plan = parse_plan(plan).calibrated(Calibration(ranks=RANKS)).for_training()
     stage = StageConfig(steps=1, trainable=trainable)
     model, batch, optimizer = Meteor(CONFIG), shapes(images), make_optimizer(stage)
