@@ -175,6 +175,7 @@ class Run:
             calibration = calibrate_plans(
                 self.model, params, batch=self.calibration_batch(), calibration=calibration,
                 plans=to_measure,
+                questions_per_batch=eval_config(self.experiment).questions_per_batch,
             )
             if calibration.ranks != before.ranks:
                 self._warn_of_full_ranks(params, to_measure, calibration)

@@ -23,6 +23,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
         ConfigError: naming the field, what was expected and, for an unknown field, the nearest
             valid name.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected fields by name, got {values!r:.60}.")
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     built = {}

@@ -89,7 +89,6 @@ class Evaluation:
             run.result,
             visual_tokens_fused=fused_shape(self.model, self.params, plan=plan).num_tokens,
             layers=plan.decode.layers if plan.decode else (),
-            rows=self.config.sizes(lanes=self.lanes.count).questions // self.lanes.count,
             depth=self.model.config.llama.depth,
         )
         return dataclasses.replace(run, result=result)
@@ -221,6 +220,7 @@ class Evaluation:
             prompt_tokens=len(ask.tokens),
             prompt_length=ask.shape.prompt_length,
             num_images=len(ask.images),
+            rows=self.config.sizes(lanes=self.lanes.count).questions // self.lanes.count,
             non_finite=not answered.finite[row],
         )
 
@@ -237,6 +237,7 @@ def answer_of(line: Mapping[str, Any], *, question: Question) -> Answer:
         prompt_tokens=line["prompt_tokens"],
         prompt_length=line["prompt_length"],
         num_images=line["num_images"],
+        rows=line["rows"],
         non_finite=line["non_finite"],
     )
 

@@ -52,6 +52,7 @@ def prediction_line(question: Question, answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "prompt_length": answer.prompt_length,
         "num_images": answer.num_images,
+        "rows": answer.rows,
         "corrupt": answer.corrupt,
         "non_finite": answer.non_finite,
     }

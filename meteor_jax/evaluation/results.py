@@ -19,8 +19,8 @@ MAJORITY = "majority"  # no model: each task's most frequent answer
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
 # TFLOPs of a question, as it was computed: of the mean places of its text, visual tokens computed
-# after each cut, and images.
-QuestionCost = Callable[[float, tuple[float, ...], float], float]
+# after each cut, and images that it has places for; and of the rows of its batch.
+QuestionCost = Callable[[float, tuple[float, ...], float, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Answer:
             its batch's total; never fewer than it kept, on average.
         prompt_tokens: text tokens of the prompt; prompt_length: places that it was padded to.
         num_images: asked about; those for which the decoder has no room are not.
+        rows: prompts of its batch on one shard of the rows.
         corrupt: the image could not be decoded, so nothing was asked and the score is 0.
         non_finite: a logit was NaN or infinite, so the prediction means nothing.
     """
@@ -44,6 +45,7 @@ class Answer:
     prompt_tokens: int = 0
     prompt_length: int = 0
     num_images: int = 1
+    rows: int = 1
     corrupt: bool = False
     non_finite: bool = False
 
@@ -55,7 +57,6 @@ class PlanResult:
     Attributes:
         visual_tokens_fused: tokens of an image that enter the LLM.
         layers: the first layer after each cut; depth: layers of the LLM.
-        rows: prompts of a batch on one shard of its rows.
         seconds: wall time a question, everything compiled before.
     """
 
@@ -64,7 +65,6 @@ class PlanResult:
     visual_tokens_fused: int = 0
     layers: tuple[int, ...] = ()
     depth: int = 1
-    rows: int = 1
     seconds: float = 0.0
 
 
@@ -225,6 +225,38 @@ def _means(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(np.mean(values, axis=0).tolist()) if values else ()
 
 
+def _num_places(answer: Answer) -> int:
+    """Images that its row had places for: a question without one has those of one, empty."""
+    return max(answer.num_images, 1)
+
+
+def _visual_tokens(
+    after_cuts: Sequence[Sequence[float]], num_images: Sequence[int], *, result: PlanResult
+) -> float:
+    """Mean over questions and layers, of visual tokens after each cut and images before."""
+    if not after_cuts:
+        return 0.0
+    entering = dataclasses.replace(
+        result, visual_tokens_fused=float(np.mean(num_images)) * result.visual_tokens_fused
+    )
+    return layer_average(_means(after_cuts), result=entering)
+
+
+def _mean_tflops(answers: Sequence[Answer], tflops: QuestionCost) -> float:
+    """Mean over questions; those of other batch sizes, asked before, cost what they did there."""
+    by_rows: dict[int, list[Answer]] = {}
+    for answer in answers:
+        by_rows.setdefault(answer.rows, []).append(answer)
+    total = 0.0
+    for rows, alike in by_rows.items():
+        total += len(alike) * tflops(
+            float(np.mean([answer.prompt_length for answer in alike])),
+            _means([answer.computed for answer in alike]),
+            float(np.mean(list(map(_num_places, alike)))), rows,
+        )
+    return total / len(answers)
+
+
 def _make_row(
     name: str,
     questions: Sequence[Question],
@@ -237,13 +269,6 @@ def _make_row(
     scores = _unit_scores(summary)
     low, high = interval(scores) if scores else (0.0, 1.0)
     asked = [answer for answer in answers if not answer.corrupt]
-    num_images = float(np.mean([answer.num_images for answer in asked])) if asked else 0.0
-    entering = dataclasses.replace(
-        result, visual_tokens_fused=num_images * result.visual_tokens_fused
-    )
-    kept = _means([a.kept for a in asked])
-    computed = _means([a.computed for a in asked])
-    prompt_length = float(np.mean([a.prompt_length for a in asked])) if asked else 0.0
     metrics = {question.task.metric for question in questions}
     f1 = summary.parts.get("f1")
     if metrics == {"yes_no"}:
@@ -259,10 +284,14 @@ def _make_row(
         group=questions[0].task.group if name == questions[0].task.name else COMBINED,
         corrupt=sum(answer.corrupt for answer in answers),
         non_finite=sum(answer.non_finite for answer in answers),
-        visual_tokens_kept=layer_average(kept, result=entering) if asked else 0.0,
-        visual_tokens_computed=layer_average(computed, result=entering) if asked else 0.0,
+        visual_tokens_kept=_visual_tokens(
+            [a.kept for a in asked], [a.num_images for a in asked], result=result
+        ),
+        visual_tokens_computed=_visual_tokens(
+            [a.computed for a in asked], list(map(_num_places, asked)), result=result
+        ),
         visual_tokens_fused=result.visual_tokens_fused,
-        tflops=tflops(prompt_length, computed, num_images) if tflops and asked else 0.0,
+        tflops=_mean_tflops(asked, tflops) if tflops and asked else 0.0,
         seconds=result.seconds,
         f1=f1,
         parts=summary.parts,

@@ -103,8 +103,7 @@ def evaluate_checkpoint(
         runs.append(evaluation.run_blind(corrupt=corrupt, progress=progress))
     results = [run.result for run in runs] + [majority(evaluation.questions)]
     tflops = {
-        plan.name: _tflops(evaluation.model.config, plan, rows=run.result.rows)
-        for plan, run in zip(request.plans, runs, strict=False)
+        plan.name: _tflops(evaluation.model.config, plan) for plan in request.plans
     }
     rows = make_rows(evaluation.questions, results, tflops=tflops)
 
@@ -226,8 +225,10 @@ def _prepare(
     )
 
 
-def _tflops(config: MeteorConfig, plan: PrunePlan, *, rows: int) -> QuestionCost:
-    def tflops(prompt_length: float, computed: tuple[float, ...], num_images: float) -> float:
+def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
+    def tflops(
+        prompt_length: float, computed: tuple[float, ...], num_images: float, rows: int
+    ) -> float:
         cost = count_cost(
             config, plan, text_tokens=round(prompt_length), computed=computed or None,
             num_images=num_images, rows=rows,

@@ -51,18 +51,23 @@ class Budget:
 
 
 def calibrate_budget(
-    model: Meteor, params: Any, images: Array, *, questions: tuple[Questions, ...], plan: PrunePlan
+    model: Meteor, params: Any, images: Array, *, questions: tuple[Questions, ...],
+    plan: PrunePlan, num_shards: int = 1,
 ) -> Budget:
     """λ of every cut of an adaptive plan, such that the mean of K over the first question of each
     image is its `keep`, and the totals that hold the K of batches of all questions.
 
-    Cut after cut, because what a cut sees, and how many tokens reach it, depends on those before.
+    Cut after cut, because what a cut sees, and how many tokens reach it, depends on those before. A
+    cut that can drop nothing needs no λ, and has 1.
+
+    Args:
+        num_shards: over how many shards batches will be split.
 
     Shapes:
         images: uint8[I, H, W, 3].
 
     Raises:
-        ValueError: if no attention falls on the images.
+        ConfigError: if no attention falls on the images.
     """
     visual = _encode(params, images, model=model, plan=plan)
     # One total: how much room a batch is packed into changes no K, and there is less to compile.
@@ -74,7 +79,7 @@ def calibrate_budget(
         current = dataclasses.replace(plan, decode=decode)
         return fetch(_cuts(params, visual, of_image, model=model, plan=current))
 
-    for cut in range(len(decode.layers)):
+    for cut in decode.cuts_that_drop(available=visual.num_tokens):
         cuts = run(questions[0])
         available = np.full(len(cuts[0].num_kept), visual.num_tokens)
         scale = fit_scale(
@@ -92,7 +97,10 @@ def calibrate_budget(
         kept.append(tuple(row[here] for row, here in zip(counts, asked, strict=True)))
         available = min(decode.bounds(cut)[1], available)
         edges.append(
-            fit_edges(kept[-1], high=available, num_totals=plan.decode.num_totals)
+            fit_edges(
+                kept[-1], high=available, num_totals=plan.decode.num_totals,
+                num_shards=num_shards,
+            )
         )
     decode = dataclasses.replace(
         decode, edges=tuple(edges), num_totals=plan.decode.num_totals
@@ -101,12 +109,14 @@ def calibrate_budget(
 
 
 def evenness_note(
-    config: MeteorConfig, plan: PrunePlan, budget: Budget, *, rows: int, text_tokens: int
+    config: MeteorConfig, plan: PrunePlan, budget: Budget, *, rows: int, text_tokens: int,
+    num_shards: int = 1,
 ) -> str:
     """A line where K hardly differs between questions, so that a fixed budget costs less; else "".
 
     Args:
-        rows: prompts of a batch; text_tokens: places of a prompt's text.
+        rows: prompts of a shard of a batch, which has `num_shards`.
+        text_tokens: places of a prompt's text.
     """
     decode, counts = budget.decode, [np.concatenate(of_cut) for of_cut in budget.kept]
     spans = [np.percentile(count, (5, 95)) for count in counts]
@@ -117,7 +127,9 @@ def evenness_note(
     computed = []
     for cut, of_cut in enumerate(budget.kept):
         totals = decode.totals(cut, rows=rows, available=available)
-        computed.append(expected_total(of_cut, rows=rows, totals=totals))
+        computed.append(
+            expected_total(of_cut, rows=rows, totals=totals, num_shards=num_shards)
+        )
         available = min(decode.bounds(cut)[1], available)
     adaptive = count_cost(
         config, plan, text_tokens=text_tokens, computed=tuple(computed), rows=rows

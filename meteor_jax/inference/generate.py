@@ -262,8 +262,10 @@ def _trim(cache: DecodeCache, choice: int) -> DecodeCache:
 
 
 def is_sound(logits: Array) -> Array:
-    """bool[...]: no logit of float32[..., V] is NaN or +inf; −inf is a token that cannot come."""
-    return ~(jnp.isnan(logits) | jnp.isposinf(logits)).any(-1)
+    """bool[...]: no logit of float32[..., V] is NaN or +inf, nor are all −inf, each of which is a
+    token that cannot come."""
+    broken = jnp.isnan(logits) | jnp.isposinf(logits)
+    return ~broken.any(-1) & jnp.isfinite(logits).any(-1)
 
 
 def _on_every_host(x: Array) -> Array:

@@ -251,7 +251,7 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints one column a plan, one row a part."""
+    """Prints one column a plan, one row a part; an adaptive budget counts as its mean."""
     del argv
     try:
         config = FLAGS.config
@@ -269,7 +269,8 @@ def main(argv: list[str]) -> None:
     table.add_section()
     table.add_row("total", *(f"{cost.total_flops / 1e9:,.3f}" for cost in costs.values()))
     table.add_row("tokens into the LLM", *(str(c.visual_tokens_fused) for c in costs.values()))
-    table.add_row("mean over its layers", *(f"{c.visual_tokens_mean:.1f}" for c in costs.values()))
+    means = (f"{cost.visual_tokens_mean:.1f}" for cost in costs.values())
+    table.add_row("kept, mean over its layers", *means)
     Console().print(table)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from meteor_jax.config import ConfigError
+
 BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # for which edges are measured
 NUM_BATCHES = 2000  # that are drawn for each
 NUM_CANDIDATES = 60  # quantiles of their means that an edge may be
@@ -25,10 +27,10 @@ def fit_scale(
         masses: float[B]; available: int[B], the tokens of each example that reach the cut.
 
     Raises:
-        ValueError: if no attention falls on the image, so that no λ can.
+        ConfigError: if no attention falls on the image, so that no λ can.
     """
     if not masses.max() > 0:
-        raise ValueError("no text attention falls on the image; is the model trained?")
+        raise ConfigError("no text attention falls on the image; is the model trained?")
 
     def mean(scale: float) -> float:
         return float(np.minimum(np.clip(np.round(scale * masses), *low_high), available).mean())
@@ -40,7 +42,9 @@ def fit_scale(
     return float(high)
 
 
-def fit_edges(kept: Sequence[np.ndarray], *, high: int, num_totals: int) -> Edges:
+def fit_edges(
+    kept: Sequence[np.ndarray], *, high: int, num_totals: int, num_shards: int = 1
+) -> Edges:
     """`DecodePlan.edges` of one cut: what the smaller totals hold, mean over a batch's rows.
 
     Batches are drawn as evaluation makes them, the questions about an image side by side, since
@@ -51,6 +55,7 @@ def fit_edges(kept: Sequence[np.ndarray], *, high: int, num_totals: int) -> Edge
     Args:
         kept: of each image, K of its questions, int[n].
         high: the largest K that there may be.
+        num_shards: of a batch; each has so many rows, and the fullest chooses for all.
     """
     rng = np.random.default_rng(0)
     means = np.array([np.mean(of_image) for of_image in kept])
@@ -58,26 +63,31 @@ def fit_edges(kept: Sequence[np.ndarray], *, high: int, num_totals: int) -> Edge
     stream = np.concatenate(
         [kept[image] for image in rng.integers(len(kept), size=8 * NUM_BATCHES)]
     ).astype(np.float64)
+    longest = BATCH_ROWS[-1] * num_shards
+    stream = np.tile(stream, -(-longest // len(stream)))
     total = np.concatenate([[0.0], np.cumsum(stream)])
     edges = []
     for rows in BATCH_ROWS:
-        starts = rng.integers(len(stream) - rows + 1, size=NUM_BATCHES)
-        sums = total[starts + rows] - total[starts]
+        starts = rng.integers(len(stream) - rows * num_shards + 1, size=(NUM_BATCHES, 1))
+        starts = starts + rows * np.arange(num_shards)
+        sums = (total[starts + rows] - total[starts]).max(1)
         best = _best_edges(sums / rows, high=high, count=num_totals - 1)
-        margins = [error] * (len(best) - 1) + [2 * error]
         edges.append((rows, tuple(
-            round(float(min(edge + margin, high)), 2)
-            for edge, margin in zip(best, margins, strict=True)
+            round(float(min(edge + (2 if edge == best[-1] else 1) * error, high)), 2)
+            for edge in best
         )))
     return tuple(edges)
 
 
-def expected_total(kept: Sequence[np.ndarray], *, rows: int, totals: Sequence[int]) -> float:
-    """Visual tokens of an image that batches of `rows` compute on average, packed into the smallest
-    of `totals` that holds them; batches are drawn from `kept` one after the other."""
-    stream = np.concatenate(kept)
-    batches = np.resize(stream, -(-len(stream) // rows) * rows).reshape(-1, rows).sum(1)
-    index = np.searchsorted(np.asarray(totals), batches)
+def expected_total(
+    kept: Sequence[np.ndarray], *, rows: int, totals: Sequence[int], num_shards: int = 1
+) -> float:
+    """Visual tokens of an image that batches of `num_shards` × `rows` compute on average, each
+    shard packed into the smallest of `totals` that holds every one's; batches are drawn from `kept`
+    one after the other."""
+    stream, size = np.concatenate(kept), rows * num_shards
+    batches = np.resize(stream, -(-len(stream) // size) * size).reshape(-1, num_shards, rows)
+    index = np.searchsorted(np.asarray(totals), batches.sum(2).max(1))
     return float(np.asarray(totals)[np.minimum(index, len(totals) - 1)].mean() / rows)
 
 

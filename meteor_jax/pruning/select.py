@@ -76,6 +76,7 @@ def finite_scores(scores: Array) -> Array:
     XLA ranks NaN above infinity, so one overflow would be kept before everything else.
     """
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
+    scores = jnp.where(scores == 0, 0.0, scores)  # XLA's top-k ranks −0 below 0, its sort does not
     return jnp.where(jnp.isfinite(scores), scores, LOWEST)
 
 

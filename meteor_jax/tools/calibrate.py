@@ -32,6 +32,7 @@ from meteor_jax.data.sources import decode_image
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import is_main_process
 from meteor_jax.evaluation.config import eval_config, prompt_template, resolve_plans
+from meteor_jax.evaluation.lanes import Lanes
 from meteor_jax.evaluation.layout import inference_mesh
 from meteor_jax.evaluation.loading import load_params
 from meteor_jax.inference.budgets import Questions, calibrate_budget, evenness_note
@@ -111,14 +112,14 @@ def calibration_batch(
 
 def calibrate_plans(
     model: Meteor, params: Any, *, plans: Iterable[PrunePlan], batch: CalibrationBatch,
-    calibration: Calibration, rows: int = 32,
+    calibration: Calibration, questions_per_batch: int = 32,
 ) -> Calibration:
     """`calibration` with λ and totals measured for each adaptive plan among `plans`, and the ranks
-    too where one goes by ranks that nothing measured.
+    too where one goes by ranks that nothing measured. The totals are for the mesh in force.
 
-    Warns where K differs so little that a fixed budget would cost less, in batches of `rows`.
+    Warns where K differs so little that a fixed budget would cost less, in such batches.
     """
-    plans = list(plans)
+    plans, num_shards = list(plans), Lanes.in_force().count
     if any(_lacks_ranks(plan, calibration) for plan in plans):
         measured = calibrate_ranks(model, params, batch.images, plans=plans)
         ranks = measured | calibration.ranks
@@ -127,11 +128,12 @@ def calibrate_plans(
         if _is_adaptive(plan):
             budget = calibrate_budget(
                 model, params, batch.images, questions=batch.questions,
-                plan=plan.calibrated(calibration),
+                plan=plan.calibrated(calibration), num_shards=num_shards,
             )
             calibration = calibration.with_decode(plan, budget.decode)
             note = evenness_note(
-                model.config, plan.calibrated(calibration), budget, rows=rows,
+                model.config, plan.calibrated(calibration), budget,
+                rows=-(-questions_per_batch // num_shards), num_shards=num_shards,
                 text_tokens=int(batch.questions[0].text_valid.sum(1).max()),
             )
             if note and is_main_process():
@@ -185,7 +187,8 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
             ranks = calibrate_ranks(model, params, batch.images, plans=plans)
             calibration = dataclasses.replace(calibration, ranks=ranks)
         calibration = calibrate_plans(
-            model, params, plans=plans, batch=batch, calibration=calibration
+            model, params, plans=plans, batch=batch, calibration=calibration,
+            questions_per_batch=eval_config(experiment).questions_per_batch,
         )
     calibration.save(path)
     console, shapes = Console(), feature_shapes(model, params)

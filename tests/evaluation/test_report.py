@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from meteor_jax.evaluation.asking import answer_of
 from meteor_jax.evaluation.files import prediction_line
 from meteor_jax.evaluation.report import (
     choose_examples,
@@ -56,7 +57,7 @@ METEOR = result("meteor", [1, 1, 0, 0, 1, 1, 1, 1], kept=(4, 2), computed=(6.0, 
 
 @pytest.fixture
 def rows():
-    cost = {"full": lambda text, *_: text, "meteor": lambda text, computed, _: sum(computed)}
+    cost = {"full": lambda text, *_: text, "meteor": lambda text, computed, *_: sum(computed)}
     return make_rows(QUESTIONS, [FULL, METEOR, majority(QUESTIONS)], tflops=cost)
 
 
@@ -72,11 +73,34 @@ def test_questions_of_several_images_count_them_all():
         for i, answer in enumerate(METEOR.answers)
     )
     result, seen = dataclasses.replace(METEOR, answers=answers), []
-    cost = {"meteor": lambda text, kept, images: seen.append(images) or 1.0}
+    cost = {"meteor": lambda text, kept, images, rows: seen.append(images) or 1.0}
     row = find(make_rows(QUESTIONS, [result], tflops=cost), COUNT.name, "meteor")
     # A segment of one layer that 2 x 16 tokens enter, one of two with 4 and one of one with 2.
     assert row.visual_tokens_kept == (2 * 16 + 2 * 4 + 2) / 4
     assert seen[0] == 2.0
+
+
+def test_a_question_without_an_image_computes_the_places_of_one():
+    answers = tuple(dataclasses.replace(answer, num_images=0, kept=(0, 0)) for answer in
+                    METEOR.answers)
+    result, seen = dataclasses.replace(METEOR, answers=answers), []
+    cost = {"meteor": lambda text, kept, images, rows: seen.append(images) or 1.0}
+    row = find(make_rows(QUESTIONS, [result], tflops=cost), COUNT.name, "meteor")
+    assert row.visual_tokens_kept == 0 and seen[0] == 1
+    assert row.visual_tokens_computed == (1 * 16 + 2 * 6 + 1 * 3.5) / 4
+
+
+def test_answers_of_another_batch_size_cost_what_they_did_there():
+    answers = tuple(
+        dataclasses.replace(answer, rows=1 if i < 2 else 32, computed=(4.0 if i < 2 else 6.0, 2.0))
+        for i, answer in enumerate(METEOR.answers)
+    )
+    cost = {"meteor": lambda text, computed, images, rows: 100 * rows + computed[0]}
+    result = dataclasses.replace(METEOR, answers=answers)
+    row = find(make_rows(QUESTIONS, [result], tflops=cost), "reading_all", "meteor")
+    assert row.tflops == pytest.approx((2 * 104 + 6 * 3206) / 8)
+    line = json.loads(json.dumps(prediction_line(QUESTIONS[0], answers[0])))
+    assert answer_of(line, question=QUESTIONS[0]) == answers[0]
 
 
 def test_rows_by_hand(rows):

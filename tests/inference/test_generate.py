@@ -82,8 +82,9 @@ def test_a_row_whose_logits_are_not_finite_is_flagged_and_disturbs_no_other():
 
 
 def test_a_token_that_cannot_come_is_no_fault():
-    logits = jnp.array([[0.0, -jnp.inf], [jnp.nan, 0.0], [jnp.inf, 0.0]])
-    np.testing.assert_array_equal(is_sound(logits), [True, False, False])
+    inf = jnp.inf
+    logits = jnp.array([[0.0, -inf], [jnp.nan, 0.0], [inf, 0.0], [-inf, -inf]])
+    np.testing.assert_array_equal(is_sound(logits), [True, False, False, False])
 
 
 def test_the_cache_is_cut_to_what_the_longest_row_keeps():

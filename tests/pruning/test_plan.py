@@ -112,6 +112,9 @@ def test_a_cut_that_can_drop_nothing_is_none():
 def test_a_calibration_survives_its_file(tmp_path):
     path = tmp_path / "calibration.json"
     assert Calibration.load(path) == Calibration()
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="expected fields by name, got \\[1\\]"):
+        Calibration.load(path)
     edges = (((1, (11.5, 20.0)), (8, (10.5,))),) * 3
     calibration = dataclasses.replace(
         tiny.RANKS, scales={"meteor": (1.5, 2.0, 3.0)}, edges={"meteor": edges}

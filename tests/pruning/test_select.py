@@ -25,6 +25,14 @@ def test_of_equal_scores_the_earlier_stays():
     np.testing.assert_array_equal(keep_topk(jnp.zeros((1, 5)), keep=2).idx, [[0, 1]])
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_both_zeros_are_equal(devices):
+    scores = jnp.asarray([[-0.0, 0.0, -0.0, -1.0]])
+    with jax.set_mesh(make_mesh(MeshConfig(), devices=jax.devices()[:devices])):
+        kept = jax.jit(lambda scores: keep_topk(scores, keep=2).idx)(scores)
+    np.testing.assert_array_equal(kept, [[0, 1]])
+
+
 def test_an_invalid_entry_never_comes_before_a_valid_one():
     scores = jnp.asarray([[-jnp.inf, 9.0, -5.0, 8.0]])
     valid = jnp.asarray([[True, False, True, False]])

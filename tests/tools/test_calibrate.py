@@ -14,7 +14,6 @@ from meteor_jax.data.tokenizers import ByteTokenizer
 from meteor_jax.inference.budgets import Questions, calibrate_budget
 from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.budgets import fit_scale
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.tools.calibrate import (
     CalibrationBatch,
@@ -35,25 +34,6 @@ def batch():
     return CalibrationBatch(rows.images[:, 0], (first, second))
 
 
-def test_the_mean_of_k_meets_the_target():
-    masses = np.random.default_rng(0).uniform(0.2, 1.0, 500)
-    many = np.full(500, 100)
-    scale = fit_scale(masses, low_high=(10, 60), target=30, available=many)
-    kept = np.clip(np.round(scale * masses), 10, 60)
-    assert abs(kept.mean() - 30) < 0.1 and kept.std() > 3
-    with pytest.raises(ValueError, match="no text attention"):
-        fit_scale(np.zeros(4), low_high=(1, 2), target=1, available=np.full(4, 9))
-
-
-def test_the_mean_of_k_meets_the_target_where_fewer_tokens_reach_the_cut():
-    masses = np.random.default_rng(0).uniform(0.2, 1.0, 500)
-    few = np.full(500, 35)
-    scale = fit_scale(masses, low_high=(10, 60), target=30, available=few)
-    kept = np.clip(np.round(scale * masses), 10, 60)
-    assert abs(np.minimum(kept, few).mean() - 30) < 0.1
-    assert kept.mean() > 32  # what would have been enough without the limit keeps too few
-
-
 @pytest.mark.long
 def test_each_cut_of_a_plan_keeps_its_mean():
     plan = tiny.plan(tiny.METEOR)
@@ -70,6 +50,22 @@ def test_each_cut_of_a_plan_keeps_its_mean():
     for of_cut, edges in zip(budget.kept, budget.decode.edges, strict=True):
         assert [len(of_image) for of_image in of_cut] == [2, 2, 1, 2]  # those that were asked
         assert max(np.concatenate(of_cut)) <= dict(edges)[1][-1] <= plan.decode.bounds(0)[1]
+
+
+@pytest.mark.long
+def test_a_cut_that_can_drop_nothing_needs_no_scale():
+    plan, asked = tiny.plan(tiny.METEOR), batch()
+    fused = tiny.encode(tiny.params(), asked.images[:, None], plan=plan).tokens.num_tokens
+    decode = dataclasses.replace(
+        plan.decode, layers=(1, 2), keep=(fused, fused // 2), limits=(1.0, 1.5), scale=()
+    )
+    budget = calibrate_budget(
+        tiny.MODEL, tiny.params(), asked.images, questions=asked.questions,
+        plan=dataclasses.replace(plan, decode=decode),
+    )
+    assert budget.decode.scale[0] == 1.0 and budget.decode.scale[1] > 0
+    assert (np.concatenate(budget.kept[0]) == fused).all()
+    assert np.concatenate(budget.kept[1]).min() >= fused // 2
 
 
 def test_what_cannot_be_read_or_does_not_fit_is_passed_over():
