@@ -14,7 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from meteor_jax.checkpoint import CheckpointError
-from meteor_jax.distributed import define_process_flags, ending_together, start_from_flags
+from meteor_jax.distributed import abort_all_on_error, define_process_flags, start_from_flags
 from meteor_jax.evaluation.config import check_request
 from meteor_jax.evaluation.layout import inference_mesh
 from meteor_jax.evaluation.loading import load_params, read_experiment, source_folder
@@ -85,7 +85,7 @@ def evaluate() -> None:
     }
     check_request(experiment, source_dir=folder, **request)
     mesh = inference_mesh(experiment)
-    with jax.set_mesh(mesh), ending_together():
+    with jax.set_mesh(mesh), abort_all_on_error():
         params, step = load_params(
             experiment, folder, mesh=mesh, step=STEP.value, init_from=init_from
         )

@@ -24,7 +24,7 @@ from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.distributed import (
-    RowShard,
+    DataShard,
     define_process_flags,
     is_main_process,
     main_process_first,
@@ -47,10 +47,10 @@ from meteor_jax.tools.calibrate import (
     needs_measuring,
 )
 from meteor_jax.training.experiment import Experiment, Stage, load_experiment, parse_flags
+from meteor_jax.training.init import placeholder_ranks
 from meteor_jax.training.loop import train
 from meteor_jax.training.metrics import TrainingFailed
 from meteor_jax.training.profiling import parse_range
-from meteor_jax.training.starting import any_ranks
 from meteor_jax.types import Batch
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
@@ -81,7 +81,7 @@ class Run:
         experiment = self.experiment
         for stage in experiment.train.stages():
             try:
-                self.open_data(stage, first_batch=0, shard=RowShard())
+                self.open_data(stage, first_batch=0, shard=DataShard())
             except ValueError as error:
                 raise ConfigError(f"train.{stage.name}: {error}") from error
         shapes = param_shapes(experiment, mesh=make_mesh(experiment.train.mesh))
@@ -94,7 +94,7 @@ class Run:
             }
         for where, names in asked.items():
             plans = self._plans(names, Calibration())
-            for plan in self._plans(names, any_ranks(experiment.model, plans=plans)):
+            for plan in self._plans(names, placeholder_ranks(experiment.model, plans=plans)):
                 try:
                     check_fits(self.model, shapes, plan=plan)
                 except ValueError as error:
@@ -105,7 +105,7 @@ class Run:
         if "calibrate_ranks" in before or needs_measuring(plans, nothing):
             self.calibration_batch()
 
-    def open_data(self, stage: Stage, *, first_batch: int, shard: RowShard) -> Iterator[Batch]:
+    def open_data(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]:
         rows = self._rows(stage, shard)
         # What is held out stays the same from seed to seed.
         rows["config"] = dataclasses.replace(
@@ -113,11 +113,11 @@ class Run:
         )
         return pipeline.make_train_iterator(start_batch=first_batch, **rows)
 
-    def open_held_out(self, stage: Stage, *, shard: RowShard) -> Sequence[Batch]:
+    def open_held_out(self, stage: Stage, *, shard: DataShard) -> Sequence[Batch]:
         batches = pipeline.make_held_out_batches(**self._rows(stage, shard))
         return batches[: self.experiment.train.held_out_batches]
 
-    def _rows(self, stage: Stage, shard: RowShard) -> dict[str, Any]:
+    def _rows(self, stage: Stage, shard: DataShard) -> dict[str, Any]:
         config, data = stage.config, self.experiment.data
         if config.text_length:
             data = dataclasses.replace(data, text_length=config.text_length)
@@ -175,7 +175,7 @@ class Run:
             calibration = calibrate_plans(
                 self.model, params, batch=self.calibration_batch(), calibration=calibration,
                 plans=to_measure,
-                questions_per_batch=eval_config(self.experiment).questions_per_batch,
+                batch_size=eval_config(self.experiment).batch_size,
             )
             if calibration.ranks != before.ranks:
                 self._warn_of_full_ranks(params, to_measure, calibration)
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> int:
         experiment, workdir = load_experiment(CONFIG.value), Path(WORKDIR.value)
         profile = parse_range(PROFILE.value) if PROFILE.value else range(0)
         check_request(experiment, source_dir=workdir)
-        start_from_flags(notices=True)
+        start_from_flags(enable_preemption=True)
         inherit = [
             Path(source) / TOKENIZER_FOLDER
             for source in experiment.init_from if "llama" in parts_in(source)

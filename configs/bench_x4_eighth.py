@@ -60,7 +60,7 @@ def get_config(divisor: str = "8") -> ConfigDict:
     config.plans = {
         "meteor": f"meteor(encode=(4000, 2000, 1193), encode.ranks={ranks}, fuse=576, "
         f"layers=({quarter}, {2 * quarter}, {3 * quarter}), keep=(256, 104, 32), "
-        f"decode.heads={max(1, 8 // by)}, positions=compact)",
+        f"decode.heads={max(1, 8 // by)}, positions=contiguous)",
         "random": f"random(keep={BUDGET})",
         # Two layers of all 1,024 tokens, then 190: on average 242.
         "fastv": "fastv(layer=2, keep=190)",

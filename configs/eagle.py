@@ -46,7 +46,7 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
     if is_meteor:
         # All tokens together have more places than the decoder has rotary positions, so those
         # that stay are numbered through; "full" does not fit this form.
-        stages = f"encode={KEEP_IN_ENCODERS[vision]}, {stages}, positions=compact"
+        stages = f"encode={KEEP_IN_ENCODERS[vision]}, {stages}, positions=contiguous"
 
     config = ConfigDict()
     config.model = dataclasses.asdict(model)
@@ -55,9 +55,12 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
     config.data = {
         "sources": (CAPTIONS, CONVERSATIONS), "kinds": ("caption", "questions"),
         "held_out": HELD_OUT, "image_size": model.image_size, "text_length": 1024,
-        "tokenizer": f"{decoder}/tokenizer", "num_workers": 4, "prefetch": 2, "kept_records": 0,
+        "tokenizer": f"{decoder}/tokenizer", "num_workers": 4, "prefetch": 2,
+        "record_cache_size": 0,
     }
-    stage = {"warmup": 0.03, "adam_b2": 0.999, "plans": ("meteor",) if is_meteor else ("full",)}
+    stage = {
+        "warmup_ratio": 0.03, "adam_b2": 0.999, "plans": ("meteor",) if is_meteor else ("full",)
+    }
     config.train = {
         "pretrain": stage | _one_epoch(CAPTIONS)
         | {

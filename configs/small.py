@@ -54,8 +54,8 @@ def get_config() -> ConfigDict:
         "text_length": 112, "questions_per_image": 8, "tokenizer": "bpe:384",
     }
     stage = {
-        "batch_size": 16, "learning_rate": 1e-3, "warmup": 0.03, "weight_decay": 0.01,
-        "learning_rates_by_path": ((f"^({'|'.join(config.model.encoders)})/", 0.3),),
+        "batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.03, "weight_decay": 0.01,
+        "lr_multipliers": ((f"^({'|'.join(config.model.encoders)})/", 0.3),),
     }
     config.init_from = tuple(f"runs/small_encoders/{name}" for name in config.model.encoders)
     # Steps with the tokens of the best reader alone take less than half of the time, and what they
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     }
     config.plans = {
         # Cuts late in the decoder: before layer 2 the text's attention chooses worse than chance
-        # here, from layer 4 on a cut of half costs next to nothing (tools.cut_layers).
+        # here, from layer 4 on a cut of half costs next to nothing (tools.sweep_prune_layers).
         "meteor": "meteor(encode=(140, 110, 172), fuse=100, layers=(4, 5), keep=(64, 40), "
         "fuse.similarity=abs_cosine, decode.heads=0)",
         "meteor_uniform_ranks": "meteor(encode.assignment=uniform)",
@@ -101,6 +101,6 @@ def get_config() -> ConfigDict:
         "convnext_alone": "only(encoders=('convnext',))",
     }
     config.eval = dataclasses.asdict(
-        EvalConfig(plans=("full",), max_new_tokens=16, images_per_batch=32, questions_per_batch=64)
+        EvalConfig(plans=("full",), max_new_tokens=16, encode_batch_size=32, batch_size=64)
     )
     return complete(config)

@@ -43,14 +43,14 @@ def get_config() -> ConfigDict:
         "sources": ("easy-vqa",), "image_size": 64, "text_length": 104, "questions_per_image": 8,
         "tokenizer": "bpe:384", "turns": "apart",
     }
-    stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup": 0.05, "weight_decay": 0.01}
+    stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.05, "weight_decay": 0.01}
     config.train = {
         "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 16,
                              "steps": 400},
         "finetune": stage
         | {
             "kind": "questions", "template": "qa", "steps": 650, "plans": ("full", "meteor"),
-            "restart": ("^llama/", "^projector"), "before": "calibrate_ranks",
+            "reinit": ("^llama/", "^projector"), "before": "calibrate_ranks",
         },
         "log_every": 10,
         "checkpoint_every": 500,

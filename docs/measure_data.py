@@ -48,7 +48,7 @@ def read(folder: Path) -> None:
     for workers in (0, 2):
         config = DataConfig(
             sources=(f"llava:{NAME}",), image_size=1024, text_length=2048, num_workers=workers,
-            prefetch=2, kept_records=0, template="vicuna_v1", data_dir=str(folder / "data"),
+            prefetch=2, record_cache_size=0, template="vicuna_v1", data_dir=str(folder / "data"),
         )
         batches = make_train_iterator(
             config, tokenizer=ByteTokenizer(), kind="questions", batch_size=BATCH_SIZE,

@@ -29,7 +29,7 @@ from meteor_jax.parallel import BATCH_AXES
 HEARTBEAT_SECONDS = 100  # a process that was not heard of for so long counts as lost
 START_SECONDS = 300
 WAIT_SECONDS = 12 * 60 * 60  # while process 0 may build data sets
-ABANDONED = 3  # exit code of a process that cannot go on without the others
+EXIT_PEER_LOST = 3  # exit code of a process that cannot go on without the others
 _BARRIERS = itertools.count()  # all processes pass the same barriers in the same order
 
 
@@ -46,12 +46,13 @@ def define_process_flags() -> None:
     )
 
 
-def start_from_flags(*, notices: bool = False) -> None:
+def start_from_flags(*, enable_preemption: bool = False) -> None:
     """`start_processes` as the flags say."""
     values = flags.FLAGS
     start_processes(
         coordinator=values.coordinator, num_processes=values.num_processes,
-        process_id=values.process_id, heartbeat_seconds=values.heartbeat_seconds, notices=notices,
+        process_id=values.process_id, heartbeat_seconds=values.heartbeat_seconds,
+        enable_preemption=enable_preemption,
     )
 
 
@@ -61,7 +62,7 @@ def start_processes(
     num_processes: int | None = None,
     process_id: int | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
-    notices: bool = False,
+    enable_preemption: bool = False,
 ) -> None:
     """Joins this process to the others of its run, before anything else that touches a device.
 
@@ -71,8 +72,8 @@ def start_processes(
     Args:
         coordinator: "host:port" of process 0; the port must be free there.
         heartbeat_seconds: after so long without a sign of life from one process, all end.
-        notices: keep SIGTERM for `training.signals`, which lets all processes stop at the same
-            step, instead of ending at once.
+        enable_preemption: keep SIGTERM for `training.signals`, which lets all processes stop at
+            the same step, instead of ending at once.
 
     Raises:
         ConfigError: one line, if the arguments do not fit together or the others are not found.
@@ -90,7 +91,7 @@ def start_processes(
         raise ConfigError(f"--process_id={process_id}: expected 0 to {num_processes - 1}.")
     if not missing and not coordinator.rpartition(":")[2].isdigit():
         raise ConfigError(f"--coordinator={coordinator}: expected host:port.")
-    jax.config.update("jax_enable_preemption_service", notices)
+    jax.config.update("jax_enable_preemption_service", enable_preemption)
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=START_SECONDS,
@@ -117,7 +118,7 @@ def wait_for_processes(name: str) -> None:
     )
 
 
-def fetch(tree: Any) -> Any:
+def allgather_to_host(tree: Any) -> Any:
     """`jax.device_get` of arrays that may lie with several processes, who all call this."""
 
     def whole(array: Any) -> Any:
@@ -150,7 +151,7 @@ def main_process_first(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ending_together(*, alike: tuple[type[Exception], ...] = (ConfigError,)) -> Iterator[None]:
+def abort_all_on_error(*, alike: tuple[type[Exception], ...] = (ConfigError,)) -> Iterator[None]:
     """Ends this process, where there are many, at an error that only it may have met.
 
     It says so in one line and leaves at once: waiting for the others before leaving, it would wait
@@ -172,18 +173,18 @@ def ending_together(*, alike: tuple[type[Exception], ...] = (ConfigError,)) -> I
             file=sys.stderr, flush=True,
         )
         sys.stdout.flush()
-        os._exit(ABANDONED)
+        os._exit(EXIT_PEER_LOST)
 
 
 @dataclasses.dataclass(frozen=True)
-class RowShard:
+class DataShard:
     """Which part of every batch a process prepares: part `index` of `count` equal ones."""
 
     index: int = 0
     count: int = 1
 
 
-def row_shard(mesh: Mesh) -> RowShard:
+def row_shard(mesh: Mesh) -> DataShard:
     """The rows that this process's devices hold; processes that share rows prepare the same.
 
     Raises:
@@ -199,7 +200,7 @@ def row_shard(mesh: Mesh) -> RowShard:
             f"mesh {dict(mesh.shape)}: processes share some rows of a batch but not all; let data "
             "× fsdp be a multiple of the number of processes, or divide it."
         )
-    return RowShard(
+    return DataShard(
         index=groups.index(tuple(sorted(rows[jax.process_index()]))), count=len(groups)
     )
 

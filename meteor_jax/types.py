@@ -108,7 +108,7 @@ class SegmentCache:
         k, v: float[L, B, S, num_kv_heads, head_dim], keys already rotated.
         valid: bool[B, S].
         next_position: int32[B]; rotary position of the first new token in this segment.
-        num_room: entries at the end of S that are for new tokens (static).
+        decode_capacity: entries at the end of S that are for new tokens (static).
         lengths: static numbers of prompt entries, increasing, that `trim` may leave; the last
             holds any prompt, the others hold those that kept fewer tokens.
     """
@@ -117,12 +117,12 @@ class SegmentCache:
     v: Array
     valid: Array
     next_position: Array
-    num_room: int = flax.struct.field(pytree_node=False)
+    decode_capacity: int = flax.struct.field(pytree_node=False)
     lengths: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def trim(self, length: int) -> SegmentCache:
         """Without the prompt entries from `length` on, which no row may fill."""
-        prompt = self.valid.shape[1] - self.num_room
+        prompt = self.valid.shape[1] - self.decode_capacity
         if length == prompt:
             return self
 
@@ -140,8 +140,9 @@ class SegmentCache:
         the `num_new` that came since the prefill. All rows write at one place, so nothing is
         scattered. Where there is no room for them nothing changes."""
         count = k.shape[2]
-        fits = num_new + count <= self.num_room
-        start = self.valid.shape[1] - self.num_room + jnp.minimum(num_new, self.num_room - count)
+        fits = num_new + count <= self.decode_capacity
+        capacity = self.decode_capacity
+        start = self.valid.shape[1] - capacity + jnp.minimum(num_new, capacity - count)
 
         def write(array: Array, new: Array, axis: int) -> Array:
             # The few entries that are there stay where nothing fits; the rest is not touched.
@@ -170,9 +171,9 @@ class DecodeCache:
     overflowed: Array
 
     @property
-    def num_room(self) -> int:
+    def decode_capacity(self) -> int:
         """New tokens that there was room for after the prefill."""
-        return self.segments[0].num_room
+        return self.segments[0].decode_capacity
 
     @property
     def num_lengths(self) -> int:

@@ -47,7 +47,7 @@ def test_the_recipe_is_eagles(name, tmp_path):
     assert (finetune.batch_size, finetune.learning_rate, finetune.steps) == (128, 2e-5, 14060)
     assert pretrain.trainable == ("projector",) and finetune.trainable == (".*",)
     for stage in (pretrain, finetune):
-        assert (stage.warmup, stage.weight_decay, stage.adam_b2) == (0.03, 0.0, 0.999)
+        assert (stage.warmup_ratio, stage.weight_decay, stage.adam_b2) == (0.03, 0.0, 0.999)
         plan = parse_plan(stage.plans[0], library=experiment.plans)
         assert (plan.fuse is None) == (not name.startswith("meteor_"))
     assert pretrain.template == "plain" and get_template(finetune.template).keeps_question

@@ -8,7 +8,7 @@ import pytest
 
 from meteor_jax import distributed
 from meteor_jax.config import ConfigError
-from meteor_jax.distributed import RowShard, ending_together, row_shard, start_processes
+from meteor_jax.distributed import DataShard, abort_all_on_error, row_shard, start_processes
 from meteor_jax.parallel import MeshConfig, make_mesh
 
 
@@ -40,16 +40,16 @@ def test_no_cluster_is_one_process(monkeypatch):
 
 
 def test_one_process_has_all_rows():
-    assert row_shard(make_mesh(MeshConfig(2, 2, 2))) == RowShard(0, 1)
+    assert row_shard(make_mesh(MeshConfig(2, 2, 2))) == DataShard(0, 1)
 
 
 @pytest.mark.parametrize(
     ("process_of_row", "shards"),
     [
-        ([0, 0, 1, 1], [RowShard(0, 2), RowShard(1, 2)]),
-        ([1, 0, 1, 0], [RowShard(1, 2), RowShard(0, 2)]),
-        ([[0, 1], [0, 1], [2, 3], [2, 3]], [RowShard(0, 2)] * 2 + [RowShard(1, 2)] * 2),
-        ([[0, 1]] * 4, [RowShard(0, 1)] * 2),
+        ([0, 0, 1, 1], [DataShard(0, 2), DataShard(1, 2)]),
+        ([1, 0, 1, 0], [DataShard(1, 2), DataShard(0, 2)]),
+        ([[0, 1], [0, 1], [2, 3], [2, 3]], [DataShard(0, 2)] * 2 + [DataShard(1, 2)] * 2),
+        ([[0, 1]] * 4, [DataShard(0, 1)] * 2),
     ],
 )
 def test_processes_that_hold_the_same_rows_prepare_the_same(monkeypatch, process_of_row, shards):
@@ -92,7 +92,7 @@ def fake_mesh(monkeypatch, layout):
 
 
 def test_an_error_of_one_process_alone_is_raised():
-    with pytest.raises(RuntimeError, match="anything"), ending_together():
+    with pytest.raises(RuntimeError, match="anything"), abort_all_on_error():
         raise RuntimeError("anything")
 
 
@@ -105,10 +105,10 @@ def test_an_error_among_many_ends_the_process_with_one_line(monkeypatch, capsys)
 
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed.os, "_exit", end)
-    with pytest.raises(Ended, match="3"), ending_together():
+    with pytest.raises(Ended, match="3"), abort_all_on_error():
         raise distributed.jax.errors.JaxRuntimeError("Gloo failed:\nconnection closed")
     message = capsys.readouterr().err
     assert message.startswith("error: process 0 of 2 ends: Gloo failed: connection closed; see")
     assert message.count("\n") == 1
-    with pytest.raises(ConfigError), ending_together():
+    with pytest.raises(ConfigError), abort_all_on_error():
         raise ConfigError("the same everywhere")

@@ -126,7 +126,7 @@ def test_two_images_and_text_alone_share_a_batch():
     "text",
     ["full", "stage 1", "pool(keep=20)", "fastv(layer=2, keep=7)",
      "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.budget=fixed)",
-     "meteor(encode=(26, 22, 30), fuse=20, fuse.similarity=max_cosine, fuse.rounds=3)"],
+     "meteor(encode=(26, 22, 30), fuse=20, fuse.similarity=max_cosine, fuse.num_iterations=3)"],
 )
 def test_the_counted_cost_is_that_of_the_traced_program(text, monkeypatch):
     monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted

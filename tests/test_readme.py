@@ -64,7 +64,7 @@ def test_training_leaves_what_the_readme_says(workspace):
         ("evaluate.py", "--num_questions=8", "meteor"),
         ("tools.calibrate", "", "meteor"),
         ("models.cost", "", "meteor"),
-        ("tools.cut_layers", "--num_images=4", "by chance"),
+        ("tools.sweep_prune_layers", "--num_images=4", "by chance"),
     ],
 )
 def test_the_other_commands_run(workspace, word, extra, expected):
@@ -86,7 +86,7 @@ def test_the_study_runs(workspace):
 def test_every_command_is_known_to_this_test():
     known = (
         "pip install", "train.py", "evaluate.py", "tools.calibrate", "models.cost",
-        "tools.pretrain_encoders", "tools.cut_layers",
+        "tools.pretrain_encoders", "tools.sweep_prune_layers",
     )
     assert all(any(word in command for word in known) for command in COMMANDS)
 

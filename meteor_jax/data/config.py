@@ -36,7 +36,7 @@ class DataConfig:
             have a `__main__` guard); 0 prepares them in threads.
         prefetch: batches prepared ahead (by each worker).
         seed: of the order of examples and questions. source_seed: of generated pictures.
-        kept_records: encoded records that stay in memory once read (in each worker), which
+        record_cache_size: encoded records that stay in memory once read (in each worker), which
             halves the time that later epochs take; 0 keeps none.
         data_dir: where sources keep their files.
     """
@@ -58,7 +58,7 @@ class DataConfig:
     source_seed: int = 0
     num_workers: int = 0
     prefetch: int = 4
-    kept_records: int = 16384
+    record_cache_size: int = 16384
     data_dir: str = "~/tensorflow_datasets"
 
     def __post_init__(self):

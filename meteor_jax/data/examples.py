@@ -46,7 +46,7 @@ class Example:
     turn: list[int] | None = None
 
 
-class NothingFits(ValueError):
+class ExampleTooLong(ValueError):
     """An example without a turn that fits the text length. The message is one line."""
 
 
@@ -66,10 +66,10 @@ def pack_questions(
     with, up to the last image, stands once.
 
     Raises:
-        NothingFits: not even one does.
+        ExampleTooLong: not even one does.
     """
     if not pairs:
-        raise NothingFits("it has no questions.")
+        raise ExampleTooLong("it has no questions.")
     tokens, labels, numbers, shortest, count = [], [], [], None, 0
     for question, answer in pairs:
         first = count == 0 or turns == "apart"
@@ -88,7 +88,7 @@ def pack_questions(
         if count == max_turns:
             break
     if not count:
-        raise NothingFits(
+        raise ExampleTooLong(
             f"the shortest of {len(pairs)} questions with its answer takes {shortest} tokens, "
             f"text_length is {text_length}; raise text_length or shorten the answers."
         )
@@ -104,11 +104,11 @@ def cut_text(text: Rendered, *, text_length: int) -> Rendered:
     """The first `text_length` ids of a conversation.
 
     Raises:
-        NothingFits: an image, or every answer, lies past them.
+        ExampleTooLong: an image, or every answer, lies past them.
     """
     cut = Rendered(text.tokens[:text_length], text.labels[:text_length])
     if IMAGE_TOKEN in text.tokens[text_length:] or all(x == IGNORE_LABEL for x in cut.labels):
-        raise NothingFits(
+        raise ExampleTooLong(
             f"of its {len(text.tokens)} tokens text_length={text_length} would cut "
             f"{'an image' if cut.num_images < text.num_images else 'every answer'} off."
         )
@@ -146,7 +146,7 @@ class RecordReader:
         for source in self.sources:
             if within < len(source):
                 record = source[within]
-                if len(self.kept) < self.config.kept_records:
+                if len(self.kept) < self.config.record_cache_size:
                     self.kept[index] = record
                 return record
             within -= len(source)
@@ -171,7 +171,7 @@ class ExampleMaker:
             images = tuple(
                 sources.decode_image(image, size=self.config.image_size) for image in encoded
             )
-        except (sources.CorruptImage, NothingFits) as error:
+        except (sources.CorruptImage, ExampleTooLong) as error:
             logger.error("example %d skipped: %s", record["image_id"], error)
             return self.skipped()
         return Example(images, text.tokens, text.labels, record["image_id"], text.turn)
@@ -198,9 +198,11 @@ class ExampleMaker:
     def _conversation(self, record: Record) -> Rendered:
         num_images = len(record["images"])
         if num_images > self.config.max_images:
-            raise NothingFits(f"it has {num_images} images, max_images={self.config.max_images}.")
+            raise ExampleTooLong(
+                f"it has {num_images} images, max_images={self.config.max_images}."
+            )
         if not num_images and not self.template.keeps_question:
-            raise NothingFits("it has no image, and this template drops its question.")
+            raise ExampleTooLong("it has no image, and this template drops its question.")
         turns = place_images(record["turns"], num_images, template=self.template)
         whole = render(Conversation(turns), template=self.template, tokenizer=self.tokenizer)
         return cut_text(whole, text_length=self.config.text_length)

@@ -150,7 +150,7 @@ def make_train_iterator(
     """
     make_example = _example_maker(config, tokenizer, kind, template, records)
     collate_rows = _Collate(make_example.config, tokenizer.pad_id)
-    served = served_sources(config, kind)
+    served = sources_for(config, kind)
     # grain looks into whatever passes through it, so only indices do until the example is made.
     streams = []
     for index in served:
@@ -241,7 +241,7 @@ def make_held_out_batches(
     """
     make_example = _example_maker(config, tokenizer, kind, template, records)
     collate_rows = _Collate(make_example.config, tokenizer.pad_id)
-    served = served_sources(config, kind)
+    served = sources_for(config, kind)
     rows = [row for index in served for row in make_example.reader.held_out(index)]
     step, batches = batch_size * process_count, []
     for start in range(0, len(rows), step):
@@ -270,7 +270,7 @@ def _example_maker(
     return ExampleMaker(config, tokenizer, layout, kind, reader)
 
 
-def served_sources(config: DataConfig, kind: Kind) -> list[int]:
+def sources_for(config: DataConfig, kind: Kind) -> list[int]:
     """The numbers of the sources that serve a kind."""
     kinds = config.kinds or ("any",) * len(config.sources)
     found = [index for index, name in enumerate(kinds) if name in (kind, "any")]

@@ -77,7 +77,7 @@ class Answered:
 
 
 @dataclasses.dataclass
-class Seconds:
+class Timings:
     """Where the time went, added up while prompts are asked.
 
     Attributes:
@@ -114,7 +114,7 @@ def answer_prompts(
     read_image: Read,
     decode_image: Decode,
     image_size: int,
-    seconds: Seconds,
+    seconds: Timings,
     lanes: Lanes,
     warm_up: bool = True,
 ) -> Iterator[Answered]:

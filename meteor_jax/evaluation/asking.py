@@ -17,7 +17,7 @@ from meteor_jax.data.templates import get_template, stop_id
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.distributed import is_main_process
 from meteor_jax.evaluation.answerers import BlindAnswerer, ModelAnswerer, fused_shape
-from meteor_jax.evaluation.answering import Answered, Seconds, answer_prompts
+from meteor_jax.evaluation.answering import Answered, Timings, answer_prompts
 from meteor_jax.evaluation.config import EvalConfig
 from meteor_jax.evaluation.files import prediction_line
 from meteor_jax.evaluation.lanes import Lanes, broadcast
@@ -172,7 +172,7 @@ class Evaluation:
 
         left = [index for index in range(len(asks)) if index not in answers]
         bar = progress.add_task(plan.name, total=len(asks), completed=len(answers))
-        seconds, before = Seconds(), 0.0
+        seconds, before = Timings(), 0.0
         to_ask = [asks[index] for index in left]
         for answered in answer_prompts(
             to_ask,

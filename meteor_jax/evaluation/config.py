@@ -36,10 +36,10 @@ class EvalConfig:
             once. The longest prompt must fit the last.
         max_new_tokens: an answer is cut off there, where its task says nothing else.
         max_new_tokens_limit: cuts off the answers of every task, to save memory; None does not.
-        images_per_batch, questions_per_batch: static sizes of encoding and answering, over all
+        encode_batch_size, batch_size: static sizes of encoding and answering, over all
             devices; rounded up to as many for each of the mesh's data × fsdp lanes.
-        group_images: images whose visual tokens lie on the devices at once.
-        draw_images: answers in kept_tokens.png and examples/; 0 draws none.
+        visual_cache_images: images whose visual tokens lie on the devices at once.
+        num_visualizations: answers in kept_tokens.png and examples/; 0 draws none.
         seed: of the choice of questions.
         mesh: devices along each axis, as fields or as text ("data=8,tensor=4"); "auto" splits
             layers over as few devices as their memory asks for (`evaluation.layout`).
@@ -54,10 +54,10 @@ class EvalConfig:
     prompt_lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     max_new_tokens: int = 16
     max_new_tokens_limit: int | None = None
-    images_per_batch: int = 16
-    questions_per_batch: int = 32
-    group_images: int = 64
-    draw_images: int = 6
+    encode_batch_size: int = 16
+    batch_size: int = 32
+    visual_cache_images: int = 64
+    num_visualizations: int = 6
     seed: int = 0
     mesh: MeshConfig | str = "auto"
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -65,7 +65,9 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if isinstance(self.mesh, str) and self.mesh != "auto":
             object.__setattr__(self, "mesh", parse_mesh(self.mesh, where="eval.mesh"))
-        for name in ("max_new_tokens", "images_per_batch", "questions_per_batch", "group_images"):
+        for name in (
+            "max_new_tokens", "encode_batch_size", "batch_size", "visual_cache_images"
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name} is at least 1, got {getattr(self, name)}.")
         for name in ("num_questions", "max_new_tokens_limit"):
@@ -84,9 +86,9 @@ class EvalConfig:
         """The static sizes on so many lanes."""
         images, questions = (
             math.ceil(size / lanes) * lanes
-            for size in (self.images_per_batch, self.questions_per_batch)
+            for size in (self.encode_batch_size, self.batch_size)
         )
-        return BatchSizes(images=images, questions=questions, group=self.group_images)
+        return BatchSizes(images=images, questions=questions, group=self.visual_cache_images)
 
 
 def eval_config(experiment: Experiment) -> EvalConfig:

@@ -85,7 +85,7 @@ def inference_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     try:
-        return make_mesh(_mesh_config(experiment, devices, held_bytes=0), devices=devices)
+        return make_mesh(_mesh_config(experiment, devices, resident_bytes=0), devices=devices)
     except ConfigError as error:
         raise ConfigError(f"eval.{error}") from error
 
@@ -100,8 +100,8 @@ def during_training(params: Any, experiment: Experiment, *, mesh: Mesh) -> tuple
         ConfigError: one line, for a mesh that does not fit the devices.
     """
     trained_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    held = (4 if experiment.train.ema else 3) * _device_bytes(params, trained_shardings)
-    config = _mesh_config(experiment, mesh.devices.flat, held_bytes=held)
+    held = (4 if experiment.train.ema_decay else 3) * _device_bytes(params, trained_shardings)
+    config = _mesh_config(experiment, mesh.devices.flat, resident_bytes=held)
     try:
         target = regroup(mesh, config)
     except ConfigError as error:
@@ -147,7 +147,7 @@ def choose_mesh(
 
 
 def _mesh_config(
-    experiment: Experiment, devices: Iterable[jax.Device], *, held_bytes: float
+    experiment: Experiment, devices: Iterable[jax.Device], *, resident_bytes: float
 ) -> MeshConfig:
     asked, devices = eval_config(experiment).mesh, list(devices)
     if asked != "auto":
@@ -158,7 +158,7 @@ def _mesh_config(
         num_devices=len(devices),
         slices=num_slices(devices),
         num_kv_heads=experiment.model.llama.num_kv_heads,
-        memory_bytes=None if memory is None else memory - held_bytes,
+        memory_bytes=None if memory is None else memory - resident_bytes,
     )
 
 

@@ -28,7 +28,7 @@ from meteor_jax.data.sources import square_image
 from meteor_jax.data.templates import get_template, stop_id
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.evaluation.answerers import ModelAnswerer, fused_shape
-from meteor_jax.evaluation.answering import Seconds, answer_prompts, prefetch
+from meteor_jax.evaluation.answering import Timings, answer_prompts, prefetch
 from meteor_jax.evaluation.config import eval_config, prompt_template
 from meteor_jax.evaluation.lanes import Lanes
 from meteor_jax.evaluation.layout import inference_mesh
@@ -116,7 +116,7 @@ class MeteorJax(lmms):
         batch = -(-int(batch_size) // self.lanes.count) * self.lanes.count
         self.sizes = BatchSizes(images=batch, questions=batch, group=max(batch, 64))
         self.max_new_tokens_limit = max_new_tokens_limit
-        self.seconds = Seconds()
+        self.seconds = Timings()
 
     @property
     def batch_size(self) -> int:

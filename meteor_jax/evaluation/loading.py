@@ -19,7 +19,7 @@ from meteor_jax.checkpoint import (
     restore_parts,
 )
 from meteor_jax.evaluation.layout import param_dtype, param_shapes
-from meteor_jax.training.compatible import check_model
+from meteor_jax.training.checkpoint_compat import check_model
 from meteor_jax.training.experiment import Experiment, load_experiment
 
 

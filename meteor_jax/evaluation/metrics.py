@@ -1,7 +1,7 @@
 """How an answer to one of our own sets is scored, and how sure we are of a mean score.
 
-Every metric is a function `(prediction, golds) -> float in [0, 1]`; with several gold answers the
-best one counts. The rules are those of the benchmarks that ask the same, made a little kinder;
+Every metric is `(prediction, references) -> float in [0, 1]`; with several references the best one
+counts. The rules are those of the benchmarks that ask the same, made a little kinder;
 each docstring names the difference. The benchmarks' own are in `benchmarks`.
 """
 
@@ -26,7 +26,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", flags=re.IGNORECASE)
 
 
-def exact_match(prediction: str, golds: Sequence[str]) -> float:
+def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1 if the answers are equal without case, punctuation and outer or repeated spaces.
 
     Source: `exact_match` of Hugging Face evaluate with both ignore flags, as GQA and AI2D use
@@ -36,17 +36,17 @@ def exact_match(prediction: str, golds: Sequence[str]) -> float:
     def normalise(text: str) -> str:
         return _squeeze(text.translate(_PUNCTUATION))
 
-    return float(normalise(prediction) in {normalise(gold) for gold in golds})
+    return float(normalise(prediction) in {normalise(reference) for reference in references})
 
 
-def yes_no(prediction: str, golds: Sequence[str]) -> float:
+def yes_no(prediction: str, references: Sequence[str]) -> float:
     """1 if the answer is the right one of yes and no; what is neither is wrong.
 
     Source: POPE's scorer (`lower().strip()`, then equality). There, "Yes." is wrong; here
     punctuation around the word is ignored.
     """
     answer = parse_yes_no(prediction)
-    return float(answer is not None and answer in {parse_yes_no(gold) for gold in golds})
+    return float(answer is not None and answer in map(parse_yes_no, references))
 
 
 def parse_yes_no(text: str) -> str | None:
@@ -55,38 +55,38 @@ def parse_yes_no(text: str) -> str | None:
     return word if word in ("yes", "no") else None
 
 
-def anls(prediction: str, golds: Sequence[str]) -> float:
+def anls(prediction: str, references: Sequence[str]) -> float:
     """Normalised Levenshtein similarity, 0 where it is below one half.
 
     1 − distance / length of the longer, after lower-casing and squeezing spaces. Source: DocVQA
     (Biten et al., ICCV 2019). The bundled copy turns every nonzero similarity into 1 and takes
-    the lengths before normalising; here the best gold's similarity is the score.
+    the lengths before normalising; here the best reference's similarity is the score.
     """
     best = 0.0
-    for gold in map(_squeeze, golds):
+    for reference in map(_squeeze, references):
         answer = _squeeze(prediction)
-        longest = max(len(answer), len(gold))
-        similarity = 1.0 - Levenshtein.distance(answer, gold) / longest if longest else 1.0
+        longest = max(len(answer), len(reference))
+        similarity = 1.0 - Levenshtein.distance(answer, reference) / longest if longest else 1.0
         best = max(best, similarity)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
-def relaxed_accuracy(prediction: str, golds: Sequence[str]) -> float:
-    """1 if a number is within 5 % of the gold number, or a text equals the gold text.
+def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
+    """1 if a number is within 5 % of the reference number, or a text equals the reference text.
 
-    "12%" reads as 0.12. A gold of 0 wants a 0; where either side is no number, the texts must be
-    equal without case. Source: ChartQA (Masry et al., 2022). There, "0.0" does not answer "0",
+    "12%" reads as 0.12. A reference of 0 wants a 0; where either side is no number, the texts must
+    be equal without case. Source: ChartQA (Masry et al., 2022). There, "0.0" does not answer "0",
     and outer spaces make a text wrong; here neither does.
     """
 
-    def score(gold: str) -> float:
-        answer, target = parse_number(prediction), parse_number(gold)
+    def score(reference: str) -> float:
+        answer, target = parse_number(prediction), parse_number(reference)
         if answer is None or target is None:
-            return float(_squeeze(prediction) == _squeeze(gold))
+            return float(_squeeze(prediction) == _squeeze(reference))
         # The slack is for rounding: 1.05 − 1 is a little more than 0.05 in binary.
         return float(abs(answer - target) <= RELAXED_TOLERANCE * abs(target) * (1 + 1e-9))
 
-    return max(map(score, golds), default=0.0)
+    return max(map(score, references), default=0.0)
 
 
 def parse_number(text: str) -> float | None:
@@ -105,14 +105,14 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 }
 
 
-def yes_f1(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> float:
+def yes_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """F1 with "yes" as the positive class; an answer that is neither counts as not "yes".
 
     0 where nothing is, or is called, "yes".
     """
     counts = Counter(
-        (parse_yes_no(answer) == "yes", any(parse_yes_no(gold) == "yes" for gold in of_answer))
-        for answer, of_answer in zip(predictions, golds, strict=True)
+        (parse_yes_no(answer) == "yes", "yes" in map(parse_yes_no, of_answer))
+        for answer, of_answer in zip(predictions, references, strict=True)
     )
     hits, errors = counts[True, True], counts[True, False] + counts[False, True]
     return 2 * hits / (2 * hits + errors) if hits else 0.0

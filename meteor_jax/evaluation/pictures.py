@@ -29,7 +29,7 @@ EXAMPLES_FOLDER = "examples"
 def draw_answers(
     evaluation: Evaluation, result: PlanResult, *, plan: PrunePlan, workdir: Path
 ) -> None:
-    """kept_tokens.png and examples/: `eval.draw_images` answers, half of them wrong if there are.
+    """kept_tokens.png and examples/: `eval.num_visualizations` answers, half of them wrong ones.
 
     Only questions about one image that could be decoded are drawn.
     """
@@ -40,7 +40,7 @@ def draw_answers(
     chosen = choose_examples(
         [result.answers[row].score for row in rows],
         [evaluation.questions[row].image for row in rows],
-        count=evaluation.config.draw_images,
+        count=evaluation.config.num_visualizations,
     )
     rows = [rows[index] for index in chosen]
     if not rows:

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from meteor_jax.evaluation.figures import PAPER, TOKENS_LABEL, Point, score_figure
 from meteor_jax.evaluation.files import (
     file_name,
     prediction_line,
@@ -20,6 +19,7 @@ from meteor_jax.evaluation.files import (
     write_text,
 )
 from meteor_jax.evaluation.metrics import Estimate, mean_estimate
+from meteor_jax.evaluation.plots import PAPER, TOKENS_LABEL, Point, score_figure
 from meteor_jax.evaluation.results import (
     BLIND,
     COMBINED,

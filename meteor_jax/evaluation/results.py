@@ -119,16 +119,16 @@ def score_answer(question: Question, prediction: str) -> float:
     """The question's score under its task's metric, in [0, 1]."""
     metric = question.task.metric
     if metric in METRICS:
-        return METRICS[metric](prediction, question.golds)
-    return SCORERS[metric](prediction, question.golds, question.detail)
+        return METRICS[metric](prediction, question.references)
+    return SCORERS[metric](prediction, question.references, question.detail)
 
 
 def majority(questions: Sequence[Question]) -> PlanResult:
-    """Every question answered with its task's most frequent gold answer: chance."""
-    golds: dict[str, Counter] = {}
+    """Every question answered with its task's most frequent reference answer: chance."""
+    references: dict[str, Counter] = {}
     for question in questions:
-        golds.setdefault(question.task.name, Counter())[question.answer] += 1
-    best = {task: counts.most_common(1)[0][0] for task, counts in golds.items()}
+        references.setdefault(question.task.name, Counter())[question.answer] += 1
+    best = {task: counts.most_common(1)[0][0] for task, counts in references.items()}
     predictions = [best[question.task.name] for question in questions]
     return PlanResult(
         plan=MAJORITY,

@@ -29,7 +29,6 @@ from meteor_jax.evaluation.asking import Evaluation
 from meteor_jax.evaluation.benchmarks.submission import write_submissions
 from meteor_jax.evaluation.config import Request, check_request
 from meteor_jax.evaluation.files import file_name, versions
-from meteor_jax.evaluation.kept import kept_tokens
 from meteor_jax.evaluation.lanes import Lanes
 from meteor_jax.evaluation.pictures import draw_answers
 from meteor_jax.evaluation.prompts import Room
@@ -46,6 +45,7 @@ from meteor_jax.evaluation.report import (
 from meteor_jax.evaluation.results import QuestionCost, Row, majority, make_rows
 from meteor_jax.evaluation.resume import digest_params
 from meteor_jax.evaluation.tasks import Question, collect_questions, open_task_source
+from meteor_jax.evaluation.token_stats import kept_tokens
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor, MeteorConfig
 from meteor_jax.pruning.plan import PrunePlan
@@ -108,7 +108,7 @@ def evaluate_checkpoint(
     rows = make_rows(evaluation.questions, results, tflops=tflops)
 
     pruned = [plan for plan in request.plans if plan.encode or plan.fuse or plan.decode]
-    if request.config.draw_images and request.plans:
+    if request.config.num_visualizations and request.plans:
         drawn = request.plans.index((pruned or request.plans)[0])
         draw_answers(
             evaluation, runs[drawn].result, plan=request.plans[drawn], workdir=workdir

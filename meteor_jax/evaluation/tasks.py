@@ -13,10 +13,10 @@ import numpy as np
 from meteor_jax.config import ConfigError, suggest
 from meteor_jax.data.records import TaskSpec
 from meteor_jax.data.sources import TASKS, open_source
-from meteor_jax.evaluation.benchmarks.folders import FOLDERS
-from meteor_jax.evaluation.benchmarks.items import Item
+from meteor_jax.evaluation.benchmarks.datasets import FOLDERS
 from meteor_jax.evaluation.benchmarks.parquet import ParquetSource, open_folder
-from meteor_jax.evaluation.benchmarks.rows import BENCHMARKS, GROUPS, Benchmark
+from meteor_jax.evaluation.benchmarks.prompts import Item
+from meteor_jax.evaluation.benchmarks.registry import BENCHMARKS, GROUPS, Benchmark
 
 REGISTRY: dict[str, TaskSpec] = TASKS | {name: row.task for name, row in BENCHMARKS.items()}
 
@@ -28,7 +28,8 @@ class Question:
     Attributes:
         record: index in the source of the record that holds its images.
         question: the prompt's text; `<image>` only where an image stands inside of it.
-        answer: the first gold answer. golds: all of them; that one alone where none are given.
+        answer: the first reference answer. references: all of them; that one alone where none are
+            given.
         detail: what scoring, aggregation and submission need beside it, such as its category.
     """
 
@@ -38,12 +39,12 @@ class Question:
     question_id: int | str
     question: str
     answer: str
-    golds: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     detail: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     num_images: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "golds", self.golds or (self.answer,))
+        object.__setattr__(self, "references", self.references or (self.answer,))
 
     @property
     def image(self) -> tuple[str, int]:
@@ -196,8 +197,8 @@ def _from_item(item: Item, benchmark: Benchmark, *, record: int, number: int) ->
         image_id=record,
         question_id=number if item.question_id is None else item.question_id,
         question=item.prompt,
-        answer=item.golds[0] if item.golds else "",
-        golds=item.golds,
+        answer=item.references[0] if item.references else "",
+        references=item.references,
         detail=item.detail,
         num_images=item.num_images,
     )

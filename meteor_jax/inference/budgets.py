@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.distributed import fetch
+from meteor_jax.distributed import allgather_to_host
 from meteor_jax.models.cost import count_cost
 from meteor_jax.models.meteor import Meteor, MeteorConfig
 from meteor_jax.pruning.budgets import expected_total, fit_edges, fit_scale
@@ -77,7 +77,7 @@ def calibrate_budget(
 
     def run(of_image: Questions) -> tuple[CutTrace, ...]:
         current = dataclasses.replace(plan, decode=decode)
-        return fetch(_cuts(params, visual, of_image, model=model, plan=current))
+        return allgather_to_host(_cuts(params, visual, of_image, model=model, plan=current))
 
     for cut in decode.cuts_that_drop(available=visual.num_tokens):
         cuts = run(questions[0])

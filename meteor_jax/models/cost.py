@@ -134,7 +134,7 @@ def fuse_flops(
     flops = 0.0
     if plan.fuse.criterion == "cooperative":
         against = total if plan.fuse.similarity in ("abs_cosine", "max_cosine") else 1
-        flops = 2.0 * total * against * width * plan.fuse.rounds
+        flops = 2.0 * total * against * width * plan.fuse.num_iterations
     elif plan.fuse.criterion == "max_min":
         flops = 2.0 * total**2 * width
     return flops, plan.fuse.keep

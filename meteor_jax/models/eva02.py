@@ -22,15 +22,15 @@ from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.models.windows import (
     attend_windows,
+    contiguous_runs,
     from_windows,
     received_in_windows,
-    stretches,
     to_windows,
 )
 from meteor_jax.pruning.encode import (
     EncoderCut,
     EncoderOutput,
-    LiveTokens,
+    EncoderState,
     encode_segments,
 )
 from meteor_jax.types import Array
@@ -219,12 +219,12 @@ class Eva02(nn.Module):
         tables = tables_by_place(config, tables)
         stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
 
-        def run(tokens: LiveTokens, start: int, stop: int) -> StackOutput:
+        def run(tokens: EncoderState, start: int, stop: int) -> StackOutput:
             rotary = tuple((self._rotary(tokens, tables, kind),) for kind in (False, True))
-            runs = tuple(stretches(start, stop, global_blocks=config.global_blocks))
+            runs = tuple(contiguous_runs(start, stop, global_blocks=config.global_blocks))
             return stack.alternate(tokens.x, runs=runs, aux=rotary)
 
-        def attention(block: int, tokens: LiveTokens, criterion: str) -> Array:
+        def attention(block: int, tokens: EncoderState, criterion: str) -> Array:
             rotary = self._rotary(tokens, tables, block in config.global_blocks)
             q, k = stack.layer(block, tokens.x, rotary, method="query_key")
             return received_in_windows(q, k).reshape(tokens.raster.shape)
@@ -253,7 +253,7 @@ class Eva02(nn.Module):
         x = x + resize(position, size=config.grid, method="bicubic").astype(self.dtype)
         return constrain(x.reshape(x.shape[0], -1, config.width), "btd")
 
-    def _rotary(self, tokens: LiveTokens, tables: tuple[Array, Array], is_global: bool) -> Rotary:
+    def _rotary(self, tokens: EncoderState, tables: tuple[Array, Array], is_global: bool) -> Rotary:
         num_windows = 1 if is_global else self.config.num_windows
         place = tokens.raster.reshape(tokens.raster.shape[0], num_windows, -1)
         return Rotary(tables[is_global].at[place].get(mode="promise_in_bounds"))

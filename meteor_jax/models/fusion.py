@@ -22,7 +22,7 @@ def concatenate_sequence(
     """Post-projection fusion: the encoders' tokens one after the other.
 
     Each encoder takes grid² positions, of which a token has its raster place ("original"), or the
-    tokens are numbered through ("compact").
+    tokens are numbered through ("contiguous").
 
     Shapes:
         projected: float[I, N_l, D] an encoder; rasters: int32[I, N_l].
@@ -44,10 +44,10 @@ def concatenate_sequence(
         position=jnp.asarray(offsets, jnp.int32)[encoder] + raster,
         span=offset,
     )
-    return (tokens if positions == "original" else number_through(tokens)), tuple(spans)
+    return (tokens if positions == "original" else contiguous_positions(tokens)), tuple(spans)
 
 
-def number_through(tokens: VisualTokens) -> VisualTokens:
+def contiguous_positions(tokens: VisualTokens) -> VisualTokens:
     """The same tokens with the positions 0, 1, 2, …"""
     place = jnp.arange(tokens.num_tokens, dtype=jnp.int32)
     return tokens.replace(

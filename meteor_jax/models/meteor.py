@@ -19,8 +19,8 @@ from meteor_jax.models.convnext import ConvNext, ConvNextConfig
 from meteor_jax.models.eva02 import Eva02, Eva02Config
 from meteor_jax.models.fusion import (
     concatenate_sequence,
+    contiguous_positions,
     entry_of_slot,
-    number_through,
     splice,
     to_common_grid,
 )
@@ -198,18 +198,18 @@ class Meteor(nn.Module):
         if plan.fuse is not None:
             scores = None
             if config.fusion == "pre" and plan.fuse.criterion == "cooperative":
-                if plan.fuse.rounds > 1:
+                if plan.fuse.num_iterations > 1:
                     raise ValueError(
-                        f"plan '{plan.name}' counts in {plan.fuse.rounds} rounds what encoders "
-                        "share, but fusion='pre' drops whole places; set fuse.rounds=1."
+                        f"plan '{plan.name}': fuse.num_iterations={plan.fuse.num_iterations}, but "
+                        "fusion='pre' drops whole places at once; set fuse.num_iterations=1."
                     )
                 parts = self.projector.parts(features)
                 scores = -position_redundancy(parts, similarity=plan.fuse.similarity)
             tokens = fuse(
                 tokens, plan=plan.fuse, spans=spans, image_seed=image_seed, scores=scores
             )
-            if plan.positions == "compact":
-                tokens = number_through(tokens)
+            if plan.positions == "contiguous":
+                tokens = contiguous_positions(tokens)
         return Encoded(
             tokens=tokens.replace(x=constrain(tokens.x, "btd")),
             trace=PruneTrace(
@@ -271,10 +271,10 @@ class Meteor(nn.Module):
         """
         count = tokens.shape[1]
         taken = 0 if isinstance(cache.num_new, jax.core.Tracer) else int(cache.num_new)
-        if taken + count > cache.num_room:
+        if taken + count > cache.decode_capacity:
             raise ValueError(
-                f"expected at most {cache.num_room - taken} more tokens, for which prefill left "
-                f"room, got {count}; raise max_new_tokens."
+                f"expected at most {cache.decode_capacity - taken} more tokens, for which prefill "
+                f"left room, got {count}; raise max_new_tokens."
             )
         x = self.llama.embed(tokens)
         segments, start = [], 0
@@ -284,7 +284,7 @@ class Meteor(nn.Module):
             out = self.llama.run_cached(x, position, segment, start=start, stop=stop)
             segments.append(segment.append(*out.extras, num_new=cache.num_new))
             x, start = out.x, stop
-        fits = cache.num_new + count <= cache.num_room
+        fits = cache.num_new + count <= cache.decode_capacity
         grown = DecodeCache(
             segments=tuple(segments), num_new=cache.num_new + jnp.where(fits, count, 0),
             overflowed=cache.overflowed | ~fits,
@@ -318,7 +318,7 @@ class Meteor(nn.Module):
                 f"a row of {tokens.shape[1]} text places, {image_valid.shape[1]} × {visual.span} "
                 f"positions of images and {num_new} new tokens needs {longest} positions, but "
                 f"llama.max_positions={self.config.llama.max_positions}; shorten the text, or set "
-                "the plan's positions='compact'."
+                "the plan's positions='contiguous'."
             )
         text = self.llama.embed(jnp.maximum(tokens, 0))
         sequence = splice(

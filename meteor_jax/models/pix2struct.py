@@ -22,7 +22,7 @@ from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.pruning.encode import (
     EncoderCut,
     EncoderOutput,
-    LiveTokens,
+    EncoderState,
     encode_segments,
 )
 from meteor_jax.types import Array
@@ -162,10 +162,10 @@ class Pix2Struct(nn.Module):
         x = self._embed(images)
         stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
 
-        def run(tokens: LiveTokens, start: int, stop: int) -> StackOutput:
+        def run(tokens: EncoderState, start: int, stop: int) -> StackOutput:
             return stack(tokens.x, start=start, stop=stop)
 
-        def attention(block: int, tokens: LiveTokens, criterion: str) -> Array:
+        def attention(block: int, tokens: EncoderState, criterion: str) -> Array:
             q, k = stack.layer(block, tokens.x, method="query_key")
             rows = jnp.ones(q.shape[:2])
             return attention_received(q, k, row_weight=rows, scale=ATTENTION_SCALE).mean(1)

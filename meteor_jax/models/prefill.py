@@ -27,7 +27,7 @@ from meteor_jax.pruning.decode import (
     recycle_dropped,
     select_entries,
     take_entries,
-    text_raters,
+    text_query_mask,
     trace_cut,
 )
 from meteor_jax.pruning.plan import DecodePlan
@@ -107,7 +107,7 @@ def run_segments(
         )
     raters = None
     if plan and plan.queries == "raters":
-        raters = text_raters(sequence, num_text=num_text)
+        raters = text_query_mask(sequence, num_text=num_text)
     row = _Row(num_text=num_text, max_images=max_images, available=visual_per_image)
     drops = plan.cuts_that_drop(available=visual_per_image) if plan else ()
     bounds = (0, *(layers[cut] for cut in drops), depth)
@@ -304,6 +304,6 @@ def _cache(segment: Segment, *, num_new: int, lengths: tuple[int, ...]) -> Segme
         v=jnp.pad(segment.v, room),
         valid=jnp.pad(sequence.valid, ((0, 0), (0, num_new))),
         next_position=position,
-        num_room=num_new,
+        decode_capacity=num_new,
         lengths=lengths,
     )

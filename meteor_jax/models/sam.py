@@ -25,15 +25,15 @@ from meteor_jax.models.resize import patchify, resize
 from meteor_jax.models.sizes import TransformerSizes, check_multiple
 from meteor_jax.models.windows import (
     attend_windows,
+    contiguous_runs,
     from_windows,
     received_in_windows,
-    stretches,
     to_windows,
 )
 from meteor_jax.pruning.encode import (
     EncoderCut,
     EncoderOutput,
-    LiveTokens,
+    EncoderState,
     encode_segments,
 )
 from meteor_jax.pruning.windows import window_slots
@@ -258,8 +258,8 @@ class Sam(nn.Module):
             )
             return jax.tree.map(lambda table: table[before:after], relative[is_global])
 
-        def run(tokens: LiveTokens, start: int, stop: int) -> StackOutput:
-            runs = tuple(stretches(start, stop, global_blocks=config.global_blocks))
+        def run(tokens: EncoderState, start: int, stop: int) -> StackOutput:
+            runs = tuple(contiguous_runs(start, stop, global_blocks=config.global_blocks))
             out = stack.alternate(
                 ungroup(tokens.x),
                 runs=runs,
@@ -268,7 +268,7 @@ class Sam(nn.Module):
             )
             return out.replace(x=regroup(out.x), last_input=regroup(out.last_input))
 
-        def attention(block: int, tokens: LiveTokens, criterion: str) -> Array:
+        def attention(block: int, tokens: EncoderState, criterion: str) -> Array:
             is_global = block in config.global_blocks
             place = self._place(tokens, is_global)
             table = jax.tree.map(lambda t: t[0], tables(block, block + 1, is_global))
@@ -312,7 +312,7 @@ class Sam(nn.Module):
             name, lambda key: {axis: zeros(key, shape) for axis in ("height", "width")}
         )
 
-    def _place(self, tokens: LiveTokens, is_global: bool) -> Place:
+    def _place(self, tokens: EncoderState, is_global: bool) -> Place:
         grid, window = self.config.grid, self.config.window // GROUP
         sizes, raster = tokens.window_sizes, tokens.raster
         whole = raster.shape[1] == self.config.num_tokens

@@ -22,7 +22,7 @@ LONG = 2048  # windows with more slots than this attend a chunk of queries at a 
 CHUNK = 512  # queries in such a chunk
 
 
-def stretches(
+def contiguous_runs(
     start: int, stop: int, *, global_blocks: Sequence[int]
 ) -> Iterator[tuple[int, int, bool]]:
     """(start, stop, whether global) of the longest runs of equal blocks; one, empty, for none."""

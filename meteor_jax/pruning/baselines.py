@@ -75,7 +75,7 @@ def pyramiddrop(*, layers: tuple[int, ...], keep: tuple[int, ...]) -> PrunePlan:
         name="pyramiddrop",
         decode=DecodePlan(
             layers=layers, keep=keep, budget="fixed", queries="last", heads=0,
-            score_layer="next", positions="renumber",
+            score_layer="next", positions="contiguous",
         ),
     )
 
@@ -95,7 +95,7 @@ def sparsevlm(
         name="sparsevlm",
         decode=DecodePlan(
             layers=layers, keep=keep, budget="fixed", queries="raters", heads=0,
-            positions="renumber", recycle=recycle,
+            positions="contiguous", recycle=recycle,
         ),
     )
 

@@ -20,7 +20,7 @@ def query_weights(
     """float32[B, S]: which entries' attention counts; text only.
 
     Shapes:
-        raters: bool[B, T] of `text_raters`, for queries "raters".
+        raters: bool[B, T] of `text_query_mask`, for queries "raters".
     """
     if plan.queries == "raters":
         chosen = jnp.take_along_axis(raters, sequence.slot, axis=1)
@@ -39,7 +39,7 @@ def text_after_image(sequence: Sequence) -> Array:
     return sequence.is_text & (place > last_visual)
 
 
-def text_raters(sequence: Sequence, *, num_text: int) -> Array:
+def text_query_mask(sequence: Sequence, *, num_text: int) -> Array:
     """SparseVLM's raters (ICML 2025, arXiv 2410.04417): the text that the image speaks of.
 
     Every visual token shares itself among the text after the image, by a softmax over inner
@@ -223,13 +223,13 @@ def select_entries(
 def take_entries(
     sequence: Sequence, selection: Selection, *, positions: str = "original"
 ) -> Sequence:
-    """The sequence that is left; "renumber" gives the kept entries the positions 0, 1, 2, …"""
+    """The sequence that is left; "contiguous" gives the kept entries the positions 0, 1, 2, …"""
 
     def take(array: Array) -> Array:
         return jnp.take_along_axis(array, selection.idx, axis=1)
 
     position = take(sequence.position)
-    if positions == "renumber":
+    if positions == "contiguous":
         position = jnp.broadcast_to(jnp.arange(position.shape[1]), position.shape)
     return Sequence(
         x=jnp.take_along_axis(sequence.x, selection.idx[..., None], axis=1),

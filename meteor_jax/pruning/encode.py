@@ -84,7 +84,7 @@ class EncoderOutput:
 
 
 @flax.struct.dataclass
-class LiveTokens:
+class EncoderState:
     """An encoder's tokens between two blocks.
 
     Shapes:
@@ -104,8 +104,8 @@ def encode_segments(
     *,
     cuts: tuple[EncoderCut, ...] | None,
     bounds: tuple[int, ...],
-    run: Callable[[LiveTokens, int, int], Any],
-    attention: Callable[[int, LiveTokens, str], Array],
+    run: Callable[[EncoderState, int, int], Any],
+    attention: Callable[[int, EncoderState, str], Array],
     num_prefix: int = 0,
     window: int | None = None,
     image_seed: Array | None = None,
@@ -137,7 +137,7 @@ def encode_segments(
         order, sizes = window_order(math.isqrt(num_tokens), window)
         x = x[:, order]
     raster = jnp.broadcast_to(jnp.asarray(order, jnp.int32), (x.shape[0], num_tokens))
-    tokens = LiveTokens(x=x, raster=raster, window_sizes=sizes)
+    tokens = EncoderState(x=x, raster=raster, window_sizes=sizes)
     if cuts is None:
         tokens = tokens.replace(x=run(tokens, 0, bounds[-1]).x)
         x, raster = _in_raster_order(tokens, num_prefix=num_prefix)
@@ -156,14 +156,14 @@ def encode_segments(
         sizes = window_quotas(x.shape[1], sizes)
         if num_prefix:
             x = jnp.concatenate([out.x[:, :num_prefix], x], axis=1)
-        tokens = LiveTokens(x=x, raster=raster, window_sizes=sizes)
+        tokens = EncoderState(x=x, raster=raster, window_sizes=sizes)
         boundaries.append(_in_raster_order(tokens, num_prefix=num_prefix))
         start = stop
     features, kept = zip(*boundaries, strict=True)
     return EncoderOutput(x=features[-1], raster=kept[-1], kept=kept, features=features)
 
 
-def _in_raster_order(tokens: LiveTokens, *, num_prefix: int) -> tuple[Array, Array]:
+def _in_raster_order(tokens: EncoderState, *, num_prefix: int) -> tuple[Array, Array]:
     x, raster = tokens.x[:, num_prefix:], tokens.raster
     if len(tokens.window_sizes) == 1:
         return x, raster
@@ -261,7 +261,7 @@ def _score(
         if image_seed is None:
             raise ValueError("criterion 'random' draws by the image and needs image_seed.")
         return random_scores(image_seed, seed=cut.seed, num_tokens=num_tokens)
-    # "uniform": the middles of as many equal stretches as are kept, window by window.
+    # "uniform": the middles of as many equal contiguous_runs as are kept, window by window.
     starts = np.cumsum(sizes) - sizes
     places = np.concatenate([
         start + (2 * np.arange(quota) + 1) * size // (2 * quota)
@@ -306,7 +306,7 @@ def allocate(
     ranks: Mapping[str, float],
     available: Mapping[str, int],
     assignment: Assignment = "rank",
-    quantum: Mapping[str, int] | None = None,
+    multiple_of: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Shares the tokens of one boundary among the encoders: k^l = k · r^l / Σ r.
 
@@ -319,7 +319,7 @@ def allocate(
         ranks: by encoder, the numerical rank of its features.
         available: by encoder, the tokens that it has at this boundary.
         assignment: weights by rank, equal weights, weights by 1 / rank, or by available tokens.
-        quantum: by encoder, what its count must be a multiple of (the number of its attention
+        multiple_of: by encoder, what its count must be a multiple of (the number of its attention
             windows); 1 where absent.
 
     Raises:
@@ -348,7 +348,7 @@ def allocate(
             f"expected to keep between 0 and {sum(available.values())} tokens, which the encoders "
             f"have at this boundary, got {keep_total}; lower the budget."
         )
-    step = {name: (quantum or {}).get(name, 1) for name in available}
+    step = {name: (multiple_of or {}).get(name, 1) for name in available}
     counts: dict[str, int] = {}
     open_caps = dict(available)
     # Coarse steps are settled first; those that can take any number absorb the rounding.

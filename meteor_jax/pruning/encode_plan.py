@@ -96,7 +96,7 @@ class EncodePlan:
                     ranks={name: ranks[name][boundary] if ranks else 1.0 for name in able},
                     available={name: alive[name] for name in able},
                     assignment=self.assignment,
-                    quantum={name: encoders[name].num_windows for name in able},
+                    multiple_of={name: encoders[name].num_windows for name in able},
                 )
             merged = self.merged if boundary == NUM_SEGMENTS - 1 else 0
             for name, shape in encoders.items():

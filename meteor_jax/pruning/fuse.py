@@ -63,7 +63,9 @@ def fuse(
     else:
         if scores is None:
             scores = fuse_scores(tokens.x, plan=plan, spans=spans, image_seed=image_seed)
-        sure = _best_of_each(tokens.x, scores, keep=plan.keep, floor=plan.floor, spans=spans)
+        sure = _best_of_each(
+            tokens.x, scores, keep=plan.keep, min_share=plan.min_share_per_encoder, spans=spans
+        )
         idx = keep_topk(scores, keep=plan.keep, always=sure).idx
     return take_tokens(tokens, idx)
 
@@ -90,8 +92,8 @@ def _least_redundant(x: Array, *, plan: FusePlan, spans: tuple[Span, ...]) -> Ar
     """float32[I, N]: minus R, which every round counts anew over what the one before left."""
     num_tokens = x.shape[1]
     scores = -mutual_redundancy(x, spans=spans, similarity=plan.similarity)
-    for done in range(1, plan.rounds):
-        size = num_tokens - (num_tokens - plan.keep) * done // plan.rounds
+    for done in range(1, plan.num_iterations):
+        size = num_tokens - (num_tokens - plan.keep) * done // plan.num_iterations
         left = rank(-scores) < size
         redundancy = mutual_redundancy(x, spans=spans, similarity=plan.similarity, left=left)
         scores = jnp.where(left, -redundancy, -jnp.inf)
@@ -165,15 +167,18 @@ def position_redundancy(parts: Sequence[Array], *, similarity: str = "cosine") -
 
 
 def _best_of_each(
-    x: Array, scores: Array, *, keep: int, floor: float, spans: tuple[Span, ...]
+    x: Array, scores: Array, *, keep: int, min_share: float, spans: tuple[Span, ...]
 ) -> Array | None:
-    """bool[I, N]: each encoder's best `floor · keep` tokens, which stay whatever the others score;
-    None without a floor. A token that is not finite is none of them."""
-    if floor <= 0:
+    """bool[I, N]: each encoder's best `min_share · keep` tokens, which stay whatever the others
+    score; None without a share. A token that is not finite is none of them."""
+    if min_share <= 0:
         return None
-    sure = [min(int(floor * keep), span.size) for span in spans]
+    sure = [min(int(min_share * keep), span.size) for span in spans]
     if sum(sure) > keep:
-        raise ValueError(f"fuse.floor={floor} for {len(spans)} encoders is more than fuse.keep.")
+        raise ValueError(
+            f"fuse.min_share_per_encoder={min_share}: {len(spans)} encoders get more than the "
+            "fuse.keep tokens there are; lower it."
+        )
     falling = -finite_scores(scores)
     best = [rank(span.of(falling)) < count for span, count in zip(spans, sure, strict=True)]
     return jnp.concatenate(best, axis=1) & finite_tokens(x)

@@ -38,9 +38,10 @@ class FusePlan:
             tokens (measured, see the README). "centered_cosine", our reading, takes each
             encoder's mean token away first; "abs_cosine" ignores the sign; "max_cosine" counts
             the most similar token alone instead of the sum over all.
-        rounds: 1 drops all at once (METEOR as read). With more, each drops its share and R is
-            counted anew over what is left, so that one copy of what two encoders share can stay.
-        floor: share of `keep` that every encoder is sure of (our addition; 0 is METEOR).
+        num_iterations: 1 drops all at once (METEOR as read). With more, each drops its share and R
+            is computed again over the tokens left, so that one copy of what two encoders share can
+            stay.
+        min_share_per_encoder: share of `keep` that every encoder gets (our addition; 0 is METEOR).
         seed: of "random", which also depends on the image, never on its batch.
     """
 
@@ -49,13 +50,13 @@ class FusePlan:
         "cooperative", "independent", "random", "uniform", "pool", "max_min"
     ] = "cooperative"
     similarity: Literal["cosine", "centered_cosine", "abs_cosine", "max_cosine"] = "centered_cosine"
-    rounds: int = 1
-    floor: float = 0.0
+    num_iterations: int = 1
+    min_share_per_encoder: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"fuse.rounds: expected 1 or more, got {self.rounds}.")
+        if self.num_iterations < 1:
+            raise ValueError(f"fuse.num_iterations: expected 1 or more, got {self.num_iterations}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,9 @@ class DecodePlan:
         keep: visual tokens of one image kept at each cut: exactly (budget "fixed"), or on average
             over the calibration set ("adaptive").
         budget: "adaptive" is METEOR's K = λ · Σ of the visual attention values of the chosen
-            heads, one K an example, clipped to [limits[0]·keep, limits[1]·keep].
+            heads, one K an example, clipped to [budget_range[0]·keep, budget_range[1]·keep].
         scale: λ of each cut, measured offline.
-        limits: see `budget`; our reading.
+        budget_range: see `budget`; our reading.
         num_totals: static sizes, at most, that the rows of a batch are packed into together; the
             last holds any K.
         edges: of each cut, (rows, visual tokens of an image that the smaller totals hold, mean
@@ -85,7 +86,7 @@ class DecodePlan:
         rotary: scores from rotated queries and keys ("with"), or from unrotated ones
             ("without"), which do not favour the encoder that comes last.
         positions: kept tokens keep their positions ("original"), or are numbered anew
-            ("renumber", PyramidDrop).
+            ("contiguous", PyramidDrop).
         seed: of "random".
         pivots: how many visual and how many text tokens of a row "pivots" compares with: those
             with the largest keys in the layer before the cut (L1 norm).
@@ -97,7 +98,7 @@ class DecodePlan:
     keep: tuple[int, ...]
     budget: Literal["adaptive", "fixed"] = "adaptive"
     scale: tuple[float, ...] = ()
-    limits: tuple[float, float] = (0.5, 1.5)
+    budget_range: tuple[float, float] = (0.5, 1.5)
     num_totals: int = 3
     edges: tuple[tuple[tuple[int, tuple[float, ...]], ...], ...] = ()
     criterion: Literal["text_attention", "random", "uniform", "pivots"] = "text_attention"
@@ -105,7 +106,7 @@ class DecodePlan:
     heads: int = 8
     score_layer: Literal["previous", "next"] = "previous"
     rotary: Literal["with", "without"] = "with"
-    positions: Literal["original", "renumber"] = "original"
+    positions: Literal["original", "contiguous"] = "original"
     seed: int = 0
     pivots: tuple[int, int] = (4, 4)
     recycle: float = 0.0
@@ -122,11 +123,11 @@ class DecodePlan:
             raise ValueError(
                 f"decode.num_totals: expected 1 to {MAX_TOTALS}, got {self.num_totals}."
             )
-        low, high = self.limits
+        low, high = self.budget_range
         if not 0 <= low <= 1 <= high:  # the mean of K must lie between them
             raise ValueError(
-                f"decode.limits: expected a share up to 1 and a multiple from 1 on, got {low}, "
-                f"{high}."
+                "decode.budget_range: expected a share up to 1 and a multiple from 1 on, got "
+                f"{low}, {high}."
             )
         if min(self.pivots) < 0 or not sum(self.pivots):
             raise ValueError(f"decode.pivots: expected one pivot at least, got {self.pivots}.")
@@ -152,7 +153,7 @@ class DecodePlan:
         """(K_min, K_max): the fewest and the most visual tokens of an image after a cut."""
         if self.budget == "fixed":
             return self.keep[cut], self.keep[cut]
-        low, high = (round(limit * self.keep[cut]) for limit in self.limits)
+        low, high = (round(limit * self.keep[cut]) for limit in self.budget_range)
         return max(low, 1), high
 
     def recycling(self, cut: int, *, available: int) -> tuple[int, int]:
@@ -219,7 +220,8 @@ class PrunePlan:
         encode, fuse, decode: the stages; None leaves a stage out.
         encoders: the only encoders to run; () means all (the ablation "one encoder dropped").
         positions: rotary positions of an image's tokens when stages 1 or 2 dropped some: their
-            places among all tokens there would have been ("original"), or 0, 1, 2, … ("compact").
+            places among all tokens there would have been ("original"), or 0, 1, 2, …
+            ("contiguous").
     """
 
     name: str = "full"
@@ -227,7 +229,7 @@ class PrunePlan:
     fuse: FusePlan | None = None
     decode: DecodePlan | None = None
     encoders: tuple[str, ...] = ()
-    positions: Literal["original", "compact"] = "original"
+    positions: Literal["original", "contiguous"] = "original"
 
     def for_training(self) -> PrunePlan:
         """Stages 1 and 2 alone: stage 3 is for inference."""

@@ -96,7 +96,7 @@ def bench(
                 for plan in plans
             }
             runs = {name: one.run for name, one in compiled.items()}
-            seconds = take_turns(runs, repeats=repeats)
+            seconds = interleave(runs, repeats=repeats)
         found = {
             name: {"plan": name, "batch": batch}
             | _inference_row(
@@ -116,7 +116,7 @@ def bench(
                     for plan in plans
                 }
                 runs = {name: one.run for name, one in steps.items()}
-                seconds = take_turns(runs, repeats=repeats)
+                seconds = interleave(runs, repeats=repeats)
             for name, one in steps.items():
                 row = _train_row(one, seconds[name], num_devices=mesh.size)
                 row["spread"] |= found[name]["spread"]
@@ -131,7 +131,7 @@ def bench(
     return rows
 
 
-def take_turns(
+def interleave(
     runs: Mapping[str, Callable[[], dict[str, float]]], *, repeats: int
 ) -> dict[str, list[dict[str, float]]]:
     """What each of `runs` returned each time; one of each, then the next of each, …"""

@@ -34,7 +34,7 @@ from meteor_jax.models.meteor import ENCODERS, Meteor, MeteorConfig
 from meteor_jax.models.projector import Projector
 from meteor_jax.pruning.baselines import full
 from meteor_jax.tools import bench_torch_models as theirs_of
-from meteor_jax.tools.bench import take_turns, versions
+from meteor_jax.tools.bench import interleave, versions
 from meteor_jax.tools.bench_programs import (
     Compiler,
     compile_generation,
@@ -70,7 +70,7 @@ def bench_torch(
         runs = {"ours": _timed(ours), "torch": _timed(theirs)}
         for run in runs.values():
             run()
-        seconds = take_turns(runs, repeats=repeats)
+        seconds = interleave(runs, repeats=repeats)
         rows += [_row(name, dtype, seconds) for name in seconds["ours"][0]]
     return [row | {"versions": _versions()} for row in rows]
 

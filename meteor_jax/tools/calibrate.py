@@ -112,7 +112,7 @@ def calibration_batch(
 
 def calibrate_plans(
     model: Meteor, params: Any, *, plans: Iterable[PrunePlan], batch: CalibrationBatch,
-    calibration: Calibration, questions_per_batch: int = 32,
+    calibration: Calibration, batch_size: int = 32,
 ) -> Calibration:
     """`calibration` with λ and totals measured for each adaptive plan among `plans`, and the ranks
     too where one goes by ranks that nothing measured. The totals are for the mesh in force.
@@ -133,7 +133,7 @@ def calibrate_plans(
             calibration = calibration.with_decode(plan, budget.decode)
             note = evenness_note(
                 model.config, plan.calibrated(calibration), budget,
-                rows=-(-questions_per_batch // num_shards), num_shards=num_shards,
+                rows=-(-batch_size // num_shards), num_shards=num_shards,
                 text_tokens=int(batch.questions[0].text_valid.sum(1).max()),
             )
             if note and is_main_process():
@@ -188,7 +188,7 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
             calibration = dataclasses.replace(calibration, ranks=ranks)
         calibration = calibrate_plans(
             model, params, plans=plans, batch=batch, calibration=calibration,
-            questions_per_batch=eval_config(experiment).questions_per_batch,
+            batch_size=eval_config(experiment).batch_size,
         )
     calibration.save(path)
     console, shapes = Console(), feature_shapes(model, params)

@@ -96,10 +96,10 @@ def chip_of(mesh: Mesh) -> Chip:
 
 def check_held(program: Program, *, chip: Chip) -> None:
     """Raises DoesNotFit if what every device must hold is more than its memory."""
-    if program.held_bytes > chip.memory_bytes:
-        missing = program.held_bytes - chip.memory_bytes
+    if program.resident_bytes > chip.memory_bytes:
+        missing = program.resident_bytes - chip.memory_bytes
         raise DoesNotFit(
-            f"arguments and gradients alone take {show_bytes(program.held_bytes)} a device, "
+            f"arguments and gradients alone take {show_bytes(program.resident_bytes)} a device, "
             f"{show_bytes(missing)} more than the {show_bytes(chip.memory_bytes)} of a "
             f"{chip.name}; split over all, they need more than "
             f"{math.floor(program.total_bytes / chip.memory_bytes)} devices",
@@ -199,8 +199,8 @@ def alternatives(request: Request, mesh: Mesh) -> Iterator[Alternative]:
         yield changed()
     shards = math.prod(getattr(sizes, axis) for axis in BATCH_AXES)
     while _rows(request) > shards and (_rows(request) // 2) % shards == 0:
-        request = _accumulating(request, 2 * request.stage_config.accumulate)
-        yield changed(f"accumulate={request.stage_config.accumulate}")
+        request = _accumulating(request, 2 * request.stage_config.grad_accum_steps)
+        yield changed(f"grad_accum_steps={request.stage_config.grad_accum_steps}")
     for tensor in (2, 4, 8):
         fsdp = split.fsdp // tensor
         batch_size = request.stage_config.batch_size
@@ -210,18 +210,18 @@ def alternatives(request: Request, mesh: Mesh) -> Iterator[Alternative]:
         request = _accumulating(request, batch_size // (slices * fsdp))
         yield Alternative(
             f"{REMAT_LABEL} + mesh data={slices},fsdp={fsdp},tensor={tensor} + "
-            f"accumulate={request.stage_config.accumulate}",
+            f"grad_accum_steps={request.stage_config.grad_accum_steps}",
             request, sizes,
         )
 
 
 def _rows(request: Request) -> int:
     """Rows of a batch that are worked on at the same time."""
-    return request.stage_config.batch_size // request.stage_config.accumulate
+    return request.stage_config.batch_size // request.stage_config.grad_accum_steps
 
 
 def _accumulating(request: Request, parts: int) -> Request:
-    stage = dataclasses.replace(request.stage_config, accumulate=parts)
+    stage = dataclasses.replace(request.stage_config, grad_accum_steps=parts)
     train = dataclasses.replace(request.experiment.train, **{request.stage: stage})
     return dataclasses.replace(
         request, experiment=dataclasses.replace(request.experiment, train=train)

@@ -165,7 +165,7 @@ def _arrays(shape: str) -> Iterator[Array]:
         yield Array(math.prod(dims) * bits / 8, in_hbm=re.search(r"S\(\d+\)", layout) is None)
 
 
-def count_turns(loop: Instruction, where: Computation, module: Module) -> int | None:
+def trip_counts(loop: Instruction, where: Computation, module: Module) -> int | None:
     """Turns of a loop in the computation `where`: as XLA says, or where a counter goes up to a
     constant; else None."""
     known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)

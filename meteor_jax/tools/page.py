@@ -12,7 +12,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from meteor_jax.evaluation.figures import INK, LINE, MUTED, PAPER, SERIES
+from meteor_jax.evaluation.plots import INK, LINE, MUTED, PAPER, SERIES
 
 # Colours of the charts become the page's, which differ by day and by night.
 THEME = {INK: "ink", MUTED: "muted", PAPER: "paper", LINE: "line"} | {

@@ -102,7 +102,7 @@ def train_encoder(
             b2=0.95, weight_decay=0.01,
         ),
     )
-    measure = functools.partial(loss_and_hits, model=model, encoder=encoder)
+    measure = functools.partial(loss_and_accuracy, model=model, encoder=encoder)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(learner: Learner, state: Any, batch: Scenes) -> tuple[Learner, Any, Array, Array]:
@@ -157,7 +157,7 @@ def first_learner(model: Meteor, encoder: str, *, scenes: Scenes, seed: int) -> 
     )
 
 
-def loss_and_hits(
+def loss_and_accuracy(
     learner: Learner, batch: Scenes, *, model: Meteor, encoder: str
 ) -> tuple[Array, tuple[Array, Array]]:
     """The weighted cross-entropy of a batch's cells, their classes' plus their colours', and

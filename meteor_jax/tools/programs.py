@@ -27,9 +27,9 @@ from meteor_jax.parallel import BATCH_AXES, check_batch_size, parameter_sharding
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.experiment import Experiment, StageConfig
+from meteor_jax.training.init import placeholder_ranks
 from meteor_jax.training.loss import all_logits_at_once
 from meteor_jax.training.optimizer import make_optimizer, split_trainable
-from meteor_jax.training.starting import any_ranks
 from meteor_jax.training.state import init_params, make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import Batch, DecodeCache
@@ -66,7 +66,7 @@ class Program:
 
     Attributes:
         function: to be lowered with `args` in `tracing_for`.
-        held_bytes: of each device, a lower bound: the arguments, and for a train step the
+        resident_bytes: of each device, a lower bound: the arguments, and for a train step the
             gradients at the smallest that they can be.
         total_bytes: the same of all devices together, nothing held twice.
         rows: examples, or tokens of extend.
@@ -74,7 +74,7 @@ class Program:
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
-    held_bytes: float
+    resident_bytes: float
     total_bytes: float
     rows: int
 
@@ -147,8 +147,8 @@ def _program(
 def _train(request: Request, mesh: Mesh) -> Program:
     experiment, stage = request.experiment, request.stage_config
     check_batch_size(
-        stage.batch_size // stage.accumulate, mesh,
-        where=f"train.{request.stage}.batch_size / accumulate",
+        stage.batch_size // stage.grad_accum_steps, mesh,
+        where=f"train.{request.stage}.batch_size / grad_accum_steps",
     )
     plan = _plan(request)
     model, optimizer = Meteor(experiment.model), make_optimizer(stage)
@@ -159,15 +159,15 @@ def _train(request: Request, mesh: Mesh) -> Program:
     def fresh(batch: Batch) -> Any:
         return make_state(
             init_params(model, batch, seed=0), optimizer=optimizer, trainable=stage.trainable,
-            rng=jax.random.PRNGKey(0), use_ema=experiment.train.ema > 0,
+            rng=jax.random.PRNGKey(0), use_ema=experiment.train.ema_decay > 0,
         )
 
     state = jax.eval_shape(fresh, batch)
     shardings = parameter_shardings(state, mesh)
-    state = _placed(state, shardings)
+    state = with_shardings(state, shardings)
     step = make_train_step(
         model, optimizer=optimizer, plan=plan, stage=stage,
-        encoders=experiment.model.active_encoders(plan), ema_decay=experiment.train.ema,
+        encoders=experiment.model.active_encoders(plan), ema_decay=experiment.train.ema_decay,
         state_shardings=shardings,
     )
     gradients = ()
@@ -204,7 +204,7 @@ def _extend(request: Request, mesh: Mesh) -> Program:
     rows = batch.tokens.shape[0]
     tokens = _by_rows(jax.ShapeDtypeStruct((rows, 1), jnp.int32), mesh)
     function = jax.jit(extend, donate_argnums=1, out_shardings=(None, shardings))
-    args = (params, _placed(cache, shardings), tokens)
+    args = (params, with_shardings(cache, shardings), tokens)
     return _program(function, args, rows=rows)
 
 
@@ -212,7 +212,7 @@ def _inference(request: Request, mesh: Mesh) -> tuple[Any, Batch, Callable[..., 
     """Parameters and prompts, one image each, and the function from pixels to the first token."""
     experiment, settings = request.experiment, eval_config(request.experiment)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = request.rows or math.ceil(settings.questions_per_batch / shards) * shards
+    rows = request.rows or math.ceil(settings.batch_size / shards) * shards
     check_batch_size(rows, mesh, where="rows")
     model, plan = Meteor(experiment.model), _plan(request)
     batch = _batch(experiment, rows=rows, text_length=experiment.data.text_length)
@@ -240,7 +240,7 @@ def _plan(request: Request) -> PrunePlan:
     text = request.plan or request.stage_config.plans[0]
     plan = parse_plan(text, library=request.experiment.plans)
     stand_in = dataclasses.replace(
-        any_ranks(request.experiment.model, plans=[plan]),
+        placeholder_ranks(request.experiment.model, plans=[plan]),
         scales={plan.name: (1.0,) * len(plan.decode.layers)} if plan.decode else {},
     )
     return plan.calibrated(stand_in).calibrated(request.calibration)
@@ -272,7 +272,7 @@ def _by_rows(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree, shardings,

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from meteor_jax.config import ConfigError
 from meteor_jax.evaluation import paper
-from meteor_jax.evaluation.figures import (
+from meteor_jax.evaluation.plots import (
     TOKENS_LABEL,
     Point,
     score_figure,
@@ -27,8 +27,8 @@ from meteor_jax.evaluation.figures import (
 )
 from meteor_jax.evaluation.report import choose_examples, plan_points
 from meteor_jax.evaluation.results import BLIND, COMBINED, MAJORITY, Row
-from meteor_jax.tools.across_runs import across_runs, over_trainings
 from meteor_jax.tools.page import ABSENT, escape, render_page, table
+from meteor_jax.tools.paired_comparison import paired_comparison, seed_variance
 from meteor_jax.tools.runs import Run, read_runs
 
 FIGURES, EXAMPLES = "figures", "examples"
@@ -45,7 +45,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path) -> Path:
     runs, output = read_runs(paths), Path(output)
     (output / FIGURES).mkdir(parents=True, exist_ok=True)
     sections = [
-        _summary(runs), _scores(runs), across_runs(runs), over_trainings(runs),
+        _summary(runs), _scores(runs), paired_comparison(runs), seed_variance(runs),
         _beside_the_paper(runs), _charts(runs, output), _kept_tokens(runs, output),
         _shares(runs, output), _examples(runs, output), _answers(runs), _how(runs),
     ]

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from meteor_jax.config import ConfigError, build
-from meteor_jax.evaluation.kept import describe
 from meteor_jax.evaluation.pictures import EXAMPLES_FOLDER, KEPT_FILE
 from meteor_jax.evaluation.report import EVAL_FILE
 from meteor_jax.evaluation.results import (
@@ -25,6 +24,7 @@ from meteor_jax.evaluation.results import (
     averages,
     layer_average,
 )
+from meteor_jax.evaluation.token_stats import describe
 from meteor_jax.inference.visualize import EXAMPLES_FILE
 
 METRICS_FILE = "metrics.jsonl"

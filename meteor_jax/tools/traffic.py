@@ -12,9 +12,9 @@ from meteor_jax.tools.hlo import (
     Computation,
     Instruction,
     Module,
-    count_turns,
     parse,
     replica_groups,
+    trip_counts,
 )
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -126,7 +126,7 @@ class _Reader:
         if opcode in FREE or opcode.endswith("-done"):
             return Traffic()
         if opcode == "while":
-            body, turns = self.traffic(it.called("body")[0]), count_turns(it, where, self._module)
+            body, turns = self.traffic(it.called("body")[0]), trip_counts(it, where, self._module)
             return body + Traffic(unknown_loops=1) if turns is None else body.times(turns)
         if opcode == "conditional":
             names = it.called("branch_computations")

@@ -29,14 +29,15 @@ class StageConfig:
         plans: names of plans, taken in turn step by step by the same parameters.
         steps: optimizer steps; 0 leaves the stage out.
         batch_size: rows of one step, over all devices.
-        accumulate: parts that a batch is worked through in, one after the other, to save memory.
+        grad_accum_steps: parts of a batch, whose gradients are summed one after the other, to save
+            memory.
         learning_rate: the peak.
-        warmup: share of the steps over which the learning rate rises.
-        learning_rates_by_path: (pattern, multiplier); the first pattern found in a parameter's
+        warmup_ratio: share of the steps over which the learning rate rises.
+        lr_multipliers: (pattern, multiplier); the first pattern found in a parameter's
             path scales its learning rate.
         trainable: patterns; parameters whose path holds none of them are frozen.
-        restart: patterns; parameters whose path holds one of them begin the stage from nothing
-            again: what the stage before taught them is dropped, what it taught the rest stays.
+        reinit: patterns; parameters whose path holds one of them are initialised again at the
+            beginning of the stage; all others keep what the stage before taught them.
         grad_clip: largest global norm of the gradient; 0 does not clip.
         before: what is done before the stage's first step: "calibrate_ranks" measures the ranks
             that rank-guided plans need, with the parameters as they are then.
@@ -48,12 +49,12 @@ class StageConfig:
     plans: tuple[str, ...] = ("full",)
     steps: int = 0
     batch_size: int = 32
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     learning_rate: float = 1e-3
-    warmup: float = 0.03
-    learning_rates_by_path: tuple[tuple[str, float], ...] = ()
+    warmup_ratio: float = 0.03
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
     trainable: tuple[str, ...] = (".*",)
-    restart: tuple[str, ...] = ()
+    reinit: tuple[str, ...] = ()
     weight_decay: float = 0.0
     adam_b1: float = 0.9
     adam_b2: float = 0.95
@@ -61,10 +62,10 @@ class StageConfig:
     before: Literal["nothing", "calibrate_ranks"] = "nothing"
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1 or self.batch_size % self.accumulate:
+        if self.grad_accum_steps < 1 or self.batch_size % self.grad_accum_steps:
             raise ConfigError(
-                f"batch_size {self.batch_size} does not divide into accumulate="
-                f"{self.accumulate} parts."
+                f"batch_size {self.batch_size} does not divide into grad_accum_steps="
+                f"{self.grad_accum_steps} parts."
             )
         if not self.plans:
             raise ConfigError("plans is empty: name at least one plan, such as 'full'.")
@@ -76,13 +77,13 @@ class TrainConfig:
 
     Attributes:
         pretrain, finetune: the stages, in this order.
-        ema: decay of the moving average of the parameters, which is then what is evaluated;
+        ema_decay: decay of the moving average of the parameters, which is then what is evaluated;
             0 keeps none.
         log_every: steps between fetches of the metrics from the device.
         eval_every: steps between evaluations; 0 evaluates at the end only.
         eval_questions: of each task, in evaluations before the end.
         checkpoint_every: steps between checkpoints; 0 saves at the end only.
-        keep_checkpoints: how many of the newest to keep.
+        max_to_keep: how many of the newest to keep.
         held_out_every: steps between measurements of the loss on `data.held_out` records, which
             are also made at the end of each stage; 0 makes none.
         held_out_batches: how many batches, at most, are measured.
@@ -90,13 +91,13 @@ class TrainConfig:
 
     pretrain: StageConfig = StageConfig(kind="caption")
     finetune: StageConfig = StageConfig()
-    ema: float = 0.0
+    ema_decay: float = 0.0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log_every: int = 10
     eval_every: int = 0
     eval_questions: int = 100
     checkpoint_every: int = 0
-    keep_checkpoints: int = 2
+    max_to_keep: int = 2
     held_out_every: int = 0
     held_out_batches: int = 8
 

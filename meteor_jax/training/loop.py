@@ -18,43 +18,43 @@ from meteor_jax import checkpoint
 from meteor_jax.chips import find_chip
 from meteor_jax.config import ConfigError
 from meteor_jax.distributed import (
-    RowShard,
-    ending_together,
+    DataShard,
+    abort_all_on_error,
     is_main_process,
     row_shard,
     wait_for_processes,
 )
 from meteor_jax.parallel import make_mesh, shard_batch
 from meteor_jax.pruning.plan import Calibration
-from meteor_jax.training.compatible import resumed_stage
+from meteor_jax.training.checkpoint_compat import resumed_stage
 from meteor_jax.training.experiment import Experiment, Stage
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.held_out import HeldOutLoss
+from meteor_jax.training.init import (
+    check_stage,
+    init_or_restore_state,
+    make_steps,
+    reinit_params,
+    training_plans,
+)
 from meteor_jax.training.metrics import MetricsLog, ProgressBar, StepRecorder, TrainingFailed
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.profiling import StepProfiler
 from meteor_jax.training.signals import Interrupted, StopSignals
-from meteor_jax.training.starting import (
-    check_stage,
-    first_state,
-    make_steps,
-    restart_params,
-    training_plans,
-)
-from meteor_jax.training.state import TrainState, enter_stage
+from meteor_jax.training.state import TrainState, start_stage
 from meteor_jax.types import Batch
 
 
 class OpenData(Protocol):
     """A stage's endless batches of NumPy arrays from batch `first_batch` on, a shard's rows."""
 
-    def __call__(self, stage: Stage, *, first_batch: int, shard: RowShard) -> Iterator[Batch]: ...
+    def __call__(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]: ...
 
 
 class OpenHeldOut(Protocol):
     """A shard's rows of the batches that a stage's held-out loss is measured on."""
 
-    def __call__(self, stage: Stage, *, shard: RowShard) -> Sequence[Batch]: ...
+    def __call__(self, stage: Stage, *, shard: DataShard) -> Sequence[Batch]: ...
 
 
 class Evaluate(Protocol):
@@ -117,7 +117,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         saved = stack.enter_context(
-            checkpoint.open_checkpoints(workdir, keep=settings.keep_checkpoints)
+            checkpoint.open_checkpoints(workdir, keep=settings.max_to_keep)
         )
         first_step = step = saved.latest_step() or 0
         resumed = None
@@ -130,7 +130,7 @@ def train(
         bar = stack.enter_context(ProgressBar(total=stages[-1].stop, first_step=first_step))
         profiler = stack.enter_context(StepProfiler(workdir, steps=profile))
         stop = stack.enter_context(StopSignals())
-        stack.enter_context(ending_together(alike=(ConfigError, TrainingFailed)))
+        stack.enter_context(abort_all_on_error(alike=(ConfigError, TrainingFailed)))
         recorder = StepRecorder(
             log, bar, peak_flops_per_s=chip.flops_per_s * mesh.devices.size if chip else None
         )
@@ -164,7 +164,7 @@ def train(
                 data = itertools.chain([batch], data)
                 shapes = _whole_batch(batch, shard)
                 if state is None:
-                    state = first_state(
+                    state = init_or_restore_state(
                         experiment, model=model, stage=stage, optimizer=optimizer, batch=shapes,
                         mesh=mesh, saved=saved, calibration=_load_calibration(workdir),
                     )
@@ -174,14 +174,15 @@ def train(
                     if first_step:
                         bar.say(f"resumed at step {first_step} of {stages[-1].stop} in {workdir}")
                 else:
-                    state = enter_stage(
+                    state = start_stage(
                         state, optimizer=optimizer, trainable=stage.config.trainable, mesh=mesh
                     )
                 # A checkpoint at the very beginning of a stage was written after this.
-                if begins and stage.config.restart:
-                    bar.say(f"{stage.name}: from nothing again: {', '.join(stage.config.restart)}")
-                    state = restart_params(
-                        state, patterns=stage.config.restart, model=model, batch=shapes,
+                if begins and stage.config.reinit:
+                    patterns = ", ".join(stage.config.reinit)
+                    bar.say(f"{stage.name}: re-initialised parameters matching {patterns}")
+                    state = reinit_params(
+                        state, patterns=stage.config.reinit, model=model, batch=shapes,
                         seed=experiment.seed,
                     )
                 if stage.config.before == "calibrate_ranks" and begins:
@@ -258,7 +259,7 @@ def _load_calibration(workdir: Path) -> Calibration:
     return Calibration.load(workdir / checkpoint.CALIBRATION_FILE)
 
 
-def _whole_batch(batch: Batch, shard: RowShard) -> Batch:
+def _whole_batch(batch: Batch, shard: DataShard) -> Batch:
     """The shapes of all processes' rows together."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((x.shape[0] * shard.count, *x.shape[1:]), x.dtype), batch

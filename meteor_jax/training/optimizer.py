@@ -53,8 +53,8 @@ def check_patterns(patterns: tuple[str, ...], paths: Any, *, where: str) -> None
 
 
 def make_schedule(stage: StageConfig) -> optax.Schedule:
-    """Linear warm-up over the first `stage.warmup` of the steps, then a cosine down to 0."""
-    warmup = round(stage.warmup * stage.steps)
+    """Linear warm-up over the first `stage.warmup_ratio` of the steps, then a cosine down to 0."""
+    warmup = round(stage.warmup_ratio * stage.steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=stage.learning_rate / max(warmup, 1) if warmup else stage.learning_rate,
         peak_value=stage.learning_rate,
@@ -68,7 +68,7 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
 
     def scale_groups(updates: dict[str, Array], _: Any) -> dict[str, Array]:
         return {
-            path: update * path_multiplier(path, stage.learning_rates_by_path)
+            path: update * path_multiplier(path, stage.lr_multipliers)
             for path, update in updates.items()
         }
 

@@ -22,8 +22,8 @@ class StopSignals:
     """While in context, the first SIGINT or SIGTERM is kept for `check`; a second one kills.
 
     With many processes a signal to any of them stops all at the same step: jax keeps SIGTERM and
-    agrees with the others in the background (`start_processes(notices=True)`), so SIGINT becomes
-    SIGTERM here.
+    agrees with the others in the background (`start_processes(enable_preemption=True)`), so SIGINT
+    becomes SIGTERM here.
 
     Off the main thread, where signals cannot be handled, it does nothing.
     """

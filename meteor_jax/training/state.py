@@ -59,7 +59,7 @@ def init_params(model: nn.Module, batch: Batch, *, seed: int) -> dict[str, Any]:
     return model.init(jax.random.PRNGKey(seed), batch, plan=PrunePlan())["params"]
 
 
-def enter_stage(
+def start_stage(
     state: TrainState,
     *,
     optimizer: optax.GradientTransformation,

@@ -70,10 +70,10 @@ def make_train_step(
         def gradients(part: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
             return jax.grad(loss_of_part, has_aux=True)(trainable, frozen, part, key, total)
 
-        if stage.accumulate == 1:
+        if stage.grad_accum_steps == 1:
             grads, metrics = gradients(batch)
         else:
-            grads, metrics = _sum_over_parts(gradients, batch, num_parts=stage.accumulate)
+            grads, metrics = _sum_over_parts(gradients, batch, num_parts=stage.grad_accum_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         params = join_params(optax.apply_updates(trainable, updates), frozen)
         ema = state.ema

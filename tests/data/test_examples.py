@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from meteor_jax.data.examples import NothingFits, pack_questions
+from meteor_jax.data.examples import ExampleTooLong, pack_questions
 from meteor_jax.data.templates import Conversation, get_template, render, with_images
 from meteor_jax.data.tokenizers import ByteTokenizer
 from meteor_jax.types import IMAGE_TOKEN
@@ -54,7 +54,7 @@ def test_packing_keeps_whole_turns_only():
     # Where the first does not fit, the next one brings the opening and the image.
     assert _pack([long, short], len(_whole([short]).tokens)) == _whole([short])
     assert _pack([short, long, other], full, max_turns=2) == _whole([short, long])
-    with pytest.raises(NothingFits, match=r"takes \d+ tokens, text_length is 50"):
+    with pytest.raises(ExampleTooLong, match=r"takes \d+ tokens, text_length is 50"):
         _pack([long, short], 50)
-    with pytest.raises(NothingFits, match="no questions"):
+    with pytest.raises(ExampleTooLong, match="no questions"):
         _pack([], 50)

@@ -12,7 +12,7 @@ from PIL import Image
 from meteor_jax.data import llava, sources
 from meteor_jax.data.config import DataConfig
 from meteor_jax.data.conversations import MalformedEntry, parse_entry, place_images
-from meteor_jax.data.examples import SKIPPED_ID, NothingFits, cut_text
+from meteor_jax.data.examples import SKIPPED_ID, ExampleTooLong, cut_text
 from meteor_jax.data.pipeline import (
     first_questions,
     make_held_out_batches,
@@ -158,9 +158,9 @@ def test_text_is_cut_but_no_image():
     whole = Rendered(ids, labels)
     assert cut_text(whole, text_length=5) == whole
     assert cut_text(whole, text_length=4) == Rendered(ids[:4], labels[:4])
-    with pytest.raises(NothingFits, match="every answer"):
+    with pytest.raises(ExampleTooLong, match="every answer"):
         cut_text(whole, text_length=3)
-    with pytest.raises(NothingFits, match="an image"):
+    with pytest.raises(ExampleTooLong, match="an image"):
         cut_text(whole, text_length=1)
 
 

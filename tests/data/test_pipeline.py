@@ -302,7 +302,7 @@ def test_kept_records_are_read_once_and_change_nothing(kept):
             Counting.reads += 1
             return super().__getitem__(index)
 
-    config = dataclasses.replace(CONFIG, kept_records=kept, prefetch=1)
+    config = dataclasses.replace(CONFIG, record_cache_size=kept, prefetch=1)
     for batch, other in zip(
         take(make(config, source=Counting(12)), 6), take(make(), 6), strict=True
     ):

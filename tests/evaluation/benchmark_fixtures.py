@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from meteor_jax.data.records import TaskSpec
-from meteor_jax.evaluation.benchmarks.folders import FOLDERS
+from meteor_jax.evaluation.benchmarks.datasets import FOLDERS
 from meteor_jax.evaluation.tasks import REGISTRY
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -126,7 +126,7 @@ def make_evaluation(folder, *, num_images=20, params="none", mesh=None, say=prin
         sources=sources,
         questions=questions,
         template="qa",
-        config=EvalConfig(images_per_batch=2, questions_per_batch=4, group_images=4),
+        config=EvalConfig(encode_batch_size=2, batch_size=4, visual_cache_images=4),
         room=ROOM,
         lanes=Lanes(mesh),
         depends_on={"params": params},

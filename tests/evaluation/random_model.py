@@ -39,8 +39,8 @@ def config(data_dir, **changes):
                  "data_dir": str(data_dir)},
         "train": {"finetune": {"steps": 1, "template": "qa"}},
         "plans": {"cut": "fastv(layer=1, keep=6)"},
-        "eval": {"num_images": 7, "max_new_tokens": 3, "images_per_batch": 2,
-                 "questions_per_batch": 16, "group_images": 4, "draw_images": 2},
+        "eval": {"num_images": 7, "max_new_tokens": 3, "encode_batch_size": 2,
+                 "batch_size": 16, "visual_cache_images": 4, "num_visualizations": 2},
     } | changes
 
 
@@ -81,7 +81,7 @@ def evaluate(data_dir, workdir, *, mesh=None):
     """POPE and MMMU, which has questions about two images, under two plans."""
     values = config(data_dir)
     values["eval"] |= {"prompt_lengths": (256,), "max_new_tokens_limit": 3, "num_images": None,
-                       "images_per_batch": 4, "questions_per_batch": 8}
+                       "encode_batch_size": 4, "batch_size": 8}
     experiment = load_experiment(values)
     params = make_params(experiment)
     options = {"tasks": ("pope", "mmmu_val"), "plans": ("full", "cut"), "display": "quiet"}

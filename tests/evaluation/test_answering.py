@@ -6,7 +6,7 @@ from meteor_jax.config import ConfigError
 from meteor_jax.data.sources import decode_image
 from meteor_jax.data.templates import get_template
 from meteor_jax.evaluation.answerers import Rows as PromptRows
-from meteor_jax.evaluation.answering import Seconds, answer_prompts, look_up, prefetch
+from meteor_jax.evaluation.answering import Timings, answer_prompts, look_up, prefetch
 from meteor_jax.evaluation.lanes import ROWS, Lanes
 from meteor_jax.evaluation.prompts import Room, make_ask, place_images
 from meteor_jax.evaluation.schedule import BatchSizes, make_schedule
@@ -21,7 +21,7 @@ def asks_of(questions):
 
 def ask(sources, asks, *, images=4, batch=4, group=8, lanes=None):
     """By prompt, what is said, the tokens kept, and whether an image was unreadable."""
-    answerer, seconds, said, lanes = FakeAnswerer(), Seconds(), {}, lanes or Lanes()
+    answerer, seconds, said, lanes = FakeAnswerer(), Timings(), {}, lanes or Lanes()
     sizes = BatchSizes(images=images, questions=batch, group=group)
     for answered in answer_prompts(
         asks, answerer, schedule=make_schedule(asks, sizes=sizes, lanes=lanes.count),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from meteor_jax.evaluation.benchmarks.folders import FOLDERS
-from meteor_jax.evaluation.benchmarks.rows import BENCHMARKS
+from meteor_jax.evaluation.benchmarks.datasets import FOLDERS
+from meteor_jax.evaluation.benchmarks.registry import BENCHMARKS
 from meteor_jax.evaluation.benchmarks.scoring import SUBMISSION
 from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.inference.generate import start
@@ -29,8 +29,8 @@ def done(tmp_path_factory):
         write_folder(name, data_dir)
     values = config(data_dir)
     values["eval"] = {
-        "prompt_lengths": (768,), "max_new_tokens_limit": 2, "draw_images": 0,
-        "images_per_batch": 4, "questions_per_batch": 8, "group_images": 16,
+        "prompt_lengths": (768,), "max_new_tokens_limit": 2, "num_visualizations": 0,
+        "encode_batch_size": 4, "batch_size": 8, "visual_cache_images": 16,
     }
     experiment = load_experiment(values)
     before = start._cache_size()

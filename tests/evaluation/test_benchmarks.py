@@ -12,8 +12,8 @@ from meteor_jax.config import ConfigError
 from meteor_jax.data.records import TaskSpec
 from meteor_jax.data.sources import CorruptImage, decode_image
 from meteor_jax.evaluation.benchmarks.aggregate import AGGREGATIONS
-from meteor_jax.evaluation.benchmarks.folders import FOLDERS
-from meteor_jax.evaluation.benchmarks.rows import BENCHMARKS, GROUPS, PAPER11
+from meteor_jax.evaluation.benchmarks.datasets import FOLDERS
+from meteor_jax.evaluation.benchmarks.registry import BENCHMARKS, GROUPS, PAPER11
 from meteor_jax.evaluation.benchmarks.scoring import SCORERS, SUBMISSION
 from meteor_jax.evaluation.benchmarks.submission import write_submissions
 from meteor_jax.evaluation.results import Answer, PlanResult, make_rows, score_answer
@@ -169,7 +169,7 @@ def test_a_missing_image_is_a_corrupt_one(tmp_path):
     )]  # fmt: skip
     fixtures.write_rows(tmp_path / "RefCOCO" / "val-0.parquet", rows)
     source, questions = ask("refcoco_val_boxes", tmp_path)
-    assert [question.golds == ("",) for question in questions] == [True, True, True, False]
+    assert [question.references == ("",) for question in questions] == [True, True, True, False]
     for record in (0, 1):
         with pytest.raises(CorruptImage):
             decode_image(source[record]["images"][0], size=8)

@@ -16,7 +16,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from meteor_jax.config import ConfigError
-from meteor_jax.evaluation.benchmarks.folders import FOLDERS
+from meteor_jax.evaluation.benchmarks.datasets import FOLDERS
 from meteor_jax.evaluation.lmms_eval import MeteorJax, manifest
 from meteor_jax.evaluation.results import Answer, PlanResult, make_rows, score_answer
 from meteor_jax.evaluation.runner import evaluate_checkpoint
@@ -180,7 +180,7 @@ def test_it_answers_as_our_own_evaluation_does(folders, checkpoint, model):
         for sample in samples["pope"]
     }
     values = config(folders / "data")
-    values["eval"] = {"max_new_tokens_limit": 3, "draw_images": 0, "questions_per_batch": 4}
+    values["eval"] = {"max_new_tokens_limit": 3, "num_visualizations": 0, "batch_size": 4}
     experiment = load_experiment(values)
     evaluate_checkpoint(
         experiment, make_params(experiment), workdir=folders / "ours", tasks=["pope"],

@@ -17,7 +17,7 @@ from meteor_jax.evaluation.metrics import (
 
 
 @pytest.mark.parametrize(
-    ("prediction", "golds", "score"),
+    ("prediction", "references", "score"),
     [
         ("red", ["red"], 1),
         ("Red", ["red"], 1),
@@ -35,12 +35,12 @@ from meteor_jax.evaluation.metrics import (
         ("red", [], 0),
     ],
 )
-def test_exact_match(prediction, golds, score):
-    assert exact_match(prediction, golds) == score
+def test_exact_match(prediction, references, score):
+    assert exact_match(prediction, references) == score
 
 
 @pytest.mark.parametrize(
-    ("prediction", "gold", "score"),
+    ("prediction", "reference", "score"),
     [
         ("yes", "yes", 1),
         ("no", "no", 1),
@@ -57,12 +57,12 @@ def test_exact_match(prediction, golds, score):
         ("maybe", "yes", 0),
     ],
 )
-def test_yes_no(prediction, gold, score):
-    assert yes_no(prediction, [gold]) == score
+def test_yes_no(prediction, reference, score):
+    assert yes_no(prediction, [reference]) == score
 
 
 @pytest.mark.parametrize(
-    ("prediction", "golds", "score"),
+    ("prediction", "references", "score"),
     [
         ("house", ["house"], 1),
         ("HOUSE", ["house"], 1),
@@ -75,18 +75,18 @@ def test_yes_no(prediction, gold, score):
         ("", ["house"], 0),
         ("", [""], 1),
         ("hous", ["cat", "house"], 0.8),
-        ("hous", ["house", "hous"], 1),  # the best gold, not the first
+        ("hous", ["house", "hous"], 1),  # the best reference, not the first
         ("12  34", ["12 34"], 1),
         ("1234", ["1235"], 0.75),
         ("cat", ["dogs", "bird"], 0),
     ],
 )
-def test_anls(prediction, golds, score):
-    assert anls(prediction, golds) == pytest.approx(score)
+def test_anls(prediction, references, score):
+    assert anls(prediction, references) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
-    ("prediction", "gold", "score"),
+    ("prediction", "reference", "score"),
     [
         ("100", "100", 1),
         ("105", "100", 1),
@@ -113,8 +113,8 @@ def test_anls(prediction, golds, score):
         ("", "10", 0),
     ],
 )
-def test_relaxed_accuracy(prediction, gold, score):
-    assert relaxed_accuracy(prediction, [gold]) == score
+def test_relaxed_accuracy(prediction, reference, score):
+    assert relaxed_accuracy(prediction, [reference]) == score
 
 
 def test_every_score_lies_between_0_and_1():
@@ -125,9 +125,9 @@ def test_every_score_lies_between_0_and_1():
 
 def test_f1_by_hand():
     predictions = ["yes", "yes", "no", "no", "what", "what"]
-    golds = [["yes"], ["no"], ["yes"], ["no"], ["yes"], ["no"]]
+    references = [["yes"], ["no"], ["yes"], ["no"], ["yes"], ["no"]]
     # one hit; precision 1/2, recall 1/3
-    assert yes_f1(predictions, golds) == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
+    assert yes_f1(predictions, references) == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
     assert yes_f1(["no"], [["no"]]) == 0.0
 
 

@@ -118,7 +118,7 @@ SAID = {"y": "Yes", "n": " no", "o": "maybe", "Y": "yes."}
 
 @pytest.mark.parametrize(
     ("rows", "accuracy", "precision", "recall", "f1", "yes_ratio"),
-    [  # a row: the gold answer and what is said
+    [  # a row: the reference answer and what is said
         ("yy", 1, 1, 1, 1, 1), ("nn", 1, 0, 0, 0, 0), ("yn", 0, 0, 0, 0, 0), ("ny", 0, 0, 0, 0, 1),
         ("yy nn", 1, 1, 1, 1, 1 / 2), ("yy yn", 1 / 2, 1, 1 / 2, 2 / 3, 1 / 2),
         ("yy ny", 1 / 2, 1 / 2, 1, 2 / 3, 1), ("yn ny", 0, 0, 0, 0, 1 / 2),
@@ -138,9 +138,9 @@ SAID = {"y": "Yes", "n": " no", "o": "maybe", "Y": "yes."}
 )  # fmt: skip
 def test_pope_by_hand(rows, accuracy, precision, recall, f1, yes_ratio):
     pairs = [(GOLD[row[0]], SAID[row[1]]) for row in rows.split()]
-    asked = [Asked(answer=gold) for gold, _ in pairs]
+    asked = [Asked(answer=reference) for reference, _ in pairs]
     said = [answer for _, answer in pairs]
-    scores = [float(gold == answer.strip().lower()) for gold, answer in pairs]
+    scores = [float(reference == answer.strip().lower()) for reference, answer in pairs]
     summary = AGGREGATIONS["pope"](asked, said, scores)
     assert summary.score == pytest.approx(accuracy)
     expected = {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": yes_ratio}

@@ -1,6 +1,6 @@
 """The benchmarks' metrics on cases that were worked out by hand; see tests/golden/metrics.json.
 
-There, a case is a prediction, its golds, what else the metric takes, and the score.
+There, a case is a prediction, its references, what else the metric takes, and the score.
 """
 
 import json
@@ -8,22 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from meteor_jax.evaluation.benchmarks import boxes, choice, evalai, mathvista, mmmu, text
+from meteor_jax.evaluation.benchmarks import (
+    boxes,
+    mathvista,
+    mmmu,
+    multiple_choice,
+    text,
+    vqa_accuracy,
+)
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "metrics.json").read_text("utf-8"))
 PLAIN = {
-    "vqa": evalai.vqa_accuracy, "vqav2": evalai.vqav2_accuracy,
+    "vqa": vqa_accuracy.vqa_accuracy, "vqav2": vqa_accuracy.vqav2_accuracy,
     "exact_match_strict": text.exact_match_strict, "ai2d": text.ai2d, "pope": text.pope,
     "mme": text.mme, "anls_of_documents": text.anls_of_documents,
     "relaxed_chartqa": text.relaxed_chartqa, "mmmu_open": mmmu.open_question,
-    "first_letter": choice.first_letter, "scienceqa": choice.scienceqa,
-    "realworldqa": choice.realworldqa, "mmvp": choice.mmvp, "box_hit": boxes.box_hit,
+    "first_letter": multiple_choice.first_letter, "scienceqa": multiple_choice.scienceqa,
+    "realworldqa": multiple_choice.realworldqa, "mmvp": multiple_choice.mmvp,
+    "box_hit": boxes.box_hit,
 }  # fmt: skip
 WITH_CHOICES = {
-    "mmbench_rules": choice.mmbench_rules, "mmbench_static": choice.mmbench_static,
+    "mmbench_rules": multiple_choice.mmbench_rules,
+    "mmbench_static": multiple_choice.mmbench_static,
     "mmmu_choice": mmmu.multiple_choice,
 }  # fmt: skip
-NORMALISERS = {"normalise": evalai.normalise, "normalise_vqav2": evalai.normalise_vqav2}
+NORMALISERS = {"normalise": vqa_accuracy.normalise, "normalise_vqav2": vqa_accuracy.normalise_vqav2}
 
 
 def cases(names):
@@ -40,24 +49,26 @@ def test_normalisers(name, given, normal):
     assert NORMALISERS[name](given) == normal
 
 
-@pytest.mark.parametrize(("name", "prediction", "golds", "score"), cases(PLAIN))
-def test_plain_metrics(name, prediction, golds, score):
-    assert PLAIN[name](prediction, golds) == pytest.approx(score)
+@pytest.mark.parametrize(("name", "prediction", "references", "score"), cases(PLAIN))
+def test_plain_metrics(name, prediction, references, score):
+    assert PLAIN[name](prediction, references) == pytest.approx(score)
 
 
-@pytest.mark.parametrize(("name", "prediction", "gold", "choices", "score"), cases(WITH_CHOICES))
-def test_metrics_with_choices(name, prediction, gold, choices, score):
-    assert WITH_CHOICES[name](prediction, [gold], choices=choices) == score
+@pytest.mark.parametrize(
+    ("name", "prediction", "reference", "choices", "score"), cases(WITH_CHOICES)
+)
+def test_metrics_with_choices(name, prediction, reference, choices, score):
+    assert WITH_CHOICES[name](prediction, [reference], choices=choices) == score
 
 
-@pytest.mark.parametrize(("prediction", "golds", "dataset", "score"), CASES["ocrbench"])
-def test_ocrbench(prediction, golds, dataset, score):
-    assert text.ocrbench(prediction, golds, dataset=dataset) == score
+@pytest.mark.parametrize(("prediction", "references", "dataset", "score"), CASES["ocrbench"])
+def test_ocrbench(prediction, references, dataset, score):
+    assert text.ocrbench(prediction, references, dataset=dataset) == score
 
 
-@pytest.mark.parametrize(("prediction", "golds", "more", "score"), CASES["mathvista_rules"])
-def test_mathvista(prediction, golds, more, score):
-    assert mathvista.mathvista_rules(prediction, golds, **more) == score
+@pytest.mark.parametrize(("prediction", "references", "more", "score"), CASES["mathvista_rules"])
+def test_mathvista(prediction, references, more, score):
+    assert mathvista.mathvista_rules(prediction, references, **more) == score
 
 
 def test_iou_by_hand():

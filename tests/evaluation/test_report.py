@@ -33,8 +33,8 @@ GOLDS = ["1", "2", "2", "3"]
 YES_GOLDS = ["yes", "no", "no", "no"]
 QUESTIONS = tuple(
     Question(task, record=i, image_id=i, question_id=10 * k + i, question="q?", answer=answer)
-    for k, (task, golds) in enumerate(((COUNT, GOLDS), (YES, YES_GOLDS)))
-    for i, answer in enumerate(golds)
+    for k, (task, references) in enumerate(((COUNT, GOLDS), (YES, YES_GOLDS)))
+    for i, answer in enumerate(references)
 )
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.evaluation.kept import describe
 from meteor_jax.evaluation.resume import Fingerprint, Journal, digest_params
+from meteor_jax.evaluation.token_stats import describe
 from tests.evaluation.fakes import FakeAnswerer, make_evaluation, run
 
 ROOT = Path(__file__).parents[2]

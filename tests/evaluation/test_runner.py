@@ -144,9 +144,9 @@ def test_files_are_written(done, experiment):
 
 
 def test_batch_sizes_do_not_change_predictions(done, data_dir, params, tmp_path):
-    sizes = {"images_per_batch": 1, "questions_per_batch": 1, "group_images": 3}
+    sizes = {"encode_batch_size": 1, "batch_size": 1, "visual_cache_images": 3}
     values = config(data_dir)
-    values["eval"] = values["eval"] | sizes | {"draw_images": 0}
+    values["eval"] = values["eval"] | sizes | {"num_visualizations": 0}
     evaluate_checkpoint(
         load_experiment(values), params, workdir=tmp_path, plans=("cut",), display="quiet"
     )
@@ -191,7 +191,7 @@ def test_a_second_evaluation_asks_nothing(done, experiment, params):
 def test_answers_and_scores_of_another_checkpoint_stay(data_dir, params, tmp_path):
     """Whether it has another step, or the same one."""
     values = config(data_dir)
-    experiment = load_experiment(values | {"eval": values["eval"] | {"draw_images": 0}})
+    experiment = load_experiment(values | {"eval": values["eval"] | {"num_visualizations": 0}})
 
     def evaluate(params, step):
         evaluate_checkpoint(
@@ -224,8 +224,8 @@ def test_batch_1_and_16_agree_on_500_questions_of_easy_vqa(data_dir, tmp_path, m
     said = []
     for size in (1, 16):
         values = config(data_dir)
-        sizes = {"images_per_batch": size, "questions_per_batch": size, "num_images": 200}
-        values["eval"] = values["eval"] | sizes | {"num_questions": 250, "draw_images": 0}
+        sizes = {"encode_batch_size": size, "batch_size": size, "num_images": 200}
+        values["eval"] = values["eval"] | sizes | {"num_questions": 250, "num_visualizations": 0}
         experiment = load_experiment(values)
         evaluate_checkpoint(
             experiment, make_params(experiment), workdir=tmp_path / str(size),

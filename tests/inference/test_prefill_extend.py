@@ -75,7 +75,7 @@ def _forward_over_kept(batch, new, visual, cuts, *, plan):
             stay = (index < 0) | np.isin(index, alive[alive >= 0])
             rows = np.concatenate([np.flatnonzero(stay), index.size + np.arange(new.size)])
             x, index, position = np.asarray(x)[:, rows], index[stay], position[stay]
-            if plan.decode.positions == "renumber":
+            if plan.decode.positions == "contiguous":
                 position = np.arange(index.size)
                 after = index.size
         where = np.concatenate([position, after + np.arange(new.size)])[None]

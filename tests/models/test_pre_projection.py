@@ -52,8 +52,8 @@ def test_pre_projection_is_pruned_place_by_place_without_training(monkeypatch):
     places = np.asarray(cut.raster)[..., None]
     np.testing.assert_array_equal(cut.x, np.take_along_axis(np.asarray(whole.x), places, axis=1))
     np.testing.assert_array_equal(encode(params, "meteor(fuse=16)").tokens.x, whole.x)
-    with pytest.raises(ValueError, match=r"fuse\.rounds=1"):
-        encode(params, "meteor(fuse=6, fuse.rounds=2)")
+    with pytest.raises(ValueError, match=r"fuse\.num_iterations=1"):
+        encode(params, "meteor(fuse=6, fuse.num_iterations=2)")
 
     program = functools.partial(encode.__wrapped__, text="meteor(fuse=6)")
     cost = count_cost(model.config, parse_plan("meteor(fuse=6)"))

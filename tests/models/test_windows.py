@@ -13,7 +13,7 @@ from meteor_jax.models import windows
 from meteor_jax.models.attention import attend
 from meteor_jax.models.eva02 import Eva02, Eva02Config
 from meteor_jax.models.sam import Sam, SamConfig
-from meteor_jax.models.windows import attend_windows, from_windows, stretches, to_windows
+from meteor_jax.models.windows import attend_windows, contiguous_runs, from_windows, to_windows
 from meteor_jax.pruning.encode import EncoderCut
 from meteor_jax.pruning.windows import window_order, window_quotas
 
@@ -213,10 +213,10 @@ def test_to_windows_and_back():
 
 
 def test_stretches():
-    assert list(stretches(0, 7, global_blocks=(2, 5))) == [
+    assert list(contiguous_runs(0, 7, global_blocks=(2, 5))) == [
         (0, 2, False), (2, 3, True), (3, 5, False), (5, 6, True), (6, 7, False),
     ]
-    assert list(stretches(2, 2, global_blocks=(2,))) == [(2, 2, True)]
+    assert list(contiguous_runs(2, 2, global_blocks=(2,))) == [(2, 2, True)]
 
 
 def test_long_windows_attend_in_chunks(monkeypatch):

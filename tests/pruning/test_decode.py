@@ -14,7 +14,7 @@ from meteor_jax.pruning.decode import (
     recycle_dropped,
     select_entries,
     take_entries,
-    text_raters,
+    text_query_mask,
 )
 from meteor_jax.pruning.plan import DecodePlan
 from meteor_jax.pruning.select import keep_topk
@@ -43,7 +43,7 @@ def row(x, kinds):
 def test_raters_are_the_text_that_the_image_is_close_to():
     # Both visual tokens give 0.88 to the text at (1, 0); the text before the image is not asked.
     sequence = row([(9, 0), (2, 0), (2, 0), (0, 1), (1, 0), (0, 0)], "tvvtt-")
-    raters = text_raters(sequence, num_text=4)
+    raters = text_query_mask(sequence, num_text=4)
     np.testing.assert_array_equal(raters, [[False, False, True, False]])
     plan = DecodePlan(layers=(1,), keep=(1,), queries="raters", budget="fixed")
     weights = query_weights(sequence, plan=plan, raters=raters)
@@ -56,9 +56,9 @@ def test_raters_are_the_text_that_the_image_is_close_to():
 
 def test_where_all_text_is_equal_all_rate_and_without_an_image_none_matters():
     equal = row([(1, 0)] * 4, "vttt")
-    np.testing.assert_array_equal(text_raters(equal, num_text=3), [[True, True, True]])
+    np.testing.assert_array_equal(text_query_mask(equal, num_text=3), [[True, True, True]])
     alone = row([(1, 0), (0, 1)], "tt")
-    assert np.isfinite(np.asarray(text_raters(alone, num_text=2), np.float32)).all()
+    assert np.isfinite(np.asarray(text_query_mask(alone, num_text=2), np.float32)).all()
 
 
 # By angle: text, five visual tokens, two text tokens; the keys of 1 and 6 are the largest.
@@ -147,7 +147,7 @@ def test_what_is_not_finite_never_displaces_text(bad):
 
 
 def test_an_attention_mass_that_is_not_finite_keeps_the_least_or_the_most():
-    plan = DecodePlan(layers=(1,), keep=(8,), limits=(0.25, 1.5), scale=(1.0,))
+    plan = DecodePlan(layers=(1,), keep=(8,), budget_range=(0.25, 1.5), scale=(1.0,))
     sequence = jax.tree.map(
         lambda array: jnp.concatenate([array] * 3), row(np.zeros((15, 2)), "v" * 15)
     )

@@ -145,9 +145,9 @@ def test_allocate_in_windows():
     for _ in range(200):
         available = {"clip": 40, "eva": 64, "sam": 75}
         ranks = {name: float(random.uniform(0.5, 50)) for name in available}
-        quantum = {"eva": 16, "sam": 25}
+        multiple_of = {"eva": 16, "sam": 25}
         total = int(random.integers(40, 60))
-        counts = allocate(total, ranks=ranks, available=available, quantum=quantum)
+        counts = allocate(total, ranks=ranks, available=available, multiple_of=multiple_of)
         assert sum(counts.values()) == total
         assert all(0 <= counts[name] <= available[name] for name in available)
         assert counts["eva"] % 16 == counts["sam"] % 25 == 0
@@ -155,7 +155,8 @@ def test_allocate_in_windows():
 
 def test_allocate_rounds_windows_up_where_others_are_full():
     counts = allocate(
-        20, ranks={"clip": 1, "eva": 1e-3}, available={"clip": 10, "eva": 64}, quantum={"eva": 16}
+        20, ranks={"clip": 1, "eva": 1e-3}, available={"clip": 10, "eva": 64},
+        multiple_of={"eva": 16},
     )
     assert counts == {"clip": 4, "eva": 16}
 
@@ -164,7 +165,7 @@ def test_allocate_leaves_no_encoder_without_a_token():
     ranks, available = {"clip": 1e-3, "pix2struct": 50.0, "eva": 1e-3}, dict.fromkeys(
         ("clip", "pix2struct", "eva"), 64
     )
-    counts = allocate(60, ranks=ranks, available=available, quantum={"eva": 16})
+    counts = allocate(60, ranks=ranks, available=available, multiple_of={"eva": 16})
     assert counts == {"clip": 1, "pix2struct": 43, "eva": 16}
     assert allocate(1, ranks=ranks, available=available) == {"clip": 0, "pix2struct": 1, "eva": 0}
 
@@ -179,7 +180,7 @@ def test_allocate_errors():
     with pytest.raises(ValueError, match="expected one of rank"):
         allocate(9, ranks=RANKS, available=AVAILABLE, assignment="ranks")
     with pytest.raises(ValueError, match="multiples of 16"):
-        allocate(20, ranks={"eva": 1.0}, available={"eva": 64}, quantum={"eva": 16})
+        allocate(20, ranks={"eva": 1.0}, available={"eva": 64}, multiple_of={"eva": 16})
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])

@@ -82,14 +82,14 @@ def test_rounds_keep_one_copy_of_what_two_encoders_share(similarity):
     x = x.at[0, 3].add(0.05 * things[5]).at[0, 4].add(0.1 * things[4])
     plan = FusePlan(keep=4, similarity=similarity)
     assert kept(plan, x)[0].tolist() == [1, 2, 4, 5]
-    in_rounds = set(kept(dataclasses.replace(plan, rounds=2), x)[0].tolist())
+    in_rounds = set(kept(dataclasses.replace(plan, num_iterations=2), x)[0].tolist())
     assert {2, 5} <= in_rounds
     assert len({0, 3} & in_rounds) == 1 and len({1, 4} & in_rounds) == 1
 
 
 def test_no_rounds_is_an_error():
-    with pytest.raises(ValueError, match=r"fuse\.rounds: expected 1 or more, got 0"):
-        FusePlan(keep=1, rounds=0)
+    with pytest.raises(ValueError, match=r"fuse\.num_iterations: expected 1 or more, got 0"):
+        FusePlan(keep=1, num_iterations=0)
 
 
 def test_centred_cosine_ranks_tokens_where_an_encoder_has_a_bias():
@@ -110,7 +110,7 @@ def test_a_floor_keeps_a_share_of_every_encoder():
     x = X.at[:, 3:].set(jnp.asarray([1.0, 1.0]))  # b says throughout what a says
     plan = FusePlan(keep=2, similarity="cosine")
     share = (kept(plan, x) >= 3).sum()
-    floored = (kept(dataclasses.replace(plan, floor=0.5), x) >= 3).sum()
+    floored = (kept(dataclasses.replace(plan, min_share_per_encoder=0.5), x) >= 3).sum()
     assert share == 0 and floored == 1
 
 
@@ -181,7 +181,8 @@ def test_selection_is_jittable_and_static():
     "fields",
     [
         {"similarity": "cosine"}, {"similarity": "abs_cosine"}, {"similarity": "centered_cosine"},
-        {"similarity": "max_cosine"}, {"rounds": 2}, {"floor": 0.25}, {"criterion": "max_min"},
+        {"similarity": "max_cosine"}, {"num_iterations": 2},
+        {"min_share_per_encoder": 0.25}, {"criterion": "max_min"},
         {"criterion": "independent"},
     ],
     ids=str,

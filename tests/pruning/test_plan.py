@@ -85,7 +85,7 @@ def test_each_boundary_meets_its_budget_and_convnext_is_cut_at_its_output_only()
 
 
 def test_totals_hold_every_k_and_never_exceed_what_there_is():
-    plan = DecodePlan(layers=(1,), keep=(10,), limits=(0.5, 2.0))
+    plan = DecodePlan(layers=(1,), keep=(10,), budget_range=(0.5, 2.0))
     assert plan.bounds(0) == (5, 20)
     assert plan.totals(0, rows=1, available=100) == (11, 15, 20)  # of the mean 1.05, 1.5 and all
     assert plan.totals(0, rows=8, available=100) == (84, 120, 160)
@@ -100,10 +100,10 @@ def test_totals_hold_every_k_and_never_exceed_what_there_is():
 
 
 def test_a_cut_that_can_drop_nothing_is_none():
-    plan = DecodePlan(layers=(1, 2, 3), keep=(20, 20, 8), limits=(0.5, 1.5))
+    plan = DecodePlan(layers=(1, 2, 3), keep=(20, 20, 8), budget_range=(0.5, 1.5))
     assert plan.cuts_that_drop(available=24) == (0, 1, 2)
     assert dataclasses.replace(plan, budget="fixed").cuts_that_drop(available=20) == (2,)
-    sure = dataclasses.replace(plan, limits=(1.0, 1.5))
+    sure = dataclasses.replace(plan, budget_range=(1.0, 1.5))
     assert sure.cuts_that_drop(available=20) == (2,)
     with pytest.raises(ValueError, match="only 19 visual tokens"):
         plan.cuts_that_drop(available=19)
@@ -142,8 +142,8 @@ def test_an_edited_plan_does_not_take_the_scale_of_what_it_was():
     ("fields", "message"),
     [
         ({"num_totals": 0}, "num_totals: expected 1 to 3, got 0"),
-        ({"limits": (1.2, 1.5)}, "limits: expected a share up to 1"),
-        ({"limits": (0.5, 0.9)}, "a multiple from 1 on, got 0.5, 0.9"),
+        ({"budget_range": (1.2, 1.5)}, "budget_range: expected a share up to 1"),
+        ({"budget_range": (0.5, 0.9)}, "a multiple from 1 on, got 0.5, 0.9"),
     ],
 )
 def test_bounds_that_no_k_can_have_are_refused(fields, message):
@@ -152,7 +152,7 @@ def test_bounds_that_no_k_can_have_are_refused(fields, message):
 
 
 def test_one_total_holds_the_largest_k():
-    plan = DecodePlan(layers=(1,), keep=(10,), limits=(0.5, 2.0), num_totals=1)
+    plan = DecodePlan(layers=(1,), keep=(10,), budget_range=(0.5, 2.0), num_totals=1)
     assert plan.totals(0, rows=3, available=100) == (60,)
 
 

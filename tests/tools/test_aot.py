@@ -116,7 +116,7 @@ def test_what_every_device_holds_is_a_lower_bound():
     split = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     whole = jax.ShapeDtypeStruct((10,), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
     assert device_bytes((split, [whole])) == 8 * 6 * 4 / 4 + 10 * 2
-    program = Program(lambda: None, (), held_bytes=16 * GIB, total_bytes=63 * GIB, rows=1)
+    program = Program(lambda: None, (), resident_bytes=16 * GIB, total_bytes=63 * GIB, rows=1)
     check_held(program, chip=CHIPS["TPU v6 lite"])
     with pytest.raises(DoesNotFit, match=r"0.25 GiB more than .* a v5e; .* more than 4 devices$"):
         check_held(program, chip=V5E)
@@ -151,12 +151,12 @@ def test_alternatives_go_from_remat_over_the_mesh_to_fewer_rows(mesh):
     assert [alternative.label for alternative in tried] == [
         "remat=nothing_saveable",
         "remat=nothing_saveable + mesh data=1,fsdp=8",
-        "remat=nothing_saveable + mesh data=1,fsdp=8 + accumulate=2",
-        "remat=nothing_saveable + mesh data=1,fsdp=4,tensor=2 + accumulate=4",
+        "remat=nothing_saveable + mesh data=1,fsdp=8 + grad_accum_steps=2",
+        "remat=nothing_saveable + mesh data=1,fsdp=4,tensor=2 + grad_accum_steps=4",
     ]
     last = tried[-1]
     assert last.mesh == MeshConfig(1, 4, 2)
-    assert last.request.stage_config.accumulate == 4
+    assert last.request.stage_config.grad_accum_steps == 4
     assert last.request.experiment.model.llama.remat == "nothing_saveable"
     labels = [a.label for a in alternatives(Request("prefill", make_experiment()), mesh)]
     assert labels == ["mesh data=4,tensor=2"]  # the kv heads divide no further
@@ -171,8 +171,8 @@ def test_a_train_step_holds_gradients_too_and_counts_remat_apart(mesh):
     request = Request("train", with_remat_in_the_decoder())
     program = build_program(request, mesh, platform="tpu")
     state, batch = program.args
-    assert program.held_bytes == device_bytes((state, batch)) + device_bytes(state.params)
-    assert program.held_bytes < program.total_bytes < 8 * program.held_bytes
+    assert program.resident_bytes == device_bytes((state, batch)) + device_bytes(state.params)
+    assert program.resident_bytes < program.total_bytes < 8 * program.resident_bytes
     assert batch.images.sharding.shard_shape(batch.images.shape) == (2, 1, 32, 32, 3)
     flops, model_flops = count_flops(request, mesh, platform="tpu")
     assert 1.05 < flops / model_flops < 1.5

@@ -22,7 +22,7 @@ from tests import tiny_model
 
 METEOR = (
     "meteor(encode=(28, 26, 22), fuse=20, layers=(2,), keep=(10,), decode.heads=2, "
-    "decode.num_totals=2, decode.limits=(0.5, 1.0))"
+    "decode.num_totals=2, decode.budget_range=(0.5, 1.0))"
 )
 FIELDS = {
     "plan", "batch", "encode_s", "prefill_s", "decode_ms_per_token", "end_to_end_s", "peak_bytes",
@@ -87,7 +87,7 @@ def test_plans_take_turns():
         return {"encode": float(len(calls))}
 
     runs = {name: lambda name=name: run(name) for name in ("full", "meteor")}
-    seconds = bench.take_turns(runs, repeats=3)
+    seconds = bench.interleave(runs, repeats=3)
     assert calls == ["full", "meteor"] * 3
     assert [run["encode"] for run in seconds["meteor"]] == [2.0, 4.0, 6.0]
 

@@ -57,7 +57,7 @@ def test_a_cut_that_can_drop_nothing_needs_no_scale():
     plan, asked = tiny.plan(tiny.METEOR), batch()
     fused = tiny.encode(tiny.params(), asked.images[:, None], plan=plan).tokens.num_tokens
     decode = dataclasses.replace(
-        plan.decode, layers=(1, 2), keep=(fused, fused // 2), limits=(1.0, 1.5), scale=()
+        plan.decode, layers=(1, 2), keep=(fused, fused // 2), budget_range=(1.0, 1.5), scale=()
     )
     budget = calibrate_budget(
         tiny.MODEL, tiny.params(), asked.images, questions=asked.questions,

@@ -10,10 +10,10 @@ import pytest
 
 from meteor_jax.config import ConfigError
 from meteor_jax.evaluation import paper
-from meteor_jax.evaluation.kept import kept_tokens
 from meteor_jax.evaluation.report import write_eval, write_predictions
 from meteor_jax.evaluation.results import Answer, PlanResult, majority, make_rows
 from meteor_jax.evaluation.tasks import Question
+from meteor_jax.evaluation.token_stats import kept_tokens
 from meteor_jax.inference.visualize import draw_examples
 from meteor_jax.pruning.plan import DecodePlan, PrunePlan
 from meteor_jax.tools.page import escape, render_page, table

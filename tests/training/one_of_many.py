@@ -41,7 +41,7 @@ def open_data(stage, *, first_batch, shard, event="none", step=None):
 def main(workdir, port, process_id, mesh, event):
     start_processes(
         coordinator=f"localhost:{port}", num_processes=NUM_PROCESSES, process_id=int(process_id),
-        heartbeat_seconds=HEARTBEAT_SECONDS, notices=True,
+        heartbeat_seconds=HEARTBEAT_SECONDS, enable_preemption=True,
     )
     name, _, step = event.partition(":")
     options = {"event": name, "step": int(step)} if step and process_id == "1" else {}

@@ -41,12 +41,15 @@ def test_stage_without_steps_is_left_out():
     [
         ({"finetune": {"stepz": 5}}, "train.finetune.stepz: no such field. Did you mean 'steps'?"),
         ({"finetune": {"kind": "captions"}}, "expected one of caption, questions"),
-        ({"finetune": {"batch_size": 6, "accumulate": 4}}, "does not divide into accumulate=4"),
+        (
+            {"finetune": {"batch_size": 6, "grad_accum_steps": 4}},
+            "does not divide into grad_accum_steps=4",
+        ),
         ({"finetune": {"steps": 0}}, "nothing to train"),
         ({"log_every": 0}, "log_every is at least 1"),
         ({"held_out_batches": 0}, "held_out_batches is at least 1"),
         ({"held_out_every": 5}, "train.held_out_every is 5, but data.held_out is 0"),
-        ({"ema": "0.9"}, "train.ema: expected float, got '0.9'"),
+        ({"ema_decay": "0.9"}, "train.ema_decay: expected float, got '0.9'"),
         ({"mesh": {"dat": 1}}, "train.mesh.dat: no such field. Did you mean 'data'?"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from meteor_jax.config import ConfigError
-from meteor_jax.distributed import RowShard
+from meteor_jax.distributed import DataShard
 from meteor_jax.training.metrics import TrainingFailed, cut_lines
 from tests.training import tiny_run
 from tests.training.tiny_run import make_experiment, make_whole_experiment, read_steps, run
@@ -52,7 +52,7 @@ def test_held_out_loss_is_of_its_own_batches(tmp_path, uninterrupted):
     experiment = make_experiment(
         pretrain={"steps": 1, "learning_rate": 0.0}, finetune={"steps": 0}, held_out_every=1
     )
-    first = tiny_run.open_held_out(experiment.train.stages()[0], shard=RowShard())[0]
+    first = tiny_run.open_held_out(experiment.train.stages()[0], shard=DataShard())[0]
     run(tmp_path, experiment, open_data=lambda stage, **_: itertools.repeat(first),
         open_held_out=lambda stage, **_: [first, first])
     [line] = read_steps(tmp_path)
@@ -170,12 +170,12 @@ def test_restart_takes_back_what_the_stage_before_taught(tmp_path):
         tmp_path / "fresh", make_experiment(pretrain={"steps": 0}, finetune={"learning_rate": 0.0})
     ).state.params
     captions = run(
-        tmp_path / "captions", make_experiment(ema=0.5, finetune={"steps": 0})
+        tmp_path / "captions", make_experiment(ema_decay=0.5, finetune={"steps": 0})
     ).state
     both = run(
         tmp_path / "both",
         make_experiment(
-            ema=0.5, finetune={"steps": 1, "learning_rate": 0.0, "restart": ("^llama/head",)}
+            ema_decay=0.5, finetune={"steps": 1, "learning_rate": 0.0, "reinit": ("^llama/head",)}
         ),
     ).state
     equal = np.testing.assert_array_equal
@@ -191,10 +191,10 @@ def test_restart_takes_back_what_the_stage_before_taught(tmp_path):
     [
         (make_experiment(finetune={"plans": ("ful",)}), "no plan 'ful'.* 'full'"),
         (make_experiment(finetune={"trainable": ("lamma",)}), "finetune.trainable: 'lamma' match"),
-        (make_experiment(finetune={"restart": ("lamma",)}), "finetune.restart: 'lamma' matches no"),
+        (make_experiment(finetune={"reinit": ("lamma",)}), "finetune.reinit: 'lamma' matches no"),
         (
-            make_experiment(finetune={"learning_rates_by_path": (("clap", 0.1),)}),
-            "learning_rates_by_path: 'clap' matches no parameter; they begin with clip, llama",
+            make_experiment(finetune={"lr_multipliers": (("clap", 0.1),)}),
+            "lr_multipliers: 'clap' matches no parameter; they begin with clip, llama",
         ),
         (make_experiment(finetune={"before": "nothing"}), "plan 'pruned': no feature ranks"),
         (

@@ -12,8 +12,8 @@ from meteor_jax.config import build
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.training.experiment import StageConfig
+from meteor_jax.training.init import make_steps
 from meteor_jax.training.optimizer import make_optimizer, make_schedule
-from meteor_jax.training.starting import make_steps
 from meteor_jax.training.state import init_params, make_state
 from meteor_jax.training.step import make_train_step
 from tests import tiny_model
@@ -78,7 +78,7 @@ def test_frozen_subtree_is_not_differentiated():
 
 def test_learning_rates_by_path():
     # Adam's first step is as long as the learning rate, whatever the gradient.
-    distance = moved(make_stage(learning_rates_by_path=(("clip/fc2", 0.1), ("clip", 0.5))))
+    distance = moved(make_stage(lr_multipliers=(("clip/fc2", 0.1), ("clip", 0.5))))
     assert distance["llama/head/kernel"] == pytest.approx(1e-2, rel=1e-2)
     assert distance["clip/fc1/kernel"] == pytest.approx(0.5e-2, rel=1e-2)
     assert distance["clip/fc2/kernel"] == pytest.approx(0.1e-2, rel=1e-2)
@@ -101,7 +101,7 @@ def test_weight_decay_leaves_vectors_alone():
 
 
 def test_schedule_warms_up_and_ends_at_zero():
-    schedule = make_schedule(make_stage(steps=100, warmup=0.1))
+    schedule = make_schedule(make_stage(steps=100, warmup_ratio=0.1))
     assert float(schedule(0)) == pytest.approx(1e-3)
     assert float(schedule(10)) == pytest.approx(1e-2)
     assert float(schedule(100)) == pytest.approx(0)
@@ -109,8 +109,8 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 def test_accumulation_equals_the_whole_batch():
     results = []
-    for accumulate in (1, 4):
-        step, state = begin(make_stage(accumulate=accumulate))
+    for grad_accum_steps in (1, 4):
+        step, state = begin(make_stage(grad_accum_steps=grad_accum_steps))
         results.append(jax.device_get(step(state, make_batch(1))))
     (whole, whole_metrics), (parts, parts_metrics) = results
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole, parts)

@@ -164,8 +164,8 @@ def read_steps(workdir):
 
 def make_whole_experiment(**train_fields):
     """One that uses whatever must survive an interruption."""
-    finetune = {"restart": ("llama/head",)} | train_fields.pop("finetune", {})
-    return make_experiment(ema=0.9, held_out_every=3, finetune=finetune, **train_fields)
+    finetune = {"reinit": ("llama/head",)} | train_fields.pop("finetune", {})
+    return make_experiment(ema_decay=0.9, held_out_every=3, finetune=finetune, **train_fields)
 
 
 def main(workdir, kill_at_step=None):

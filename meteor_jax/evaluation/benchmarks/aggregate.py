@@ -71,7 +71,7 @@ def pope(
     share of "yes" among the answers, pooled and by subset.
 
     As in lmms-eval, recall leaves answers out that are neither yes nor no; `yes_ratio` is of the
-    answers, where lmms-eval takes the gold ones.
+    answers, where lmms-eval takes the reference ones.
     """
     rows = [
         (question.detail.get("part", ""), pope_answer(question.answer), pope_answer(prediction))
@@ -199,7 +199,7 @@ def _means_by(
 
 
 def _yes_statistics(rows: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Of pairs (gold, answer)."""
+    """Of pairs (reference, answer)."""
     hits = rows.count(("yes", "yes"))
     called = sum(answer == "yes" for _, answer in rows)
     wrong_yes, missed = rows.count(("no", "yes")), rows.count(("yes", "no"))

@@ -13,14 +13,14 @@ Box = tuple[float, float, float, float]
 _BOX = re.compile(r"\[\s*" + r",\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"\s*\]")
 
 
-def box_hit(prediction: str, golds: Sequence[str]) -> float:
-    """1 if the first box of the answer overlaps a gold box with an IoU of at least 0.5.
+def box_hit(prediction: str, references: Sequence[str]) -> float:
+    """1 if the first box of the answer overlaps a reference box with an IoU of at least 0.5.
 
     Source: RefCOCO's accuracy (Yu et al., ECCV 2016).
     """
     box = parse_box(prediction)
-    wanted = [parsed for parsed in map(parse_box, golds) if parsed is not None]
-    return float(box is not None and any(iou(box, gold) >= IOU_THRESHOLD for gold in wanted))
+    wanted = [parsed for parsed in map(parse_box, references) if parsed is not None]
+    return float(box is not None and any(iou(box, other) >= IOU_THRESHOLD for other in wanted))
 
 
 def parse_box(text: str) -> Box | None:

@@ -17,13 +17,13 @@ _LETTER_FIRST = re.compile(r"([A-Z])[.):]")
 
 def mathvista_rules(
     prediction: str,
-    golds: Sequence[str],
+    references: Sequence[str],
     *,
     choices: Sequence[str] = (),
     answer_type: str = "text",
     precision: int = 0,
 ) -> float:
-    """1 if the extracted answer is the gold text.
+    """1 if the extracted answer is the reference text.
 
     Args:
         choices: texts of the options; none for a free answer.
@@ -36,7 +36,7 @@ def mathvista_rules(
         found = choose(answer, choices)
     else:
         found = normalise(answer, answer_type=answer_type, precision=precision)
-    return float(found is not None and found.strip() in {gold.strip() for gold in golds})
+    return float(found is not None and found.strip() in map(str.strip, references))
 
 
 def choose(answer: str, choices: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""MMMU's parser: which option an answer names, or whether an open answer holds the gold one.
+"""MMMU's parser: which option an answer names, or whether an open answer holds the reference one.
 
 Source: MMMU's evaluation (Yue et al., CVPR 2024) as lmms-eval 0.7 runs it. Where that draws an
 option at random, nothing is found here, so the answer is wrong.
@@ -21,19 +21,20 @@ _NUMBERS = (
 
 
 def multiple_choice(
-    prediction: str, golds: Sequence[str], *, choices: Mapping[str, str]
+    prediction: str, references: Sequence[str], *, choices: Mapping[str, str]
 ) -> float:
-    """1 if the answer names the gold letter.
+    """1 if the answer names the reference letter.
 
     Args:
         choices: texts by letter.
     """
-    return float(parse_choice(prediction, choices) in golds)
+    return float(parse_choice(prediction, choices) in references)
 
 
-def open_question(prediction: str, golds: Sequence[str]) -> float:
-    """1 if a key part of the answer has a gold text in it, or is a gold number to two places."""
-    wanted = [value for gold in golds for value in normalise(gold)]
+def open_question(prediction: str, references: Sequence[str]) -> float:
+    """1 if a key part of the answer has a reference text in it, or is a reference number to two
+    places."""
+    wanted = [value for reference in references for value in normalise(reference)]
     texts = [value for value in wanted if isinstance(value, str)]
     for value in parse_open(prediction):
         if isinstance(value, str):

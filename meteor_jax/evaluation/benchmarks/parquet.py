@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meteor_jax.config import ConfigError
-from meteor_jax.evaluation.benchmarks.folders import Folder
+from meteor_jax.evaluation.benchmarks.datasets import Folder
 
 BATCH_ROWS = 64  # read at once, since a row may have megabytes of image
 KEPT_ROW_GROUPS = 4

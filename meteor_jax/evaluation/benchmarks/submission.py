@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from meteor_jax.data.records import TaskSpec
-from meteor_jax.evaluation.benchmarks.evalai import normalise, normalise_vqav2
 from meteor_jax.evaluation.benchmarks.scoring import SUBMISSION
+from meteor_jax.evaluation.benchmarks.vqa_accuracy import normalise, normalise_vqav2
 
 
 class Asked(Protocol):

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from meteor_jax.data.records import Group, TaskSpec
-from meteor_jax.evaluation.benchmarks import items
-from meteor_jax.evaluation.benchmarks.folders import FOLDERS
-from meteor_jax.evaluation.benchmarks.items import COGNITION, PERCEPTION, Item
+from meteor_jax.evaluation.benchmarks import prompts
+from meteor_jax.evaluation.benchmarks.datasets import FOLDERS
+from meteor_jax.evaluation.benchmarks.prompts import COGNITION, PERCEPTION, Item
 from meteor_jax.evaluation.benchmarks.scoring import SUBMISSION
 
 
@@ -52,67 +52,67 @@ _DOCUMENT = "questionId,question,answers"
 BENCHMARKS: dict[str, Benchmark] = {
     row.task.name: row
     for row in (
-        _row("scienceqa_img", "scienceqa_img", "knowledge", "scienceqa", 16, items.scienceqa,
+        _row("scienceqa_img", "scienceqa_img", "knowledge", "scienceqa", 16, prompts.scienceqa,
              "hint,question,choices,answer"),
-        _row("ai2d", "ai2d", "knowledge", "ai2d", 16, items.ai2d, "question,options,answer"),
-        _row("mmmu_val", "mmmu_val", "knowledge", "mmmu", 16, items.mmmu,
+        _row("ai2d", "ai2d", "knowledge", "ai2d", 16, prompts.ai2d, "question,options,answer"),
+        _row("mmmu_val", "mmmu_val", "knowledge", "mmmu", 16, prompts.mmmu,
              "id,question,options,answer,question_type"),
         _row("mathvista_testmini_rules", "mathvista_testmini", "knowledge", "mathvista_rules",
-             1024, items.mathvista,
+             1024, prompts.mathvista,
              "pid,question,unit,choices,answer,precision,question_type,answer_type"),
-        _row("mme_perception", "mme", "general", "mme", 16, items.mme,
+        _row("mme_perception", "mme", "general", "mme", 16, prompts.mme,
              "question_id,question,answer,category", aggregation="mme",
              only=("category", PERCEPTION)),
-        _row("mme_cognition", "mme", "general", "mme", 16, items.mme,
+        _row("mme_cognition", "mme", "general", "mme", 16, prompts.mme,
              "question_id,question,answer,category", aggregation="mme",
              only=("category", COGNITION)),
         _row("mmbench_en_dev_rules_circular", "mmbench_en_dev", "general", "mmbench_rules", 1024,
-             items.mmbench, _MMBENCH, aggregation="mmbench_circular"),
+             prompts.mmbench, _MMBENCH, aggregation="mmbench_circular"),
         _row("mmbench_en_dev_static", "mmbench_en_dev", "general", "mmbench_static", 1024,
-             items.mmbench, _MMBENCH, aggregation="mmbench_circular", in_groups=False),
-        _row("seedbench_image", "seedbench", "general", "first_letter", 1024, items.seedbench,
+             prompts.mmbench, _MMBENCH, aggregation="mmbench_circular", in_groups=False),
+        _row("seedbench_image", "seedbench", "general", "first_letter", 1024, prompts.seedbench,
              "question_id,question,choice_a,choice_b,choice_c,choice_d,answer",
              only=("data_type", ("image",))),
-        _row("gqa", "gqa", "general", "exact_match_strict", 16, items.gqa, "id,question,answer"),
-        _row("pope", "pope", "general", "pope", 128, items.pope, "id,question,answer,category",
+        _row("gqa", "gqa", "general", "exact_match_strict", 16, prompts.gqa, "id,question,answer"),
+        _row("pope", "pope", "general", "pope", 128, prompts.pope, "id,question,answer,category",
              aggregation="pope"),
         *(
-            _row(f"pope_{subset}", "pope", "general", "pope", 128, items.pope,
+            _row(f"pope_{subset}", "pope", "general", "pope", 128, prompts.pope,
                  "id,question,answer,category", aggregation="pope", only=("category", (subset,)),
                  in_groups=False)
             for subset in ("random", "popular", "adversarial")
         ),
-        _row("vqav2_val", "vqav2_val", "general", "vqav2", 16, items.vqav2, _VQA),
-        _row("vqav2_test", "vqav2_test", "general", SUBMISSION, 16, items.vqav2, _VQA,
+        _row("vqav2_val", "vqav2_val", "general", "vqav2", 16, prompts.vqav2, _VQA),
+        _row("vqav2_test", "vqav2_test", "general", SUBMISSION, 16, prompts.vqav2, _VQA,
              in_groups=False),
-        _row("vizwiz_vqa_val", "vizwiz_val", "general", "vqa", 1024, items.vizwiz, _VQA),
-        _row("vizwiz_vqa_test", "vizwiz_test", "general", SUBMISSION, 1024, items.vizwiz, _VQA,
+        _row("vizwiz_vqa_val", "vizwiz_val", "general", "vqa", 1024, prompts.vizwiz, _VQA),
+        _row("vizwiz_vqa_test", "vizwiz_test", "general", SUBMISSION, 1024, prompts.vizwiz, _VQA,
              in_groups=False),
-        _row("realworldqa", "realworldqa", "general", "realworldqa", 16, items.realworldqa,
+        _row("realworldqa", "realworldqa", "general", "realworldqa", 16, prompts.realworldqa,
              "question,answer"),
-        _row("mmvp", "mmvp", "general", "mmvp", 16, items.mmvp,
+        _row("mmvp", "mmvp", "general", "mmvp", 16, prompts.mmvp,
              "Index,Question,Options,Correct Answer", aggregation="mmvp_pairs"),
-        _row("textvqa_val", "textvqa_val", "ocr", "vqa", 1024, items.textvqa, _VQA),
+        _row("textvqa_val", "textvqa_val", "ocr", "vqa", 1024, prompts.textvqa, _VQA),
         _row("textvqa_val_ocr", "textvqa_val", "ocr", "vqa", 1024,
-             functools.partial(items.textvqa, with_ocr=True), f"{_VQA},ocr_tokens",
+             functools.partial(prompts.textvqa, with_ocr=True), f"{_VQA},ocr_tokens",
              in_groups=False),
-        _row("chartqa", "chartqa", "ocr", "relaxed_chartqa", 16, items.chartqa,
+        _row("chartqa", "chartqa", "ocr", "relaxed_chartqa", 16, prompts.chartqa,
              "question,answer,type"),
         *(
-            _row(f"chartqa_{part}", "chartqa", "ocr", "relaxed_chartqa", 16, items.chartqa,
+            _row(f"chartqa_{part}", "chartqa", "ocr", "relaxed_chartqa", 16, prompts.chartqa,
                  "question,answer,type", only=("type", (f"{part}_test",)), in_groups=False)
             for part in ("human", "augmented")
         ),
-        _row("docvqa_val", "docvqa_val", "ocr", "anls_of_documents", 32, items.docvqa, _DOCUMENT),
-        _row("docvqa_test", "docvqa_test", "ocr", SUBMISSION, 32, items.docvqa, _DOCUMENT,
+        _row("docvqa_val", "docvqa_val", "ocr", "anls_of_documents", 32, prompts.docvqa, _DOCUMENT),
+        _row("docvqa_test", "docvqa_test", "ocr", SUBMISSION, 32, prompts.docvqa, _DOCUMENT,
              in_groups=False),
-        _row("infovqa_val", "infovqa_val", "ocr", "anls_of_documents", 32, items.docvqa,
+        _row("infovqa_val", "infovqa_val", "ocr", "anls_of_documents", 32, prompts.docvqa,
              _DOCUMENT),
-        _row("infovqa_test", "infovqa_test", "ocr", SUBMISSION, 32, items.docvqa, _DOCUMENT,
+        _row("infovqa_test", "infovqa_test", "ocr", SUBMISSION, 32, prompts.docvqa, _DOCUMENT,
              in_groups=False),
-        _row("ocrbench", "ocrbench", "ocr", "ocrbench", 128, items.ocrbench,
+        _row("ocrbench", "ocrbench", "ocr", "ocrbench", 128, prompts.ocrbench,
              "dataset,question,question_type,answer", aggregation="ocrbench_sum"),
-        _row("refcoco_val_boxes", "refcoco_val", "grounding", "box_hit", 64, items.refcoco,
+        _row("refcoco_val_boxes", "refcoco_val", "grounding", "box_hit", 64, prompts.refcoco,
              "question_id,answer,bbox,image"),
     )
 }  # fmt: skip

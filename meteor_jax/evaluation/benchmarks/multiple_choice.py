@@ -48,34 +48,35 @@ _MMVP_PATTERNS = tuple(
 )
 
 
-def scienceqa(prediction: str, golds: Sequence[str]) -> float:
-    """1 for the gold letter alone, in either case, or as a capital before a period."""
+def scienceqa(prediction: str, references: Sequence[str]) -> float:
+    """1 for the reference letter alone, in either case, or as a capital before a period."""
     answer = prediction.strip()
-    if answer.lower() not in {gold.lower() for gold in golds} and answer[1:2] == ".":
+    if answer.lower() not in {reference.lower() for reference in references} and answer[1:2] == ".":
         answer = answer[0] if answer[0].isupper() else ""
-    return float(answer.lower() in {gold.strip().lower() for gold in golds})
+    return float(answer.lower() in {reference.strip().lower() for reference in references})
 
 
-def first_letter(prediction: str, golds: Sequence[str]) -> float:
-    """1 if the answer begins with the gold letter, in either case. SEED-Bench."""
-    return float(prediction.strip()[:1].lower() in {gold.strip().lower() for gold in golds})
+def first_letter(prediction: str, references: Sequence[str]) -> float:
+    """1 if the answer begins with the reference letter, in either case. SEED-Bench."""
+    letter = prediction.strip()[:1].lower()
+    return float(letter in {reference.strip().lower() for reference in references})
 
 
-def realworldqa(prediction: str, golds: Sequence[str]) -> float:
-    """A letter where the gold is one of A to D; else equality without case and final periods."""
+def realworldqa(prediction: str, references: Sequence[str]) -> float:
+    """A letter where the reference is one of A to D; else equality without case, final periods."""
 
-    def score(gold: str) -> bool:
-        gold = gold.strip()
-        if gold.upper() in ("A", "B", "C", "D"):
-            return find_letter(prediction, "ABCD") == gold.upper()
-        return prediction.lower().strip().rstrip(".") == gold.lower()
+    def score(reference: str) -> bool:
+        reference = reference.strip()
+        if reference.upper() in ("A", "B", "C", "D"):
+            return find_letter(prediction, "ABCD") == reference.upper()
+        return prediction.lower().strip().rstrip(".") == reference.lower()
 
-    return float(any(map(score, golds)))
+    return float(any(map(score, references)))
 
 
-def mmvp(prediction: str, golds: Sequence[str]) -> float:
-    """1 if the answer names the gold letter of A and B."""
-    return float(mmvp_letter(prediction) in golds)
+def mmvp(prediction: str, references: Sequence[str]) -> float:
+    """1 if the answer names the reference letter of A and B."""
+    return float(mmvp_letter(prediction) in references)
 
 
 def mmvp_letter(prediction: str) -> str:
@@ -87,22 +88,26 @@ def mmvp_letter(prediction: str) -> str:
     return text[:1].upper() if text[:1].upper() in ("A", "B") else ""
 
 
-def mmbench_rules(prediction: str, golds: Sequence[str], *, choices: Mapping[str, str]) -> float:
-    """1 if the rules of MMBench's scorer, by themselves, find the gold letter.
+def mmbench_rules(
+    prediction: str, references: Sequence[str], *, choices: Mapping[str, str]
+) -> float:
+    """1 if the rules of MMBench's scorer, by themselves, find the reference letter.
 
     What they cannot read is wrong here; the original asks GPT, and draws at random after that.
 
     Args:
         choices: texts of the letters A to D that there are.
     """
-    return float(_mmbench_letter(prediction.strip(), choices) in golds)
+    return float(_mmbench_letter(prediction.strip(), choices) in references)
 
 
-def mmbench_static(prediction: str, golds: Sequence[str], *, choices: Mapping[str, str]) -> float:
+def mmbench_static(
+    prediction: str, references: Sequence[str], *, choices: Mapping[str, str]
+) -> float:
     """`mmbench_rules`, and `find_letter` for what they cannot read: lmms-eval's static variant."""
     answer = prediction.strip()
     found = _mmbench_letter(answer, choices) or find_letter(answer, sorted(choices))
-    return float(found in golds)
+    return float(found in references)
 
 
 def _mmbench_letter(answer: str, choices: Mapping[str, str]) -> str:

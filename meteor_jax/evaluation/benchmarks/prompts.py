@@ -46,7 +46,7 @@ class Item:
     """
 
     prompt: str
-    golds: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     question_id: int | str | None = None
     detail: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_images: int = 1
@@ -75,16 +75,16 @@ def mmmu(row: Row) -> Iterator[Item]:
     if row["question_type"] == "multiple-choice":
         asked = "\nAnswer with the option letter from the given choices directly."
         prompt = f"{row['question']}\n{_lettered(options)}{asked}"
-        golds = (row["answer"],)
+        references = (row["answer"],)
         detail["choices"] = json.dumps(dict(zip(string.ascii_uppercase, options, strict=False)))
     else:
         prompt = f"{row['question']}{SHORT}"
-        golds = _listed(row["answer"])
+        references = _listed(row["answer"])
     num_images = len(mmmu_images(row))
     for name in dict.fromkeys(_MMMU_IMAGE.findall(prompt)):
         first, rest = prompt.split(f"<{name}>", 1)
         prompt = first + IMAGE_MARKER + rest.replace(f"<{name}>", name)
-    yield Item(prompt, golds, row["id"], detail, num_images=num_images)
+    yield Item(prompt, references, row["id"], detail, num_images=num_images)
 
 
 def mmmu_images(row: Row) -> tuple[str, ...]:
@@ -155,8 +155,8 @@ def pope(row: Row) -> Iterator[Item]:
 
 def vqav2(row: Row) -> Iterator[Item]:
     """Columns question_id, question, answers (structs with `answer`; none in the test split)."""
-    golds = tuple(given["answer"] for given in row["answers"] or ())
-    yield Item(f"{row['question']}{SHORT}", golds, row["question_id"])
+    references = tuple(given["answer"] for given in row["answers"] or ())
+    yield Item(f"{row['question']}{SHORT}", references, row["question_id"])
 
 
 def vizwiz(row: Row) -> Iterator[Item]:
@@ -187,9 +187,9 @@ def docvqa(row: Row) -> Iterator[Item]:
 
 def ocrbench(row: Row) -> Iterator[Item]:
     """Columns dataset, question, question_type, answer (a list)."""
-    golds = (row["answer"],) if isinstance(row["answer"], str) else tuple(row["answer"])
+    references = (row["answer"],) if isinstance(row["answer"], str) else tuple(row["answer"])
     detail = {"part": row["question_type"], "dataset": row["dataset"]}
-    yield Item(row["question"].strip(), golds, detail=detail)
+    yield Item(row["question"].strip(), references, detail=detail)
 
 
 def realworldqa(row: Row) -> Iterator[Item]:
@@ -204,8 +204,8 @@ def mmvp(row: Row) -> Iterator[Item]:
     """
     index = row["Index"]
     prompt = f"{row['Question']}\n{_lettered(_MMVP_OPTION.findall(row['Options']))}{LETTER}"
-    gold = row["Correct Answer"].strip().strip("()").upper()
-    yield Item(prompt, (gold,), index, {"unit": str((index - 1) // 2)})
+    reference = row["Correct Answer"].strip().strip("()").upper()
+    yield Item(prompt, (reference,), index, {"unit": str((index - 1) // 2)})
 
 
 def refcoco(row: Row) -> Iterator[Item]:
@@ -219,15 +219,15 @@ def refcoco(row: Row) -> Iterator[Item]:
         with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
             w, h = image.size
     except (OSError, TypeError):
-        golds = ()  # it cannot be asked either: its image is found to be corrupt
+        references = ()  # it cannot be asked either: its image is found to be corrupt
     else:
-        golds = (format_box((x / w, y / h, (x + width) / w, (y + height) / h)),)
+        references = (format_box((x / w, y / h, (x + width) / w, (y + height) / h)),)
     for number, expression in enumerate(row["answer"]):
         prompt = (
             f"Where is {expression.strip()}?\nAnswer with its box as [x1, y1, x2, y2], the left, "
             "top, right and bottom edges as shares of the image's width and height."
         )
-        yield Item(prompt, golds, f"{row['question_id']}/{number}")
+        yield Item(prompt, references, f"{row['question_id']}/{number}")
 
 
 def _letter(index: int) -> str:
@@ -243,7 +243,7 @@ def _given(value: str | None) -> bool:
 
 
 def _listed(answer: str) -> tuple[str, ...]:
-    """Several gold answers, which are published as the text of a Python list.
+    """Several reference answers, which are published as the text of a Python list.
 
     (lmms-eval compares with that very text, which no answer equals.)
     """

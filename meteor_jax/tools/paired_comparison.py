@@ -18,7 +18,7 @@ from meteor_jax.tools.runs import Run
 Scores = Mapping[str, Mapping[str, float]]  # by task and question
 
 
-def across_runs(runs: Sequence[Run]) -> str:
+def paired_comparison(runs: Sequence[Run]) -> str:
     """A section of the report: each plan's mean scores, and how far it is from the reference, the
     first run's "full", or its first plan where it has no such.
 
@@ -61,12 +61,12 @@ def across_runs(runs: Sequence[Run]) -> str:
     )
 
 
-def over_trainings(runs: Sequence[Run]) -> str:
+def seed_variance(runs: Sequence[Run]) -> str:
     """A section of the report: plans that several runs have, as trainings with other seeds do.
 
     Mean over the runs, standard deviation from run to run, and how far the mean is from that of
-    the reference, as `across_runs` chooses it. Only runs with the first run's tasks count, and of
-    the same parameters only the first. Empty where no plan is in two runs.
+    the reference, as `paired_comparison` chooses it. Only runs with the first run's tasks count,
+    and of the same parameters only the first. Empty where no plan is in two runs.
     """
     reference = _reference(runs[0])
     by_plan: dict[str, list[dict[str, float]]] = {}

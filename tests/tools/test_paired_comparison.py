@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from meteor_jax.tools.across_runs import across_runs, mean_difference, over_trainings
+from meteor_jax.tools.paired_comparison import mean_difference, paired_comparison, seed_variance
 from meteor_jax.tools.runs import read_runs
 from tests.tools.test_report import write_run
 
@@ -28,7 +28,7 @@ def test_no_difference_where_the_questions_are_not_the_same(scores):
 
 def test_every_plan_of_every_run_stands_against_the_first_full(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
-    lines = across_runs(runs).splitlines()
+    lines = paired_comparison(runs).splitlines()
     assert lines[0] == "## Against a/full"
     assert "| a/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in lines
     (meteor,) = [line for line in lines if line.startswith("| b/meteor")]
@@ -41,9 +41,9 @@ def test_without_predictions_or_a_second_run_there_is_nothing_to_say(tmp_path):
         write_run(tmp_path / name, examples=False, predictions=name == "whole")
         for name in ("bare", "whole")
     )
-    assert across_runs(read_runs([whole])) == ""
-    assert across_runs(read_runs([bare, whole])) == ""
-    text = across_runs(read_runs([whole, bare]))
+    assert paired_comparison(read_runs([whole])) == ""
+    assert paired_comparison(read_runs([bare, whole])) == ""
+    text = paired_comparison(read_runs([whole, bare]))
     assert "| bare/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in text
 
 
@@ -54,7 +54,7 @@ def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):
         for row in runs[1].rows
     )
     repeated = [runs[0], dataclasses.replace(runs[1], rows=better)]
-    lines = over_trainings(repeated).splitlines()
+    lines = seed_variance(repeated).splitlines()
     assert "| full | 2 | 75.0 ± 0.0 | 75.0 ± 0.0 | – |" in lines
     # 75 and 85: the deviation of a sample of two is 10 / √2.
     assert "| meteor | 2 | 80.0 ± 7.1 | 80.0 ± 7.1 | +5.0 |" in lines
@@ -64,11 +64,11 @@ def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):
 def test_one_training_evaluated_twice_is_no_repetition(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
     same = [dataclasses.replace(run, content=run.content | {"params": "abc"}) for run in runs]
-    assert over_trainings(same) == ""
+    assert seed_variance(same) == ""
 
 
 def test_runs_of_one_training_each_or_of_other_tasks_are_no_repetition(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
     fewer = tuple(row for row in runs[1].rows if row.task == runs[1].tasks[0])
-    assert over_trainings(runs[:1]) == ""
-    assert over_trainings([runs[0], dataclasses.replace(runs[1], rows=fewer)]) == ""
+    assert seed_variance(runs[:1]) == ""
+    assert seed_variance([runs[0], dataclasses.replace(runs[1], rows=fewer)]) == ""

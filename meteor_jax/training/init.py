@@ -19,7 +19,7 @@ from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.parallel import check_batch_size, parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
-from meteor_jax.training.compatible import check_model
+from meteor_jax.training.checkpoint_compat import check_model
 from meteor_jax.training.experiment import Experiment, Stage
 from meteor_jax.training.optimizer import check_patterns, join_params, split_trainable
 from meteor_jax.training.state import TrainState, init_params, make_state
@@ -27,7 +27,7 @@ from meteor_jax.training.step import TrainStep, make_train_step
 from meteor_jax.types import Batch
 
 
-def any_ranks(model: MeteorConfig, *, plans: Iterable[PrunePlan]) -> Calibration:
+def placeholder_ranks(model: MeteorConfig, *, plans: Iterable[PrunePlan]) -> Calibration:
     """Ranks that stand for those that `plans` measure: with any, the budgets are the same."""
     ranks = dict.fromkeys(model.encoders, (1.0, 1.0, 1.0))
     kinds = (str(plan.encode.rank_kind) for plan in plans if plan.encode is not None)
@@ -38,7 +38,8 @@ def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibra
     """Raises ConfigError for what can be seen of a stage before there is a model."""
     config, where = stage.config, f"train.{stage.name}"
     check_batch_size(
-        config.batch_size // config.accumulate, mesh, where=f"{where}.batch_size / accumulate"
+        config.batch_size // config.grad_accum_steps, mesh,
+        where=f"{where}.batch_size / grad_accum_steps",
     )
     for name in config.plans:
         parse_plan(name, library=experiment.plans)
@@ -46,7 +47,7 @@ def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibra
         raise ConfigError(f"{where}.before: calibrate_ranks needs a model whose ranks can be had.")
 
 
-def first_state(
+def init_or_restore_state(
     experiment: Experiment,
     *,
     model: nn.Module,
@@ -69,7 +70,7 @@ def first_state(
     def with_params(params: Any) -> TrainState:
         return make_state(
             params, optimizer=optimizer, trainable=stage.config.trainable,
-            rng=jax.random.PRNGKey(experiment.seed), use_ema=experiment.train.ema > 0,
+            rng=jax.random.PRNGKey(experiment.seed), use_ema=experiment.train.ema_decay > 0,
         )
 
     def fresh_params() -> Any:
@@ -104,7 +105,7 @@ def first_state(
     return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(restored)
 
 
-def restart_params(
+def reinit_params(
     state: TrainState, *, patterns: tuple[str, ...], model: nn.Module, batch: Batch, seed: int
 ) -> TrainState:
     """`state` with the parameters that `patterns` find as they were before the first step."""
@@ -151,7 +152,7 @@ def make_steps(
         name: make_train_step(
             model, optimizer=optimizer, plan=plan, stage=stage.config, stage_start=stage.start,
             encoders=experiment.model.active_encoders(plan) if post else (),
-            ema_decay=experiment.train.ema, state_shardings=state_shardings,
+            ema_decay=experiment.train.ema_decay, state_shardings=state_shardings,
         )
         for name, plan in plans.items()
     }
@@ -172,11 +173,11 @@ def _check_whole_run(
     for stage in stages:
         where, config = f"train.{stage.name}", stage.config
         check_patterns(config.trainable, paths, where=f"{where}.trainable")
-        check_patterns(config.restart, paths, where=f"{where}.restart")
-        groups = tuple(pattern for pattern, _ in config.learning_rates_by_path)
-        check_patterns(groups, paths, where=f"{where}.learning_rates_by_path")
+        check_patterns(config.reinit, paths, where=f"{where}.reinit")
+        groups = tuple(pattern for pattern, _ in config.lr_multipliers)
+        check_patterns(groups, paths, where=f"{where}.lr_multipliers")
         if config.before == "calibrate_ranks":
-            calibration = any_ranks(experiment.model, plans=all_plans)
+            calibration = placeholder_ranks(experiment.model, plans=all_plans)
         for name, plan in training_plans(experiment, stage, calibration).items():
             try:
                 jax.eval_shape(lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan),

@@ -4,7 +4,13 @@ business."""
 import pytest
 
 from meteor_jax.models.llama import LlamaConfig
-from meteor_jax.tools.bench_cuts import Decoder, bench_rows, spread_kept, temporaries, three_cuts
+from meteor_jax.tools.bench_adaptive_prefill import (
+    Decoder,
+    bench_rows,
+    spread_kept,
+    temporaries,
+    three_cuts,
+)
 
 CONFIG = LlamaConfig(
     depth=4, width=64, num_heads=2, num_kv_heads=2, mlp_dim=96, vocab_size=50, init_std=0.3

@@ -9,8 +9,13 @@ import pytest
 
 from meteor_jax.data.templates import Conversation, get_template, render, with_images
 from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.tools import cut_layers
-from meteor_jax.tools.cut_layers import AskedBatch, asked_batches, kept_alike, measure_cut_layers
+from meteor_jax.tools import sweep_prune_layers
+from meteor_jax.tools.sweep_prune_layers import (
+    AskedBatch,
+    asked_batches,
+    kept_overlap,
+    measure_cut_layers,
+)
 from meteor_jax.training.experiment import load_experiment
 from tests import tiny_model as tiny
 from tests.evaluation.random_model import config, png
@@ -42,7 +47,7 @@ def measure(batch, *, plan=tiny.METEOR, **fields):
 
 def test_what_two_questions_keep_alike():
     kept = np.array([[0, 1, 2, -1], [1, 2, 3, 4], [7, 8, 9, -1], [7, 8, 9, -1]])
-    assert kept_alike(kept, of_image=2) == pytest.approx((2 / 3 + 2 / 4 + 1 + 1) / 4)
+    assert kept_overlap(kept, of_image=2) == pytest.approx((2 / 3 + 2 / 4 + 1 + 1) / 4)
 
 
 def record(index, *, questions=2, image=None):
@@ -57,7 +62,7 @@ def test_batches_hold_whole_pairs_and_are_filled_up(monkeypatch, tmp_path):
     source = [record(index) for index in range(20)]
     source[3] = record(3, image=b"no image")
     source[4] = record(4, questions=1)
-    monkeypatch.setattr(cut_layers.pipeline, "open_sources", lambda config: [source])
+    monkeypatch.setattr(sweep_prune_layers.pipeline, "open_sources", lambda config: [source])
     experiment = load_experiment(config(tmp_path))
     tokenizer = load_tokenizer(experiment.data.tokenizer, folder=tmp_path)
     batches = asked_batches(experiment, tokenizer=tokenizer, num_images=19)
@@ -91,7 +96,7 @@ def test_a_source_of_captions_is_refused_before_it_is_read_whole(monkeypatch, tm
             read.append(index)
             return record(index, questions=1)
 
-    monkeypatch.setattr(cut_layers.pipeline, "open_sources", lambda config: [Captions()])
+    monkeypatch.setattr(sweep_prune_layers.pipeline, "open_sources", lambda config: [Captions()])
     experiment = load_experiment(config(tmp_path))
     tokenizer = load_tokenizer(experiment.data.tokenizer, folder=tmp_path)
     with pytest.raises(ValueError, match="images with 2 questions or more in easy-vqa, found none"):
@@ -121,7 +126,7 @@ def test_the_loss_is_that_of_reading_prompt_and_answer_at_once():
         mean, low, high = row.value
         assert 0 < low <= mean <= high <= 2  # two heads count
         assert 0 < row.same <= 1
-        assert len({row.loss, *row.losses_by_chance}) == 1 + cut_layers.DRAWS
+        assert len({row.loss, *row.losses_by_chance}) == 1 + sweep_prune_layers.DRAWS
         assert row.loss != pytest.approx(uncut, rel=1e-6)
 
 

@@ -1,6 +1,6 @@
 """Where stage 3 may cut: what a cut before each layer does to the answers.
 
-    python -m meteor_jax.tools.cut_layers --config=configs/small.py --workdir=runs/small \\
+    python -m meteor_jax.tools.sweep_prune_layers --config=configs/small.py --workdir=runs/small \\
         --plan=meteor
 
 Before each layer in turn, alone, a cut keeps half of the visual tokens: those that the text's
@@ -36,7 +36,7 @@ from meteor_jax.data.config import DataConfig
 from meteor_jax.data.sources import CorruptImage, decode_image
 from meteor_jax.data.templates import Conversation, get_template, render, with_images
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
-from meteor_jax.distributed import fetch
+from meteor_jax.distributed import allgather_to_host
 from meteor_jax.evaluation.config import eval_config, prompt_template
 from meteor_jax.evaluation.layout import inference_mesh
 from meteor_jax.evaluation.loading import load_params
@@ -124,7 +124,7 @@ def measure_cut_layers(
     def answer(cut: DecodePlan | None) -> tuple[float, list[CutTrace]]:
         run = dataclasses.replace(plan, decode=cut)
         losses, cuts = zip(
-            *fetch([
+            *allgather_to_host([
                 _answer(model, params, visual, batch, plan=run)
                 for visual, batch in zip(encoded, batches, strict=True)
             ]),
@@ -147,14 +147,14 @@ def measure_cut_layers(
                 layer=layer,
                 loss=loss,
                 losses_by_chance=tuple(answer(draw)[0] for draw in draws),
-                same=kept_alike(kept),
+                same=kept_overlap(kept),
                 value=(float(values.mean()), *np.percentile(values, (5, 95)).tolist()),
             )
         )
     return answer(None)[0], found
 
 
-def kept_alike(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> float:
+def kept_overlap(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> float:
     """The mean share of a row's kept tokens that another row about the same image keeps too.
 
     Shapes:
@@ -209,7 +209,7 @@ def asked_batches(
     config, of_evaluation = experiment.data, eval_config(experiment)
     name = prompt_template(of_evaluation.template or experiment.train.finetune.template)
     records = pipeline.open_sources(config)
-    served = [records[index] for index in pipeline.served_sources(config, "questions")]
+    served = [records[index] for index in pipeline.sources_for(config, "questions")]
     chosen = pipeline.first_questions(
         served, count=num_images, of_image=QUESTIONS_PER_IMAGE, search=SEARCH * num_images
     )

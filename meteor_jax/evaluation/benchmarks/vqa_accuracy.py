@@ -84,24 +84,24 @@ def fix_words(text: str) -> str:
 
 
 def vqa_accuracy(
-    prediction: str, golds: Sequence[str], *, normaliser: Callable[[str], str] = normalise
+    prediction: str, references: Sequence[str], *, normaliser: Callable[[str], str] = normalise
 ) -> float:
     """Soft accuracy: over all ways to leave one answer out, min(1, equal ones among the rest / 3).
 
     0 where there are no answers.
     """
-    if not golds:
+    if not references:
         return 0.0
     answer = normaliser(prediction)
-    equal = [normaliser(gold) == answer for gold in golds]
+    equal = [normaliser(reference) == answer for reference in references]
     total = sum(equal)
-    return math.fsum(min(1.0, (total - own) / 3) for own in equal) / len(golds)
+    return math.fsum(min(1.0, (total - own) / 3) for own in equal) / len(references)
 
 
-def vqav2_accuracy(prediction: str, golds: Sequence[str]) -> float:
+def vqav2_accuracy(prediction: str, references: Sequence[str]) -> float:
     """Soft accuracy under VQAv2's normaliser.
 
     As lmms-eval 0.7 has it, all answers are normalised. VQA's own scorer leaves those alone on
     which all annotators agree.
     """
-    return vqa_accuracy(prediction, golds, normaliser=normalise_vqav2)
+    return vqa_accuracy(prediction, references, normaliser=normalise_vqav2)

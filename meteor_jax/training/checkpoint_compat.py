@@ -16,12 +16,14 @@ from meteor_jax.models.meteor import MeteorConfig
 from meteor_jax.training.experiment import Experiment, load_experiment
 
 # How a model is computed or began, not what it is.
-FREE_IN_MODEL = (
+IGNORED_FIELDS_MODEL = (
     "remat", "init_std", "layer_scale_init", "max_positions", "pad_vocab_to_multiple_of"
 )
 # In another model an encoder may go on at another resolution, a decoder with longer texts.
-FREE_IN_PARTS = (*FREE_IN_MODEL, "image_size", "grid_side", "position_side", "rope_theta")
-FREE_IN_DATA = ("num_workers", "prefetch", "kept_records", "data_dir")
+IGNORED_FIELDS_PARTS = (
+    *IGNORED_FIELDS_MODEL, "image_size", "grid_side", "position_side", "rope_theta"
+)
+IGNORED_FIELDS_DATA = ("num_workers", "prefetch", "record_cache_size", "data_dir")
 DATA_OF_STAGE = ("kind", "template", "text_length", "batch_size")
 
 
@@ -47,7 +49,7 @@ def check_model(
     except (KeyError, ConfigError):
         return
     names = parts if parts is not None else (*model.encoders, "llama")
-    free = FREE_IN_PARTS if parts is not None else FREE_IN_MODEL
+    free = IGNORED_FIELDS_PARTS if parts is not None else IGNORED_FIELDS_MODEL
     found = [
         difference
         for name in names
@@ -89,7 +91,7 @@ def resumed_stage(
         saved = load_experiment(document)
     except ConfigError:
         return None
-    found = _differences(saved.data, experiment.data, where="data", free=FREE_IN_DATA)
+    found = _differences(saved.data, experiment.data, where="data", free=IGNORED_FIELDS_DATA)
     if saved.seed != experiment.seed:
         found.append(f"seed: checkpoint {saved.seed}, config {experiment.seed}")
     stage = saved.train.stage_at(step)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from sklearn.isotonic import isotonic_regression
 
-from meteor_jax.evaluation.kept import PERCENTILES
+from meteor_jax.evaluation.token_stats import PERCENTILES
 
 KEPT_LABEL = "visual tokens kept a question (mean over the layers of the LLM)"
 TOKENS_LABEL = "visual tokens computed a question (mean over the layers of the LLM)"

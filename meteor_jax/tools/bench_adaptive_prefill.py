@@ -1,6 +1,6 @@
 """What the layers after a cut cost where rows keep unequal numbers of tokens.
 
-    python -m meteor_jax.tools.bench_cuts
+    python -m meteor_jax.tools.bench_adaptive_prefill
 
 Random weights, and K spread evenly between half and one and a half of its mean, which is every
 batch's, since noise looks at every image alike. "fixed" computes the mean for every row, "adaptive"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from meteor_jax.evaluation.benchmarks.items import mmmu_images
+from meteor_jax.evaluation.benchmarks.prompts import mmmu_images
 
 Row = Mapping[str, Any]
 
