@@ -58,7 +58,7 @@ def test_what_would_go_on_as_something_else_is_refused_in_one_line(fields, messa
         {},
         {"train__finetune__steps": 9},  # a run may go on for longer
         {"train__finetune__learning_rate": 1e-4},
-        {"train__finetune__accumulate": 2},
+        {"train__finetune__grad_accum_steps": 2},
         {"train__log_every": 7},
         {"data__num_workers": 2},
         {"model__clip__remat": "nothing_saveable"},
