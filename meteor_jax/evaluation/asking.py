@@ -29,6 +29,8 @@ from meteor_jax.evaluation.tasks import Question
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.plan import PrunePlan
 
+NEEDED = {"kept", "computed", "rows"}  # a line of another version may lack some: it is asked again
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanRun:
@@ -156,7 +158,10 @@ class Evaluation:
         lines = broadcast(journal.start() if is_main_process() else None)
         if journal.note:
             self.say(journal.note)
-        known = {index: lines[key] for index, key in enumerate(keys) if key in lines}
+        known = {
+            index: lines[key] for index, key in enumerate(keys)
+            if lines.get(key, {}).keys() >= NEEDED
+        }
         if known:
             self.say(f"{plan.name}: {len(known)} of {len(keys)} questions were answered before.")
         answers = {

@@ -84,7 +84,8 @@ class EncodePlan:
             if missing:
                 raise ValueError(
                     f"no feature ranks ({self.rank_kind}) for {', '.join(missing)}: run `python -m "
-                    "meteor_jax.tools.calibrate`, or set encode.assignment='uniform'."
+                    "meteor_jax.tools.calibrate` with the run's --config and --workdir, or set "
+                    "encode.assignment='uniform'."
                 )
         alive = {name: shape.num_tokens for name, shape in encoders.items()}
         cuts: dict[str, list[EncoderCut]] = {name: [] for name in encoders}

@@ -146,7 +146,8 @@ class DecodePlan:
             plan, flag = (f"plan '{name}'", f' --plans="{name}"') if name else ("the plan", "")
             raise ValueError(
                 f"{plan} is adaptive and needs λ (decode.scale): run `python -m "
-                f"meteor_jax.tools.calibrate{flag}`, or set decode.budget='fixed'."
+                f"meteor_jax.tools.calibrate{flag}` with the run's --config and --workdir, or set "
+                "decode.budget='fixed'."
             )
 
     def bounds(self, cut: int) -> tuple[int, int]:

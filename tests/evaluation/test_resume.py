@@ -107,6 +107,19 @@ def test_more_questions_ask_only_those_that_are_new(tmp_path):
     assert len(read(tmp_path)) == len(done.result.answers) and fewer.batches == []
 
 
+def test_answers_without_a_field_are_asked_again(tmp_path):
+    run(make_evaluation(tmp_path, num_images=3), FakeAnswerer())
+    path, before = tmp_path / "fake.jsonl", read(tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(
+        json.dumps({name: value for name, value in line.items() if name != "rows"}) + "\n"
+        for line in lines
+    ))
+    answerer = FakeAnswerer()
+    run(make_evaluation(tmp_path, num_images=3), answerer)
+    assert answerer.batches and read(tmp_path) == before
+
+
 def test_another_checkpoint_leaves_the_answers_of_the_first_and_says_so(tmp_path):
     said = []
     run(make_evaluation(tmp_path, num_images=6, say=said.append), FakeAnswerer())
