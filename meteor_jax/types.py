@@ -139,9 +139,8 @@ class SegmentCache:
         """Writes keys and values float[L, B, T, num_kv_heads, head_dim] of T more tokens, after
         the `num_new` that came since the prefill. All rows write at one place, so nothing is
         scattered. Where there is no room for them nothing changes."""
-        count = k.shape[2]
-        fits = num_new + count <= self.decode_capacity
-        capacity = self.decode_capacity
+        count, capacity = k.shape[2], self.decode_capacity
+        fits = num_new + count <= capacity
         start = self.valid.shape[1] - capacity + jnp.minimum(num_new, capacity - count)
 
         def write(array: Array, new: Array, axis: int) -> Array:

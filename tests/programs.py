@@ -27,7 +27,7 @@ def count_primitives(jaxpr: Any, *names: str) -> int:
 
 
 def saved_bytes(function: Any, *args: Any) -> int:
-    """What a function's backward pass finds saved, arguments and shapes of it included."""
+    """Bytes that a function's forward pass saves for the backward pass, its arguments included."""
     backward = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 

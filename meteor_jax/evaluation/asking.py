@@ -24,7 +24,7 @@ from meteor_jax.evaluation.lanes import Lanes, broadcast
 from meteor_jax.evaluation.prompts import Room, make_ask
 from meteor_jax.evaluation.results import BLIND, Answer, PlanResult, score_answer
 from meteor_jax.evaluation.resume import Fingerprint, Journal, digest
-from meteor_jax.evaluation.schedule import Ask, make_schedule
+from meteor_jax.evaluation.schedule import Ask, BatchSizes, make_schedule
 from meteor_jax.evaluation.tasks import Question
 from meteor_jax.models.meteor import Meteor
 from meteor_jax.pruning.plan import PrunePlan
@@ -107,6 +107,10 @@ class Evaluation:
             progress=progress, corrupt=corrupt,
         )
 
+    @cached_property
+    def _sizes(self) -> BatchSizes:
+        return self.config.sizes(lanes=self.lanes.count)
+
     def read_image(self, key: tuple[str, int, int]) -> bytes:
         """The encoded image of an `Ask`'s key."""
         source, record, place = key
@@ -183,7 +187,7 @@ class Evaluation:
             to_ask,
             answerer,
             schedule=make_schedule(
-                to_ask, sizes=self.config.sizes(lanes=self.lanes.count), lanes=self.lanes.count
+                to_ask, sizes=self._sizes, lanes=self.lanes.count
             ),
             read_image=self.read_image,
             decode_image=self.decode_image,
@@ -225,7 +229,7 @@ class Evaluation:
             prompt_tokens=len(ask.tokens),
             prompt_length=ask.shape.prompt_length,
             num_images=len(ask.images),
-            rows=self.config.sizes(lanes=self.lanes.count).questions // self.lanes.count,
+            rows=self._sizes.questions // self.lanes.count,
             non_finite=not answered.finite[row],
         )
 

@@ -47,16 +47,21 @@ def test_at_most_so_many_totals_increasing_and_none_above_the_largest_k(num_tota
         assert len(totals) <= num_totals and totals[-1] == rows * HIGH
 
 
-@pytest.mark.parametrize("num_shards", [1, 8])
-@pytest.mark.parametrize("rows", [1, 8, 32])
-def test_batches_compute_little_more_than_the_mean_of_their_k(rows, num_shards):
-    """At most 1.08 times on one device; on more the fullest shard chooses for all."""
+@pytest.mark.parametrize(
+    ("rows", "num_shards", "expected"),
+    [
+        (8, 1, 1.06), (8, 8, 1.12), (8, 64, 1.14),
+        (1, 1, 1.11), (1, 8, 1.26), (1, 64, 1.36),
+        (32, 1, 1.04), (32, 8, 1.07),
+    ],
+)
+def test_batches_compute_little_more_than_the_mean_of_their_k(rows, num_shards, expected):
+    """The figures of docs/evaluate.md; on more devices the fullest shard chooses for all."""
     sample, questions = kept(num_images=64), kept(num_images=1000)
     edges = dict(fit_edges(sample, high=HIGH, num_totals=3, num_shards=num_shards))[rows]
     totals = [*(np.ceil(rows * edge) for edge in edges), rows * HIGH]
     computed = expected_total(questions, rows=rows, totals=totals, num_shards=num_shards)
-    ratio = computed / np.concatenate(questions).mean()
-    assert 1 <= ratio < {(1, 1): 1.12, (1, 8): 1.32}.get((rows, num_shards), 1.12)
+    assert computed / np.concatenate(questions).mean() == pytest.approx(expected, abs=0.006)
 
 
 def test_the_totals_of_a_mesh_hold_its_fullest_shard():
