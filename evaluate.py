@@ -14,16 +14,24 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from meteor_jax.checkpoint import CheckpointError
-from meteor_jax.distributed import abort_all_on_error, define_process_flags, start_from_flags
-from meteor_jax.evaluation.config import check_request
-from meteor_jax.evaluation.layout import inference_mesh
-from meteor_jax.evaluation.loading import load_params, read_experiment, source_folder
+from meteor_jax.evaluation.request import check_request
 from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.experiment.config import Experiment, load_experiment
+from meteor_jax.experiment.flags import parse_flags
+from meteor_jax.inference.layout import inference_mesh
+from meteor_jax.inference.load import load_params, read_experiment, source_folder
+from meteor_jax.parallel.distributed import (
+    abort_all_on_error,
+    define_process_flags,
+    start_from_flags,
+)
 from meteor_jax.pruning.baselines import split_plans
-from meteor_jax.training.experiment import Experiment, load_experiment, parse_flags
+from meteor_jax.reports.tables import show_results
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment (default: the one that the checkpoint was trained with).",
+    "config",
+    None,
+    "The experiment (default: the one that the checkpoint was trained with).",
     lock_config=True,
 )
 WORKDIR = flags.DEFINE_string(
@@ -39,7 +47,8 @@ NUM_QUESTIONS = flags.DEFINE_integer(
     "num_questions", None, "Questions of each task (default: config.eval)."
 )
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None,
+    "checkpoint",
+    None,
     "Folder of a run whose checkpoint is evaluated (default: workdir, or config.init_from).",
 )
 STEP = flags.DEFINE_integer("step", None, "Which of its checkpoints (default: the newest).")
@@ -89,9 +98,10 @@ def evaluate() -> None:
         params, step = load_params(
             experiment, folder, mesh=mesh, step=STEP.value, init_from=init_from
         )
-        evaluate_checkpoint(
+        rows = evaluate_checkpoint(
             experiment, params, workdir=workdir, source_dir=folder, step=step, **request
         )
+        show_results(rows, workdir=workdir)
 
 
 def find_experiment(folder: Path) -> Experiment:

@@ -23,7 +23,23 @@ from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, parts_in
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
-from meteor_jax.distributed import (
+from meteor_jax.evaluation.request import check_request
+from meteor_jax.evaluation.results import averages
+from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.experiment.config import Experiment, Stage, load_experiment
+from meteor_jax.experiment.flags import parse_flags
+from meteor_jax.experiment.plans import resolve_plans
+from meteor_jax.inference.calibrate import (
+    CalibrationBatch,
+    calibrate_plans,
+    calibration_batch,
+    needs_measuring,
+)
+from meteor_jax.inference.engine.predictor import check_fits
+from meteor_jax.inference.layout import during_training, inference_mesh, param_shapes
+from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.parallel.distributed import (
     DataShard,
     define_process_flags,
     is_main_process,
@@ -31,26 +47,13 @@ from meteor_jax.distributed import (
     start_from_flags,
     wait_for_processes,
 )
-from meteor_jax.evaluation.answerers import check_fits
-from meteor_jax.evaluation.config import check_request, eval_config, resolve_plans
-from meteor_jax.evaluation.layout import during_training, inference_mesh, param_shapes
-from meteor_jax.evaluation.results import averages
-from meteor_jax.evaluation.runner import evaluate_checkpoint
-from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
-from meteor_jax.models.meteor import Meteor
-from meteor_jax.parallel import make_mesh
+from meteor_jax.parallel.mesh import make_mesh
 from meteor_jax.pruning.plan import Calibration, PrunePlan
-from meteor_jax.tools.calibrate import (
-    CalibrationBatch,
-    calibrate_plans,
-    calibration_batch,
-    needs_measuring,
-)
-from meteor_jax.training.experiment import Experiment, Stage, load_experiment, parse_flags
+from meteor_jax.reports.tables import show_results
 from meteor_jax.training.init import placeholder_ranks
+from meteor_jax.training.logging.profiling import parse_range
+from meteor_jax.training.logging.recorder import TrainingFailed
 from meteor_jax.training.loop import train
-from meteor_jax.training.metrics import TrainingFailed
-from meteor_jax.training.profiling import parse_range
 from meteor_jax.types import Batch
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
@@ -86,7 +89,7 @@ class Run:
                 raise ConfigError(f"train.{stage.name}: {error}") from error
         shapes = param_shapes(experiment, mesh=make_mesh(experiment.train.mesh))
         inference_mesh(experiment)
-        asked = {"eval.plans": eval_config(experiment).plans}
+        asked = {"eval.plans": experiment.eval.plans}
         if experiment.train.eval_every:  # on the way a stage's own plans are evaluated
             asked |= {
                 f"train.{stage.name}.plans": stage.config.plans
@@ -122,10 +125,14 @@ class Run:
         if config.text_length:
             data = dataclasses.replace(data, text_length=config.text_length)
         return {
-            "config": data, "tokenizer": self.tokenizer, "kind": config.kind,
-            "template": config.template, "records": self.records,
+            "config": data,
+            "tokenizer": self.tokenizer,
+            "kind": config.kind,
+            "template": config.template,
+            "records": self.records,
             "batch_size": config.batch_size // shard.count,
-            "process_index": shard.index, "process_count": shard.count,
+            "process_index": shard.index,
+            "process_count": shard.count,
         }
 
     def calibration_batch(self) -> CalibrationBatch:
@@ -134,7 +141,7 @@ class Run:
     def calibrate(self, params: Any) -> Calibration:
         """Feature ranks for a stage that is about to begin."""
         asked = [stage.config.plans for stage in self.experiment.train.stages()]
-        asked.append(eval_config(self.experiment).plans)
+        asked.append(self.experiment.eval.plans)
         plans = [plan for names in asked for plan in self._plans(names, Calibration())]
         images = self.calibration_batch().images
         calibration = Calibration(ranks=calibrate_ranks(self.model, params, images, plans=plans))
@@ -165,7 +172,7 @@ class Run:
 
     def _evaluate(self, params: Any, *, step: int, final: bool) -> dict[str, float]:
         train_config, path = self.experiment.train, self.workdir / CALIBRATION_FILE
-        plans = eval_config(self.experiment).plans
+        plans = self.experiment.eval.plans
         if not final:
             plans = tuple(dict.fromkeys(train_config.stage_at(step).config.plans))
         calibration = Calibration.load(path)
@@ -173,9 +180,12 @@ class Run:
         if needs_measuring(to_measure, calibration):
             before = calibration
             calibration = calibrate_plans(
-                self.model, params, batch=self.calibration_batch(), calibration=calibration,
+                self.model,
+                params,
+                batch=self.calibration_batch(),
+                calibration=calibration,
                 plans=to_measure,
-                batch_size=eval_config(self.experiment).batch_size,
+                batch_size=self.experiment.eval.batch_size,
             )
             if calibration.ranks != before.ranks:
                 self._warn_of_full_ranks(params, to_measure, calibration)
@@ -183,10 +193,16 @@ class Run:
                 calibration.save(path)
             wait_for_processes("calibrated")
         rows = evaluate_checkpoint(
-            self.experiment, params, workdir=self.workdir, plans=plans, step=step,
+            self.experiment,
+            params,
+            workdir=self.workdir,
+            plans=plans,
+            step=step,
             num_questions=None if final else train_config.eval_questions,
             display="bar" if final else "quiet",
         )
+        if final:
+            show_results(rows, workdir=self.workdir)
         return {
             f"{plan}/{group}": score
             for plan, groups in averages(rows).items()
@@ -207,12 +223,14 @@ def main(argv: list[str]) -> int:
         start_from_flags(enable_preemption=True)
         inherit = [
             Path(source) / TOKENIZER_FOLDER
-            for source in experiment.init_from if "llama" in parts_in(source)
+            for source in experiment.init_from
+            if "llama" in parts_in(source)
         ]
         with main_process_first("data and tokenizer"):
             records = pipeline.open_sources(experiment.data)
             tokenizer = load_tokenizer(
-                experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER,
+                experiment.data.tokenizer,
+                folder=workdir / TOKENIZER_FOLDER,
                 texts=lambda: pipeline.training_texts(records),
                 inherit=inherit,
             )
@@ -227,9 +245,15 @@ def main(argv: list[str]) -> int:
         return fail(error, code=2)
     try:
         result = train(
-            experiment, model=run.model, open_data=run.open_data, workdir=workdir,
-            config=json.loads(CONFIG.value.to_json_best_effort()), evaluate=run.evaluate,
-            calibrate=run.calibrate, open_held_out=run.open_held_out, profile=profile,
+            experiment,
+            model=run.model,
+            open_data=run.open_data,
+            workdir=workdir,
+            config=json.loads(CONFIG.value.to_json_best_effort()),
+            evaluate=run.evaluate,
+            calibrate=run.calibrate,
+            open_held_out=run.open_held_out,
+            profile=profile,
         )
     except ConfigError as error:
         return fail(error, code=2)

@@ -12,9 +12,9 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from meteor_jax.config import ConfigError
-from meteor_jax.evaluation.config import EvalConfig
-from meteor_jax.models.eagle import eagle_config
-from meteor_jax.training.experiment import complete
+from meteor_jax.experiment.config import complete
+from meteor_jax.experiment.eval_config import EvalConfig
+from meteor_jax.models.eagle.presets import eagle_config
 
 # Ranks are given, not measured: the largest that an encoder's width allows. In proportion they
 # are the same at every divisor, so an eighth of the model shares its tokens as the whole does.
@@ -48,12 +48,17 @@ def get_config(divisor: str = "8") -> ConfigDict:
     config = ConfigDict()
     config.model = dataclasses.asdict(model)
     config.data = {
-        "sources": ("easy-vqa",), "image_size": model.image_size, "text_length": 64,
+        "sources": ("easy-vqa",),
+        "image_size": model.image_size,
+        "text_length": 64,
         "tokenizer": "byte",
     }
     config.train = {
         "finetune": {
-            "template": "vicuna_v1", "steps": 1, "batch_size": 1, "plans": ("full", "meteor")
+            "template": "vicuna_v1",
+            "steps": 1,
+            "batch_size": 1,
+            "plans": ("full", "meteor"),
         },
     }
     # `meteor` runs in METEOR's form, a projector an encoder; the others in EAGLE's, one projector.

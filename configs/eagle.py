@@ -13,9 +13,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from meteor_jax.evaluation.config import EvalConfig
-from meteor_jax.models.eagle import eagle_config, template_of
-from meteor_jax.training.experiment import complete
+from meteor_jax.experiment.config import complete
+from meteor_jax.experiment.eval_config import EvalConfig
+from meteor_jax.models.eagle.presets import eagle_config, template_of
 
 METEOR = "meteor_"
 REMAT = "nothing_saveable"
@@ -40,9 +40,7 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
     model = eagle_config(model_name, fusion="post" if is_meteor else "pre", remat=REMAT)
     vision, _, size = model_name.partition("_")
     quarter = model.llama.depth // 4
-    stages = (
-        f"fuse=576, layers=({quarter}, {2 * quarter}, {3 * quarter}), keep={KEEP_IN_LLM}"
-    )
+    stages = f"fuse=576, layers=({quarter}, {2 * quarter}, {3 * quarter}), keep={KEEP_IN_LLM}"
     if is_meteor:
         # All tokens together have more places than the decoder has rotary positions, so those
         # that stay are numbered through; "full" does not fit this form.
@@ -53,35 +51,52 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
     decoder = f"{CONVERTED}/{DECODERS[size]}"
     config.init_from = (*(f"{CONVERTED}/{encoder}" for encoder in model.encoders), decoder)
     config.data = {
-        "sources": (CAPTIONS, CONVERSATIONS), "kinds": ("caption", "questions"),
-        "held_out": HELD_OUT, "image_size": model.image_size, "text_length": 1024,
-        "tokenizer": f"{decoder}/tokenizer", "num_workers": 4, "prefetch": 2,
+        "sources": (CAPTIONS, CONVERSATIONS),
+        "kinds": ("caption", "questions"),
+        "held_out": HELD_OUT,
+        "image_size": model.image_size,
+        "text_length": 1024,
+        "tokenizer": f"{decoder}/tokenizer",
+        "num_workers": 4,
+        "prefetch": 2,
         "record_cache_size": 0,
     }
     stage = {
-        "warmup_ratio": 0.03, "adam_b2": 0.999, "plans": ("meteor",) if is_meteor else ("full",)
+        "warmup_ratio": 0.03,
+        "adam_b2": 0.999,
+        "plans": ("meteor",) if is_meteor else ("full",),
     }
     config.train = {
-        "pretrain": stage | _one_epoch(CAPTIONS)
+        "pretrain": stage
+        | _one_epoch(CAPTIONS)
         | {
-            "kind": "caption", "template": "plain", "trainable": ("projector",),
-            "learning_rate": 1e-3, "text_length": 256,
+            "kind": "caption",
+            "template": "plain",
+            "trainable": ("projector",),
+            "learning_rate": 1e-3,
+            "text_length": 256,
             "before": "calibrate_ranks" if is_meteor else "nothing",
         },
         # EAGLE's 2,048 places hold the 1,024 tokens of an image too. Here they are all text, so
         # nothing is cut that EAGLE keeps; 1025 leaves rows with an image exactly EAGLE's.
-        "finetune": stage | _one_epoch(CONVERSATIONS)
+        "finetune": stage
+        | _one_epoch(CONVERSATIONS)
         | {
-            "kind": "questions", "template": template_of(model_name), "learning_rate": 2e-5,
+            "kind": "questions",
+            "template": template_of(model_name),
+            "learning_rate": 2e-5,
             "text_length": 2048,
         },
-        "checkpoint_every": 500, "held_out_every": 500,
+        "checkpoint_every": 500,
+        "held_out_every": 500,
         "mesh": {"data": 1, "fsdp": -1},
     }
     config.plans = {"meteor": f"meteor({stages})"}
     config.eval = dataclasses.asdict(
         EvalConfig(
-            tasks=("easyvqa_all", "reading_all"), num_questions=200, max_new_tokens=16,
+            tasks=("easyvqa_all", "reading_all"),
+            num_questions=200,
+            max_new_tokens=16,
             plans=("meteor",) if is_meteor else ("full", "meteor"),
         )
     )

@@ -1,6 +1,6 @@
 """The study: reading and easy-vqa together; three hours on two CPU cores, encoders included.
 
-    python -m meteor_jax.tools.pretrain_encoders --config=configs/small.py \\
+    meteor pretrain-encoders --config=configs/small.py \\
         --workdir=runs/small_encoders
     python train.py --config=configs/small.py --workdir=runs/small
 
@@ -18,8 +18,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from meteor_jax.evaluation.config import EvalConfig
-from meteor_jax.training.experiment import complete
+from meteor_jax.experiment.config import complete
+from meteor_jax.experiment.eval_config import EvalConfig
 
 REMAT = "nothing_saveable"
 BUDGET = 84  # 24 % of the visual tokens
@@ -32,29 +32,57 @@ def get_config() -> ConfigDict:
         "encoders": ("clip", "convnext", "pix2struct"),
         "image_size": 96,
         "clip": {
-            "image_size": 96, "patch_size": 12, "width": 128, "depth": 3, "num_heads": 4,
-            "mlp_dim": 256, "remat": REMAT,
+            "image_size": 96,
+            "patch_size": 12,
+            "width": 128,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_dim": 256,
+            "remat": REMAT,
         },
         "convnext": {
-            "image_size": 96, "depths": (1, 2), "widths": (32, 128),
-            "layer_scale_init": 0.5, "remat": REMAT,
+            "image_size": 96,
+            "depths": (1, 2),
+            "widths": (32, 128),
+            "layer_scale_init": 0.5,
+            "remat": REMAT,
         },
         "pix2struct": {
-            "grid_side": 12, "patch_size": 8, "width": 128, "depth": 4, "num_heads": 4,
-            "mlp_dim": 256, "num_positions": 14, "remat": REMAT,
+            "grid_side": 12,
+            "patch_size": 8,
+            "width": 128,
+            "depth": 4,
+            "num_heads": 4,
+            "mlp_dim": 256,
+            "num_positions": 14,
+            "remat": REMAT,
         },
         "llama": {
-            "depth": 6, "width": 128, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 352,
-            "vocab_size": 384, "max_positions": 512, "tie_embeddings": True, "init_std": 0.09,
+            "depth": 6,
+            "width": 128,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "mlp_dim": 352,
+            "vocab_size": 384,
+            "max_positions": 512,
+            "tie_embeddings": True,
+            "init_std": 0.09,
             "remat": REMAT,
         },
     }
     config.data = {
-        "sources": ("reading", "easy-vqa"), "weights": (0.8, 0.2), "image_size": 96,
-        "text_length": 112, "questions_per_image": 8, "tokenizer": "bpe:384",
+        "sources": ("reading", "easy-vqa"),
+        "weights": (0.8, 0.2),
+        "image_size": 96,
+        "text_length": 112,
+        "questions_per_image": 8,
+        "tokenizer": "bpe:384",
     }
     stage = {
-        "batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.03, "weight_decay": 0.01,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.03,
+        "weight_decay": 0.01,
         "lr_multipliers": ((f"^({'|'.join(config.model.encoders)})/", 0.3),),
     }
     config.init_from = tuple(f"runs/small_encoders/{name}" for name in config.model.encoders)
@@ -62,12 +90,21 @@ def get_config() -> ConfigDict:
     # teach the decoder helps it with all encoders.
     plans = (*("convnext_alone",) * 5, "full")
     config.train = {
-        "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 64,
-                             "steps": 2400, "plans": plans,
-                             "trainable": ("^llama/", "^projector")},
+        "pretrain": stage
+        | {
+            "kind": "caption",
+            "template": "plain_eos",
+            "text_length": 64,
+            "steps": 2400,
+            "plans": plans,
+            "trainable": ("^llama/", "^projector"),
+        },
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 5000, "plans": plans,
+            "kind": "questions",
+            "template": "qa",
+            "steps": 5000,
+            "plans": plans,
             "before": "calibrate_ranks",
         },
         "log_every": 20,

@@ -11,8 +11,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from meteor_jax.evaluation.config import EvalConfig
-from meteor_jax.training.experiment import complete
+from meteor_jax.experiment.config import complete
+from meteor_jax.experiment.eval_config import EvalConfig
 
 
 def get_config() -> ConfigDict:
@@ -22,35 +22,64 @@ def get_config() -> ConfigDict:
         "encoders": ("clip", "convnext", "pix2struct"),
         "image_size": 64,
         "clip": {
-            "image_size": 48, "patch_size": 8, "width": 96, "depth": 3, "num_heads": 4,
-            "mlp_dim": 192, "remat": "nothing_saveable",
+            "image_size": 48,
+            "patch_size": 8,
+            "width": 96,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_dim": 192,
+            "remat": "nothing_saveable",
         },
         "convnext": {
-            "image_size": 64, "depths": (1, 1, 1), "widths": (24, 48, 96),
-            "layer_scale_init": 0.5, "remat": "nothing_saveable",
+            "image_size": 64,
+            "depths": (1, 1, 1),
+            "widths": (24, 48, 96),
+            "layer_scale_init": 0.5,
+            "remat": "nothing_saveable",
         },
         "pix2struct": {
-            "grid_side": 8, "patch_size": 8, "width": 96, "depth": 3, "num_heads": 4,
-            "mlp_dim": 192, "num_positions": 10, "remat": "nothing_saveable",
+            "grid_side": 8,
+            "patch_size": 8,
+            "width": 96,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_dim": 192,
+            "num_positions": 10,
+            "remat": "nothing_saveable",
         },
         "llama": {
-            "depth": 4, "width": 96, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 256,
-            "vocab_size": 384, "max_positions": 512, "tie_embeddings": True, "init_std": 0.1,
+            "depth": 4,
+            "width": 96,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "mlp_dim": 256,
+            "vocab_size": 384,
+            "max_positions": 512,
+            "tie_embeddings": True,
+            "init_std": 0.1,
             "remat": "nothing_saveable",
         },
     }
     config.data = {
-        "sources": ("easy-vqa",), "image_size": 64, "text_length": 104, "questions_per_image": 8,
-        "tokenizer": "bpe:384", "turns": "apart",
+        "sources": ("easy-vqa",),
+        "image_size": 64,
+        "text_length": 104,
+        "questions_per_image": 8,
+        "tokenizer": "bpe:384",
+        "turns": "apart",
     }
     stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.05, "weight_decay": 0.01}
     config.train = {
-        "pretrain": stage | {"kind": "caption", "template": "plain_eos", "text_length": 16,
-                             "steps": 400},
+        "pretrain": stage
+        | {"kind": "caption", "template": "plain_eos", "text_length": 16, "steps": 400},
         "finetune": stage
         | {
-            "kind": "questions", "template": "qa", "steps": 650, "plans": ("full", "meteor"),
-            "reinit": ("^llama/", "^projector"), "before": "calibrate_ranks",
+            "kind": "questions",
+            "template": "qa",
+            "steps": 650,
+            "plans": ("full", "meteor"),
+            "reinit": ("^llama/", "^projector"),
+            "before": "calibrate_ranks",
         },
         "log_every": 10,
         "checkpoint_every": 500,

@@ -1,7 +1,7 @@
 """Measures preparing data and the pipeline alone; docs/data.md has the numbers.
 
-    python docs/measure_data.py write FOLDER       2,000 JPEGs of 448 px, two turns each
-    python docs/measure_data.py read FOLDER        examples a second with 0 and 2 workers
+python docs/measure_data.py write FOLDER       2,000 JPEGs of 448 px, two turns each
+python docs/measure_data.py read FOLDER        examples a second with 0 and 2 workers
 """
 
 import json
@@ -47,11 +47,20 @@ def write(folder: Path) -> None:
 def read(folder: Path) -> None:
     for workers in (0, 2):
         config = DataConfig(
-            sources=(f"llava:{NAME}",), image_size=1024, text_length=2048, num_workers=workers,
-            prefetch=2, record_cache_size=0, template="vicuna_v1", data_dir=str(folder / "data"),
+            sources=(f"llava:{NAME}",),
+            image_size=1024,
+            text_length=2048,
+            num_workers=workers,
+            prefetch=2,
+            record_cache_size=0,
+            template="vicuna_v1",
+            data_dir=str(folder / "data"),
         )
         batches = make_train_iterator(
-            config, tokenizer=ByteTokenizer(), kind="questions", batch_size=BATCH_SIZE,
+            config,
+            tokenizer=ByteTokenizer(),
+            kind="questions",
+            batch_size=BATCH_SIZE,
             records=open_sources(config),
         )
         for _ in range(8):  # what is prepared ahead counts for nothing

@@ -140,7 +140,11 @@ def read_config(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]
 
 
 def restore_params(
-    workdir: Path, like: Any, *, step: int | None = None, check: CheckPart | None = None,
+    workdir: Path,
+    like: Any,
+    *,
+    step: int | None = None,
+    check: CheckPart | None = None,
     unpadded: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Any:
     """The parameters in a workdir, laid out as `like`: their moving average if it was kept.
@@ -166,7 +170,10 @@ def restore_params(
 
 
 def restore_parts(
-    workdirs: Sequence[str | Path], like: Mapping[str, Any], *, check: CheckPart | None = None,
+    workdirs: Sequence[str | Path],
+    like: Mapping[str, Any],
+    *,
+    check: CheckPart | None = None,
     unpadded: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The parts of `like` ("llama", "clip", …) that the newest checkpoints of some workdirs hold.
@@ -260,7 +267,10 @@ def _path(checkpoints: ocp.CheckpointManager, step: int) -> Path:
 
 
 def _check_fit(
-    checkpoints: ocp.CheckpointManager, step: int, wanted: Mapping[str, Any], *,
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    wanted: Mapping[str, Any],
+    *,
     unpadded: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> bool:
     """Raises CheckpointError unless the checkpoint has `wanted`'s paths and shapes, or those of
@@ -273,7 +283,8 @@ def _check_fit(
             continue
         have, want = _shapes(saved[item].tree), _shapes(tree)
         shorter = {
-            path for path in want.keys() & unpadded.keys()
+            path
+            for path in want.keys() & unpadded.keys()
             if have.get(path) == unpadded[path] != want[path]
         }
         is_exact &= not shorter

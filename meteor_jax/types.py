@@ -181,10 +181,12 @@ class DecodeCache:
 
     def trim(self, choice: int) -> DecodeCache:
         """Every segment cut to its `choice`-th length (static), or its last."""
-        return self.replace(segments=tuple(
-            segment.trim(segment.lengths[min(choice, len(segment.lengths) - 1)])
-            for segment in self.segments
-        ))
+        return self.replace(
+            segments=tuple(
+                segment.trim(segment.lengths[min(choice, len(segment.lengths) - 1)])
+                for segment in self.segments
+            )
+        )
 
 
 @flax.struct.dataclass

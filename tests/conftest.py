@@ -17,8 +17,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 LONGEST = (
-    "test_readme.py", "test_processes.py", "test_invariants.py", "test_baselines.py",
-    "test_prefill_extend.py", "test_calibrate.py", "test_generate.py", "test_bench.py",
+    "test_readme.py",
+    "test_processes.py",
+    "test_invariants.py",
+    "test_baselines.py",
+    "test_prefill_extend.py",
+    "test_calibrate.py",
+    "test_generate.py",
+    "test_bench.py",
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from meteor_jax.models.cost import count_traced
+from meteor_jax.models.eagle.cost import count_traced
 
 
 def count_executed(function: Callable[..., Any], *args: Any) -> float:

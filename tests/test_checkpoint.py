@@ -19,7 +19,8 @@ from meteor_jax.checkpoint import (
     save,
     write_config,
 )
-from meteor_jax.parallel import MeshConfig, make_mesh, parameter_shardings
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
+from meteor_jax.parallel.rules import parameter_shardings
 
 
 @flax.struct.dataclass
@@ -78,13 +79,15 @@ def test_restores_to_another_mesh(workdir):
 
 def test_a_whole_state_goes_to_another_mesh(tmp_path):
     """Saved under data=8, copied over before it is written, restored under fsdp=4 and tensor=2."""
+
     def laid_out(state, **sizes):
         mesh = make_mesh(MeshConfig(**sizes), devices=jax.devices()[:8])
         return jax.tree.map(jax.device_put, state, parameter_shardings(state, mesh))
 
     params = {"llama": {"fc1": {"kernel": jnp.arange(64.0).reshape(8, 8)}}}
     state = make_state().replace(
-        params=params, opt_state=({"llama/fc1/kernel": params["llama"]["fc1"]["kernel"] / 2},),
+        params=params,
+        opt_state=({"llama/fc1/kernel": params["llama"]["fc1"]["kernel"] / 2},),
         ema=jax.tree.map(jnp.square, params),
     )
     expected = jax.tree.map(np.array, state)

@@ -8,13 +8,13 @@ import pytest
 
 from meteor_jax.data.pipeline import open_sources
 from meteor_jax.data.templates import get_template
-from meteor_jax.evaluation.config import check_request
-from meteor_jax.models.cost import count_cost
-from meteor_jax.models.eagle import MODELS
-from meteor_jax.parallel import make_mesh
+from meteor_jax.evaluation.request import check_request
+from meteor_jax.experiment.config import load_experiment
+from meteor_jax.models.eagle.cost import count_cost
+from meteor_jax.models.eagle.presets import MODELS
+from meteor_jax.parallel.mesh import make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration
-from meteor_jax.training.experiment import load_experiment
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
@@ -65,4 +65,4 @@ def test_data_that_is_not_prepared_is_one_line_with_the_command(tmp_path):
         open_sources(data)
     message = str(error.value)
     assert "'llava:llava_pretrain_558k' is not prepared" in message and "\n" not in message
-    assert "python -m meteor_jax.data.llava --json=FILE --images=FOLDER" in message
+    assert "meteor prepare --json=FILE --images=FOLDER" in message

@@ -10,12 +10,12 @@ import pytest
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meteor_jax.evaluation.loading import load_params
-from meteor_jax.models.meteor import Meteor
-from meteor_jax.parallel import BATCH_AXES, MeshConfig, make_mesh
+from meteor_jax.experiment.config import load_experiment
+from meteor_jax.inference.load import load_params
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
+from meteor_jax.perf.traffic import read_traffic
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.tools.traffic import read_traffic
-from meteor_jax.training.experiment import load_experiment
 from tests.evaluation.random_model import config, save_run
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,11 @@ def values():
     """A bfloat16 model that is trained with its parameters split over all devices."""
     base = config("data")
     llama = base["model"]["llama"] | {
-        "width": 256, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 512, "vocab_size": VOCAB,
+        "width": 256,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "mlp_dim": 512,
+        "vocab_size": VOCAB,
     }
     model = base["model"] | {"encoders": ("clip",), "llama": llama, "dtype": "bfloat16"}
     train = base["train"] | {"mesh": {"data": 1, "fsdp": -1}}
@@ -86,8 +90,14 @@ def extend_as_text(params, mesh):
         variables, plan = {"params": params}, PrunePlan()
         visual = model.apply(variables, images, plan=plan, method="encode_images").tokens
         return model.apply(
-            variables, jax.tree.map(lambda x: x[:, None], visual), image_valid=image_valid,
-            tokens=tokens, text_valid=text_valid, plan=plan, max_new_tokens=4, method="prefill",
+            variables,
+            jax.tree.map(lambda x: x[:, None], visual),
+            image_valid=image_valid,
+            tokens=tokens,
+            text_valid=text_valid,
+            plan=plan,
+            max_new_tokens=4,
+            method="prefill",
         ).cache
 
     def extend(params, cache, tokens):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.models import convnext
-from meteor_jax.models.cost import count_cost, count_traced
+from meteor_jax.models.eagle.cost import count_cost, count_traced
+from meteor_jax.models.encoders.convnext import model as convnext
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IMAGE_TOKEN
 from tests import tiny_model as tiny
@@ -33,8 +33,12 @@ def test_keeping_everything_changes_no_logit(stage):
 
 @pytest.mark.parametrize(
     "text",
-    ["meteor", "random", "pyramiddrop",
-     *(pytest.param(f"stage {i}", marks=pytest.mark.long) for i in (1, 2, 3))],
+    [
+        "meteor",
+        "random",
+        "pyramiddrop",
+        *(pytest.param(f"stage {i}", marks=pytest.mark.long) for i in (1, 2, 3)),
+    ],
 )
 def test_an_example_does_not_depend_on_its_batch_mates(text):
     plan, batch = tiny.plan(tiny.PLANS[text]), tiny.make_batch()
@@ -56,7 +60,8 @@ def test_an_example_does_not_depend_on_its_padding():
     short = tiny.make_batch(lengths=(7, 9), with_image=(True, True), text_length=9)
     pad = ((0, 0), (0, 5))
     padded = short.replace(
-        tokens=jnp.pad(short.tokens, pad), text_valid=jnp.pad(short.text_valid, pad),
+        tokens=jnp.pad(short.tokens, pad),
+        text_valid=jnp.pad(short.text_valid, pad),
         labels=jnp.pad(short.labels, pad),
     )
     one = tiny.forward(tiny.params(), short, plan=plan)
@@ -98,8 +103,12 @@ def test_kept_tokens_stay_in_order_and_invalid_ones_stand_last(text):
 def test_the_example_decides_how_many_tokens_it_keeps():
     plan = tiny.plan(tiny.METEOR)
     counts = np.stack(
-        [tiny.forward(tiny.params(), tiny.make_batch(seed=seed), plan=plan).trace.cuts[0].num_kept
-         for seed in range(6)]
+        [
+            tiny.forward(tiny.params(), tiny.make_batch(seed=seed), plan=plan)
+            .trace.cuts[0]
+            .num_kept
+            for seed in range(6)
+        ]
     )
     assert len(set(counts[:, :2].ravel().tolist())) > 1
     low, high = plan.decode.bounds(0)
@@ -112,7 +121,8 @@ def test_two_images_and_text_alone_share_a_batch():
     tokens[2, 7] = IMAGE_TOKEN
     images = jnp.concatenate([batch.images, batch.images[::-1]], axis=1)
     two = batch.replace(
-        tokens=jnp.asarray(tokens), images=images,
+        tokens=jnp.asarray(tokens),
+        images=images,
         image_valid=jnp.asarray([[False, False], [True, False], [True, True]]),
     )
     out = tiny.forward(tiny.params(), two, plan=tiny.plan(tiny.METEOR))
@@ -124,9 +134,14 @@ def test_two_images_and_text_alone_share_a_batch():
 
 @pytest.mark.parametrize(
     "text",
-    ["full", "stage 1", "pool(keep=20)", "fastv(layer=2, keep=7)",
-     "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.budget=fixed)",
-     "meteor(encode=(26, 22, 30), fuse=20, fuse.similarity=max_cosine, fuse.num_iterations=3)"],
+    [
+        "full",
+        "stage 1",
+        "pool(keep=20)",
+        "fastv(layer=2, keep=7)",
+        "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.budget=fixed)",
+        "meteor(encode=(26, 22, 30), fuse=20, fuse.similarity=max_cosine, fuse.num_iterations=3)",
+    ],
 )
 def test_the_counted_cost_is_that_of_the_traced_program(text, monkeypatch):
     monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted

@@ -12,8 +12,8 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from meteor_jax.parallel import make_mesh
-from meteor_jax.training.experiment import load_experiment
+from meteor_jax.experiment.config import load_experiment
+from meteor_jax.parallel.mesh import make_mesh
 from tests.fake_devices import fake_slices
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +48,11 @@ def flags_of_xpk(tmp_path, *, slices):
     shown.chmod(0o755)
     names = {"PROJECT": "p", "ZONE": "z", "CLUSTER": "c", "IMAGE": "i", "SLICES": str(slices)}
     done = subprocess.run(
-        ["bash", str(ROOT / "docs/launch/xpk.sh"), "train"], capture_output=True, text=True,
-        check=True, env=names | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        ["bash", str(ROOT / "docs/launch/xpk.sh"), "train"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=names | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
     )
     assert f"--num-slices={slices}" in done.stdout.splitlines()
     return re.findall(r"--config[\w.]*=\S+", done.stdout)

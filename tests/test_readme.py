@@ -31,8 +31,13 @@ def run(command: str, *, cwd: Path, extra: str = "") -> str:
     words = shlex.split(command + " " + extra)
     assert words[0] == "python"
     done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=900,
-        check=False, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        [sys.executable, *words[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -77,7 +82,7 @@ def test_the_study_runs(workspace):
     (train,) = (line for line in COMMANDS if "train.py --config=configs/small.py" in line)
     said = run(encoders, cwd=workspace, extra="--steps=2 --num_images=32")
     assert "pix2struct sees" in said
-    few = "--config.data.num_images=\"(32, 32)\" --config.eval.num_images=16"
+    few = '--config.data.num_images="(32, 32)" --config.eval.num_images=16'
     run(train, cwd=workspace, extra=f"{SHORT} {few}")
     rows = json.loads((workspace / "runs/small/eval.json").read_text())["rows"]
     assert {"reading_digits", "easyvqa_yesno"} <= {row["task"] for row in rows}
@@ -85,8 +90,13 @@ def test_the_study_runs(workspace):
 
 def test_every_command_is_known_to_this_test():
     known = (
-        "pip install", "train.py", "evaluate.py", "tools.calibrate", "models.cost",
-        "tools.pretrain_encoders", "tools.sweep_prune_layers",
+        "pip install",
+        "train.py",
+        "evaluate.py",
+        "tools.calibrate",
+        "models.cost",
+        "tools.pretrain_encoders",
+        "tools.sweep_prune_layers",
     )
     assert all(any(word in command for word in known) for command in COMMANDS)
 

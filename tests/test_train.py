@@ -27,8 +27,11 @@ SHORT = (
 def start(workdir: Path, flags: str = "") -> subprocess.Popen:
     command = f"train.py --config=configs/tiny.py --workdir={workdir} {SHORT} {flags}"
     return subprocess.Popen(
-        [sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, *shlex.split(command)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
     )
 

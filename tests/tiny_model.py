@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.models.clip import ClipConfig
-from meteor_jax.models.convnext import ConvNextConfig
-from meteor_jax.models.llama import LlamaConfig
-from meteor_jax.models.meteor import Meteor, MeteorConfig
-from meteor_jax.models.pix2struct import Pix2StructConfig
+from meteor_jax.models.decoders.llama.model import LlamaConfig
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.models.encoders.clip.model import ClipConfig
+from meteor_jax.models.encoders.convnext.model import ConvNextConfig
+from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.types import IMAGE_TOKEN, Batch
@@ -29,8 +29,14 @@ CONFIG = MeteorConfig(
         grid_side=4, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24, num_positions=8
     ),
     llama=LlamaConfig(
-        depth=4, width=32, num_heads=4, num_kv_heads=2, mlp_dim=48, vocab_size=VOCAB,
-        max_positions=256, init_std=0.2,
+        depth=4,
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_dim=48,
+        vocab_size=VOCAB,
+        max_positions=256,
+        init_std=0.2,
     ),
     grid=4,
     image_size=32,
@@ -38,8 +44,13 @@ CONFIG = MeteorConfig(
 MODEL = Meteor(CONFIG)
 
 RANKS = Calibration(
-    ranks={"energy 0.99": {"clip": (4.0, 5.0, 6.0), "convnext": (3.0, 3.0, 3.0),
-                           "pix2struct": (2.0, 3.0, 4.0)}}
+    ranks={
+        "energy 0.99": {
+            "clip": (4.0, 5.0, 6.0),
+            "convnext": (3.0, 3.0, 3.0),
+            "pix2struct": (2.0, 3.0, 4.0),
+        }
+    }
 )
 METEOR = (
     "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.heads=2, "
@@ -74,8 +85,11 @@ def keep_all() -> PrunePlan:
 
 
 def make_batch(
-    *, lengths: tuple[int, ...] = (12, 9, 6), with_image: tuple[bool, ...] = (True, True, False),
-    seed: int = 0, text_length: int = TEXT_LENGTH,
+    *,
+    lengths: tuple[int, ...] = (12, 9, 6),
+    with_image: tuple[bool, ...] = (True, True, False),
+    seed: int = 0,
+    text_length: int = TEXT_LENGTH,
 ) -> Batch:
     """Rows of unequal length; the image stands at place 2."""
     rng = np.random.default_rng(seed)
@@ -115,8 +129,14 @@ def encode(params: Any, images: Any, *, plan: PrunePlan) -> Any:
 @functools.partial(jax.jit, static_argnames=("plan", "max_new_tokens"))
 def prefill(params: Any, visual: Any, batch: Batch, *, plan: PrunePlan, max_new_tokens: int) -> Any:
     return MODEL.apply(
-        {"params": params}, visual, image_valid=batch.image_valid, tokens=batch.tokens,
-        text_valid=batch.text_valid, plan=plan, max_new_tokens=max_new_tokens, method="prefill",
+        {"params": params},
+        visual,
+        image_valid=batch.image_valid,
+        tokens=batch.tokens,
+        text_valid=batch.text_valid,
+        plan=plan,
+        max_new_tokens=max_new_tokens,
+        method="prefill",
     )
 
 

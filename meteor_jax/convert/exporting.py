@@ -32,7 +32,7 @@ from meteor_jax.convert.rules import Rule
 from meteor_jax.convert.sizes import TOWERS
 from meteor_jax.convert.sources import ConversionError
 from meteor_jax.convert.writing import whole_or_nothing
-from meteor_jax.models.meteor import MeteorConfig
+from meteor_jax.models.eagle.model import MeteorConfig
 
 GIGABYTE = 10**9
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,7 +139,9 @@ class _Checkpoint:
         written = set(names)
         counts = Counter(
             rule.target.split("/")[0]
-            for rule in self.rules for name, _ in rule.expand() if name in written
+            for rule in self.rules
+            for name, _ in rule.expand()
+            if name in written
         )
         for part, count in counts.items():
             grid.add_row(part, str(count), "the parameters")

@@ -164,8 +164,10 @@ def recognise(source: Source, *, name: str | None = None) -> Format:
             return candidate
     some = ", ".join(sorted(source.entries)[:3])
     raise ConversionError(
-        [f"{source.folder}: of no known format (model_type {model_type!r}, tensors {some}, …); "
-         f"name one with --format: {', '.join(FORMATS)}."]
+        [
+            f"{source.folder}: of no known format (model_type {model_type!r}, tensors {some}, …); "
+            f"name one with --format: {', '.join(FORMATS)}."
+        ]
     )
 
 

@@ -25,13 +25,19 @@ from meteor_jax.convert.rules import Rule
 from meteor_jax.convert.sizes import build_config, model_fields
 from meteor_jax.convert.sources import ConversionError, Entry, Source, open_source
 from meteor_jax.convert.writing import Piece, StreamedArray, whole_or_nothing, write_checkpoint
-from meteor_jax.models.meteor import MeteorConfig
+from meteor_jax.models.eagle.model import MeteorConfig
 
 AS_IS = "as-is"
 DTYPES = (AS_IS, "float32", "bfloat16", "float16")
 TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
 )
 
 
@@ -61,14 +67,25 @@ def convert_checkpoint(
     """
     with whole_or_nothing(output) as folder, contextlib.closing(open_source(source_path)) as source:
         return _convert(
-            source, folder, format_name=format_name, dtype=dtype, overrides=overrides,
-            split_projector=split_projector, console=console,
+            source,
+            folder,
+            format_name=format_name,
+            dtype=dtype,
+            overrides=overrides,
+            split_projector=split_projector,
+            console=console,
         )
 
 
 def _convert(
-    source: Source, folder: Path, *, format_name: str | None, dtype: str,
-    overrides: Sequence[str], split_projector: bool, console: Console | None,
+    source: Source,
+    folder: Path,
+    *,
+    format_name: str | None,
+    dtype: str,
+    overrides: Sequence[str],
+    split_projector: bool,
+    console: Console | None,
 ) -> MeteorConfig:
     form = recognise(source, name=format_name)
     names = rename(source.entries, form)
@@ -119,9 +136,7 @@ def config_document(config: MeteorConfig, fields: Mapping[str, Any]) -> dict[str
     """The model's config as JSON: what the checkpoint holds, and what differs from the default."""
     values, default = dataclasses.asdict(config), dataclasses.asdict(MeteorConfig())
     return {
-        name: value
-        for name, value in values.items()
-        if name in fields or value != default[name]
+        name: value for name, value in values.items() if name in fields or value != default[name]
     }
 
 

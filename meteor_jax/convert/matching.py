@@ -25,9 +25,9 @@ from meteor_jax.convert.tables import (
     projector_table,
     split_projector_tables,
 )
-from meteor_jax.models.llama import Llama
-from meteor_jax.models.meteor import ENCODERS, MeteorConfig
-from meteor_jax.models.projector import Projector
+from meteor_jax.models.decoders.llama.model import Llama
+from meteor_jax.models.eagle.model import ENCODERS, MeteorConfig
+from meteor_jax.models.eagle.projector import Projector
 
 Shape = tuple[int, ...]
 
@@ -127,9 +127,7 @@ class Match:
     problems: tuple[str, ...]
 
 
-def match(
-    tensors: Mapping[str, Shape], table: Table, shapes: Mapping[str, Shape]
-) -> Match:
+def match(tensors: Mapping[str, Shape], table: Table, shapes: Mapping[str, Shape]) -> Match:
     """Sets tensors, given by shape, against a table.
 
     Args:

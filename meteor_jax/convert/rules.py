@@ -116,7 +116,9 @@ class Table:
         """The same table with all names inside `source` and all paths inside `target`."""
         rules = tuple(
             dataclasses.replace(
-                rule, source=source + rule.source, target=f"{target}/{rule.target}",
+                rule,
+                source=source + rule.source,
+                target=f"{target}/{rule.target}",
                 fallbacks=tuple(source + name for name in rule.fallbacks),
             )
             for rule in self.rules
@@ -159,7 +161,9 @@ def stacked(
     """The rules of one block, for all blocks: `source` holds the `{i}`."""
     return [
         dataclasses.replace(
-            rule, source=f"{source}.{rule.source}", target=f"{target}/{rule.target}",
+            rule,
+            source=f"{source}.{rule.source}",
+            target=f"{target}/{rule.target}",
             layers=tuple(layers),
         )
         for rule in rules

@@ -11,12 +11,16 @@ from typing import Any
 from meteor_jax.config import ConfigError, build
 from meteor_jax.convert.sources import ConversionError
 from meteor_jax.convert.tables import PROJECTOR, TOWER
-from meteor_jax.models.meteor import MeteorConfig
+from meteor_jax.models.eagle.model import MeteorConfig
 
 HEAD_DIM = 64  # of every large vision transformer here; --set says otherwise
 # What EAGLE's config.json calls its towers, before the dash and the pixels.
 TOWERS = {
-    "clip": "clip", "convnext": "convnext", "sam": "sam", "det": "eva02", "pix2struct": "pix2struct"
+    "clip": "clip",
+    "convnext": "convnext",
+    "sam": "sam",
+    "det": "eva02",
+    "pix2struct": "pix2struct",
 }
 RELEASED = {
     6656: "clip-448;convnext-1024;det-1024;pix2struct-1024",
@@ -62,9 +66,7 @@ class Shapes:
         return tuple(sorted({int(m[1]) for m, shape in matches if m and test(shape)}))
 
 
-def model_fields(
-    part: str, *, shapes: Mapping[str, Shape], config: Mapping[str, Any]
-) -> Fields:
+def model_fields(part: str, *, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Fields:
     """Fields of `MeteorConfig` for what a checkpoint holds.
 
     Args:
@@ -99,8 +101,10 @@ def eagle_fields(config: Mapping[str, Any], *, channels: int | None = None) -> F
     unknown = [name for name in names if name not in TOWERS]
     if unknown:
         raise ConversionError(
-            [f"config.json: mm_vision_tower={text!r}; expected towers out of "
-             f"{', '.join(TOWERS)}, joined by ';'."]
+            [
+                f"config.json: mm_vision_tower={text!r}; expected towers out of "
+                f"{', '.join(TOWERS)}, joined by ';'."
+            ]
         )
     kind = config.get("mm_projector_type", "mlp2x_gelu")
     if kind != "mlp2x_gelu":
@@ -109,7 +113,9 @@ def eagle_fields(config: Mapping[str, Any], *, channels: int | None = None) -> F
         )
     return {
         "encoders": tuple(TOWERS[name] for name in names),
-        "fusion": "pre", "grid": EAGLE_GRID, "image_size": EAGLE_IMAGE,
+        "fusion": "pre",
+        "grid": EAGLE_GRID,
+        "image_size": EAGLE_IMAGE,
     }
 
 
@@ -134,21 +140,23 @@ def llama_fields(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Fiel
         )
     if problems:
         raise ConversionError(problems)
-    return _known({
-        "depth": config.get("num_hidden_layers")
-        or found.count(r"model\.layers\.(\d+)\.(?:self_attn|mlp)"),
-        "width": config.get("hidden_size") or width,
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or (
-            heads if config else key and key // head_dim
-        ),
-        "mlp_dim": config.get("intermediate_size") or found.first(layer + r"mlp\.up_proj\.weight"),
-        "vocab_size": config.get("vocab_size") or found.size("model.embed_tokens.weight"),
-        "max_positions": config.get("max_position_embeddings"),
-        "rope_theta": config.get("rope_theta") or rope.get("rope_theta"),
-        "norm_eps": config.get("rms_norm_eps"),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
-    })
+    return _known(
+        {
+            "depth": config.get("num_hidden_layers")
+            or found.count(r"model\.layers\.(\d+)\.(?:self_attn|mlp)"),
+            "width": config.get("hidden_size") or width,
+            "num_heads": heads,
+            "num_kv_heads": config.get("num_key_value_heads")
+            or (heads if config else key and key // head_dim),
+            "mlp_dim": config.get("intermediate_size")
+            or found.first(layer + r"mlp\.up_proj\.weight"),
+            "vocab_size": config.get("vocab_size") or found.size("model.embed_tokens.weight"),
+            "max_positions": config.get("max_position_embeddings"),
+            "rope_theta": config.get("rope_theta") or rope.get("rope_theta"),
+            "norm_eps": config.get("rms_norm_eps"),
+            "tie_embeddings": config.get("tie_word_embeddings", False),
+        }
+    )
 
 
 def clip_sizes(found: Shapes) -> Fields:
@@ -238,8 +246,11 @@ def eva02_sizes(found: Shapes) -> Fields:
 
 
 SIZES: dict[str, Callable[[Shapes], Fields]] = {
-    "clip": clip_sizes, "convnext": convnext_sizes, "sam": sam_sizes,
-    "eva02": eva02_sizes, "pix2struct": pix2struct_sizes,
+    "clip": clip_sizes,
+    "convnext": convnext_sizes,
+    "sam": sam_sizes,
+    "eva02": eva02_sizes,
+    "pix2struct": pix2struct_sizes,
 }
 
 
@@ -255,11 +266,13 @@ def _stated(part: str, config: Mapping[str, Any]) -> Fields:
         return _known({"num_heads": vision.get("num_attention_heads")})
     if part == "sam":
         blocks = vision.get("global_attn_indexes")
-        return _known({
-            "num_heads": vision.get("num_attention_heads"),
-            "window": vision.get("window_size"),
-            "global_blocks": blocks and tuple(blocks),
-        })
+        return _known(
+            {
+                "num_heads": vision.get("num_attention_heads"),
+                "window": vision.get("window_size"),
+                "global_blocks": blocks and tuple(blocks),
+            }
+        )
     return {}
 
 
@@ -269,8 +282,9 @@ def build_config(fields: Fields, overrides: Sequence[str] = ()) -> MeteorConfig:
     Raises:
         ConfigError: an override without "=", of a field that does not exist or of another type.
     """
-    values = {name: dict(value) if isinstance(value, dict) else value
-              for name, value in fields.items()}
+    values = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()
+    }
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals:

@@ -21,12 +21,18 @@ SAFETENSORS, TORCH = ".safetensors", (".bin", ".pth", ".pt")
 CONFIG_FILE = "config.json"
 # Where one folder holds several sets of weights, the first of these is taken.
 WEIGHTS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt")
-_UNREADABLE = (
-    SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError
-)
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError)
 _DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 
@@ -91,8 +97,10 @@ class TorchReader:
             import torch
         except ImportError as error:
             raise ConversionError(
-                [f"{path} needs PyTorch to be read: pip install 'meteor-jax[convert]', or convert "
-                 "a safetensors file."]
+                [
+                    f"{path} needs PyTorch to be read: pip install 'meteor-jax[convert]', or "
+                    "convert a safetensors file."
+                ]
             ) from error
         self._torch = torch
         options = {"map_location": "cpu", "weights_only": True}

@@ -22,12 +22,12 @@ from meteor_jax.convert.rules import (
     part,
     stacked,
 )
-from meteor_jax.models.clip import ClipConfig
-from meteor_jax.models.convnext import STEM, ConvNextConfig
-from meteor_jax.models.eva02 import Eva02Config, rotary_tables
-from meteor_jax.models.llama import LlamaConfig
-from meteor_jax.models.pix2struct import Pix2StructConfig
-from meteor_jax.models.sam import SamConfig
+from meteor_jax.models.decoders.llama.model import LlamaConfig
+from meteor_jax.models.encoders.clip.model import ClipConfig
+from meteor_jax.models.encoders.convnext.model import STEM, ConvNextConfig
+from meteor_jax.models.encoders.eva02.model import Eva02Config, rotary_tables
+from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
+from meteor_jax.models.encoders.sam.model import SamConfig
 
 TOWER = "model.vision_tower.vision_towers.{n}.vision_tower."
 PROJECTOR = "model.mm_projector."
@@ -51,7 +51,8 @@ def clip_table(config: ClipConfig) -> Table:
             f"{embeddings}.patch_embedding", "patch_embedding", patch=config.patch_size, bias=False
         ),
         Rule(
-            f"{embeddings}.position_embedding.weight", "position_embedding",
+            f"{embeddings}.position_embedding.weight",
+            "position_embedding",
             unused_rows=0 if config.keep_cls else 1,
         ),
         *norm("vision_model.pre_layrnorm", "pre_norm"),
@@ -85,7 +86,9 @@ def convnext_table(config: ConvNextConfig) -> Table:
             rules += norm(f"stages.{stage}.downsample.0", f"downsample{stage}_norm")
             rules += convolution(f"stages.{stage}.downsample.1", f"downsample{stage}", patch=2)
         rules += stacked(
-            block, source=f"stages.{stage}.blocks.{{i}}", target=f"stage{stage}/stack",
+            block,
+            source=f"stages.{stage}.blocks.{{i}}",
+            target=f"stage{stage}/stack",
             layers=range(depth),
         )
     head = Unused(r"head\..*", "classification head")
@@ -112,9 +115,7 @@ def sam_table(config: SamConfig) -> Table:
     relative = [Rule("attn.rel_pos_h", "height"), Rule("attn.rel_pos_w", "width")]
     windowed = [i for i in range(config.depth) if i not in config.global_blocks]
     for name, layers in (("window", windowed), ("global", config.global_blocks)):
-        rules += stacked(
-            relative, source="layers.{i}", target=f"relative_{name}", layers=layers
-        )
+        rules += stacked(relative, source="layers.{i}", target=f"relative_{name}", layers=layers)
     return Table(tuple(rules))
 
 
@@ -143,11 +144,14 @@ def eva02_table(config: Eva02Config) -> Table:
         is_global = ours == "global"
         users = [i for i in range(config.depth) if (i in config.global_blocks) == is_global]
         for wave in ("cos", "sin"):
-            rules.append(Rule(
-                f"{theirs}.freqs_{wave}", f"tables/{ours}_{wave}",
-                fallbacks=tuple(f"blocks.{i}.attn.rope.freqs_{wave}" for i in users),
-                compute=functools.partial(_rotary_table, config=config, name=f"{ours}_{wave}"),
-            ))
+            rules.append(
+                Rule(
+                    f"{theirs}.freqs_{wave}",
+                    f"tables/{ours}_{wave}",
+                    fallbacks=tuple(f"blocks.{i}.attn.rope.freqs_{wave}" for i in users),
+                    compute=functools.partial(_rotary_table, config=config, name=f"{ours}_{wave}"),
+                )
+            )
     copies = Unused(r"blocks\.\d+\.attn\.rope\.freqs_(cos|sin)", "copy of a rotary table")
     return Table(tuple(rules), (copies,))
 
@@ -231,11 +235,14 @@ def split_projector_tables(widths: dict[str, int], *, out_width: int) -> dict[st
         is_last = index == len(widths) - 1
         rules = [
             Rule(
-                "0.weight", "fc1/kernel", part(functools.partial(_rows, start=start, size=width)),
+                "0.weight",
+                "fc1/kernel",
+                part(functools.partial(_rows, start=start, size=width)),
                 whole=(out_width, sum(widths.values())),
             ),
             Rule(
-                "0.bias", "fc1/bias",
+                "0.bias",
+                "fc1/bias",
                 part(functools.partial(_share, parts=len(widths), is_last=is_last)),
                 whole=(out_width,),
             ),
@@ -258,6 +265,9 @@ def _share(bias: np.ndarray, *, parts: int, is_last: bool) -> np.ndarray:
 
 
 TABLES: dict[str, Callable[[Any], Table]] = {
-    "clip": clip_table, "convnext": convnext_table, "sam": sam_table,
-    "eva02": eva02_table, "pix2struct": pix2struct_table,
+    "clip": clip_table,
+    "convnext": convnext_table,
+    "sam": sam_table,
+    "eva02": eva02_table,
+    "pix2struct": pix2struct_table,
 }

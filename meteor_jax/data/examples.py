@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from meteor_jax.data import sources
 from meteor_jax.data.config import DataConfig, Kind, Turns
-from meteor_jax.data.conversations import place_images
+from meteor_jax.data.sources import registry as sources
+from meteor_jax.data.sources.conversations import place_images
 from meteor_jax.data.templates import (
     Conversation,
     Rendered,

@@ -12,9 +12,9 @@ import grain
 import numpy as np
 
 from meteor_jax.config import suggest
-from meteor_jax.data import sources
 from meteor_jax.data.config import DataConfig, Kind, Turns
 from meteor_jax.data.examples import Example, ExampleMaker, Record, RecordReader
+from meteor_jax.data.sources import registry as sources
 from meteor_jax.data.templates import (
     IMAGE_MARKER,
     Conversation,

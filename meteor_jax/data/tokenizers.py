@@ -223,7 +223,9 @@ def _import_transformers() -> Any:
 
 
 def _load_bpe(
-    spec: str, folder: str | Path | None, texts: Callable[[], Iterable[str]] | None,
+    spec: str,
+    folder: str | Path | None,
+    texts: Callable[[], Iterable[str]] | None,
     inherit: Sequence[Path],
 ) -> HuggingFaceTokenizer:
     size = spec.removeprefix("bpe:")

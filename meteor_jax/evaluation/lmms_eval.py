@@ -24,18 +24,18 @@ from tqdm import tqdm
 
 from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
 from meteor_jax.config import ConfigError
-from meteor_jax.data.sources import square_image
+from meteor_jax.data.sources.registry import square_image
 from meteor_jax.data.templates import get_template, stop_id
 from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.evaluation.answerers import ModelAnswerer, fused_shape
-from meteor_jax.evaluation.answering import Timings, answer_prompts, prefetch
-from meteor_jax.evaluation.config import eval_config, prompt_template
-from meteor_jax.evaluation.lanes import Lanes
-from meteor_jax.evaluation.layout import inference_mesh
-from meteor_jax.evaluation.loading import load_params, read_experiment
-from meteor_jax.evaluation.prompts import Room, make_ask
-from meteor_jax.evaluation.schedule import Ask, BatchSizes, make_schedule
-from meteor_jax.models.meteor import Meteor
+from meteor_jax.experiment.eval_config import prompt_template
+from meteor_jax.inference.engine.batching import Ask, BatchSizes, make_schedule
+from meteor_jax.inference.engine.data_shards import Lanes
+from meteor_jax.inference.engine.predictor import ModelAnswerer, fused_shape
+from meteor_jax.inference.engine.prompts import Room, make_ask
+from meteor_jax.inference.engine.run import Timings, answer_prompts, prefetch
+from meteor_jax.inference.layout import inference_mesh
+from meteor_jax.inference.load import load_params, read_experiment
+from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration
 
@@ -91,15 +91,13 @@ class MeteorJax(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size: expected a positive number, got {batch_size!r}.")
         experiment, folder = read_experiment(checkpoint, config=config), Path(checkpoint)
-        eval_fields = eval_config(experiment)
+        eval_fields = experiment.eval
         calibration = Calibration.load(folder / CALIBRATION_FILE)
         plan = parse_plan(str(plan).strip("'\""), library=experiment.plans).calibrated(calibration)
         self.template = get_template(
             prompt_template(template or eval_fields.template or experiment.train.finetune.template)
         )
-        self.tokenizer = load_tokenizer(
-            experiment.data.tokenizer, folder=folder / TOKENIZER_FOLDER
-        )
+        self.tokenizer = load_tokenizer(experiment.data.tokenizer, folder=folder / TOKENIZER_FOLDER)
         self.mesh = inference_mesh(experiment)
         with jax.set_mesh(self.mesh):
             params, _ = load_params(experiment, folder, mesh=self.mesh, step=step)
@@ -163,8 +161,12 @@ class MeteorJax(lmms):
                 images[keys[-1]] = image
             asks.append(
                 make_ask(
-                    context, images=keys, max_new_tokens=self._new_tokens(options, task=task),
-                    template=self.template, tokenizer=self.tokenizer, room=self.room,
+                    context,
+                    images=keys,
+                    max_new_tokens=self._new_tokens(options, task=task),
+                    template=self.template,
+                    tokenizer=self.tokenizer,
+                    room=self.room,
                 )
             )
             until = options.get("until") or ()

@@ -50,7 +50,7 @@ def yes_no(prediction: str, references: Sequence[str]) -> float:
 
 
 def parse_yes_no(text: str) -> str | None:
-    """"yes", "no", or None where `text` is neither."""
+    """ "yes", "no", or None where `text` is neither."""
     word = text.strip().strip(string.punctuation).strip().lower()
     return word if word in ("yes", "no") else None
 

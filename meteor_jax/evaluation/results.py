@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from meteor_jax.data.sources import SOURCES
-from meteor_jax.evaluation.benchmarks.aggregate import AGGREGATIONS, Aggregate
-from meteor_jax.evaluation.benchmarks.scoring import SCORERS, SUBMISSION
+from meteor_jax.data.sources.registry import SOURCES
 from meteor_jax.evaluation.metrics import METRICS, interval, paired_difference, yes_f1
-from meteor_jax.evaluation.tasks import Question, combined_name
+from meteor_jax.evaluation.tasks.registry import Question, combined_name
+from meteor_jax.evaluation.tasks.scoring.aggregate import AGGREGATIONS, Aggregate
+from meteor_jax.evaluation.tasks.scoring.registry import SCORERS, SUBMISSION
+from meteor_jax.experiment.plans import MAJORITY
 
-BLIND = "blind"  # the same model, the question alone
-MAJORITY = "majority"  # no model: each task's most frequent answer
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
 # TFLOPs of a question, as it was computed: of the mean places of its text, visual tokens computed
@@ -177,22 +176,26 @@ def make_rows(
         for result in results:
             summary = _summarise(name, asked, answers[result.plan])
             row = _make_row(
-                name, asked, answers[result.plan], summary=summary, result=result,
+                name,
+                asked,
+                answers[result.plan],
+                summary=summary,
+                result=result,
                 tflops=tflops.get(result.plan),
             )
             if result is not reference and base:
                 difference = paired_difference(_unit_scores(summary), base)
                 row = dataclasses.replace(
-                    row, delta=difference.mean, delta_low=difference.low,
+                    row,
+                    delta=difference.mean,
+                    delta_low=difference.low,
                     delta_high=difference.high,
                 )
             rows.append(row)
     return rows
 
 
-def _summarise(
-    name: str, questions: Sequence[Question], answers: Sequence[Answer]
-) -> Aggregate:
+def _summarise(name: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Aggregate:
     task = questions[0].task
     # Several tasks together are all scored by the plain mean.
     aggregation = AGGREGATIONS[task.aggregation if name == task.name else "mean"]
@@ -252,7 +255,8 @@ def _mean_tflops(answers: Sequence[Answer], tflops: QuestionCost) -> float:
         total += len(alike) * tflops(
             float(np.mean([answer.prompt_length for answer in alike])),
             _means([answer.computed for answer in alike]),
-            float(np.mean(list(map(_num_places, alike)))), rows,
+            float(np.mean(list(map(_num_places, alike)))),
+            rows,
         )
     return total / len(answers)
 

@@ -23,33 +23,31 @@ from rich.progress import (
 from meteor_jax.checkpoint import TOKENIZER_FOLDER
 from meteor_jax.config import ConfigError
 from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.distributed import is_main_process, main_process_first
-from meteor_jax.evaluation.answerers import check_fits
-from meteor_jax.evaluation.asking import Evaluation
-from meteor_jax.evaluation.benchmarks.submission import write_submissions
-from meteor_jax.evaluation.config import Request, check_request
-from meteor_jax.evaluation.files import file_name, versions
-from meteor_jax.evaluation.lanes import Lanes
-from meteor_jax.evaluation.pictures import draw_answers
-from meteor_jax.evaluation.prompts import Room
-from meteor_jax.evaluation.report import (
-    CURVE_FILE,
+from meteor_jax.evaluation.evaluator import Evaluation
+from meteor_jax.evaluation.files import (
     EVAL_FILE,
     PREDICTIONS_FOLDER,
-    draw_curve,
+    file_name,
     kept_file,
-    print_table,
+    versions,
     write_eval,
     write_predictions,
 )
+from meteor_jax.evaluation.predictions import digest_params
+from meteor_jax.evaluation.request import Request, check_request
 from meteor_jax.evaluation.results import QuestionCost, Row, majority, make_rows
-from meteor_jax.evaluation.resume import digest_params
-from meteor_jax.evaluation.tasks import Question, collect_questions, open_task_source
+from meteor_jax.evaluation.tasks.benchmarks.submission import write_submissions
+from meteor_jax.evaluation.tasks.registry import Question, collect_questions, open_task_source
 from meteor_jax.evaluation.token_stats import kept_tokens
-from meteor_jax.models.cost import count_cost
-from meteor_jax.models.meteor import Meteor, MeteorConfig
+from meteor_jax.evaluation.visualize import draw_answers
+from meteor_jax.experiment.config import Experiment
+from meteor_jax.inference.engine.data_shards import Lanes
+from meteor_jax.inference.engine.predictor import check_fits
+from meteor_jax.inference.engine.prompts import Room
+from meteor_jax.models.eagle.cost import count_cost
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.parallel.distributed import is_main_process, main_process_first
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.training.experiment import Experiment
 
 SUBMISSIONS_FOLDER = "submissions"
 
@@ -67,14 +65,15 @@ def evaluate_checkpoint(
     display: Literal["bar", "quiet"] = "bar",
     console: Console | None = None,
 ) -> list[Row]:
-    """Asks all questions under all plans; writes eval.json, predictions/ and pictures. Answers and
+    """Asks all questions under all plans; writes eval.json, predictions/ and
+    pictures. Answers and
     scores of other checkpoints in the same workdir stay.
 
     Args:
         tasks, plans, num_questions: the config's `eval` where None.
         step: of the checkpoint; recorded in eval.json, and part of what files are called.
         source_dir: where tokenizer and calibration.json are read; `workdir` where None.
-        display: "quiet" shows neither bar nor table.
+        display: "quiet" shows no progress bar.
 
     Raises:
         ConfigError: for an unknown task, plan or field; a template that drops the question.
@@ -91,7 +90,11 @@ def evaluate_checkpoint(
     folder = workdir / PREDICTIONS_FOLDER / ("no_step" if step is None else f"step_{step}")
     console = console or Console(quiet=display == "quiet" or not is_main_process())
     evaluation = _prepare(
-        experiment, params, request=request, source_dir=source_dir, folder=folder,
+        experiment,
+        params,
+        request=request,
+        source_dir=source_dir,
+        folder=folder,
         say=console.print,
     )
     if evaluation.images_left_out:
@@ -102,27 +105,27 @@ def evaluate_checkpoint(
         corrupt = [index for index, answer in enumerate(first) if answer.corrupt]
         runs.append(evaluation.run_blind(corrupt=corrupt, progress=progress))
     results = [run.result for run in runs] + [majority(evaluation.questions)]
-    tflops = {
-        plan.name: _tflops(evaluation.model.config, plan) for plan in request.plans
-    }
+    tflops = {plan.name: _tflops(evaluation.model.config, plan) for plan in request.plans}
     rows = make_rows(evaluation.questions, results, tflops=tflops)
 
     pruned = [plan for plan in request.plans if plan.encode or plan.fuse or plan.decode]
     if request.config.num_visualizations and request.plans:
         drawn = request.plans.index((pruned or request.plans)[0])
-        draw_answers(
-            evaluation, runs[drawn].result, plan=request.plans[drawn], workdir=workdir
-        )
+        draw_answers(evaluation, runs[drawn].result, plan=request.plans[drawn], workdir=workdir)
     if is_main_process():
         paths = {run.result.plan: run.path for run in runs}
         paths[results[-1].plan] = write_predictions(folder, evaluation.questions, results[-1])
         for result in results[: len(request.plans)]:
             write_submissions(
-                workdir / SUBMISSIONS_FOLDER / file_name(result.plan), evaluation.questions,
+                workdir / SUBMISSIONS_FOLDER / file_name(result.plan),
+                evaluation.questions,
                 [answer.prediction for answer in result.answers],
             )
         write = functools.partial(
-            write_eval, rows=rows, plans=request.plans, step=step,
+            write_eval,
+            rows=rows,
+            plans=request.plans,
+            step=step,
             config=dataclasses.asdict(experiment) | {"eval": dataclasses.asdict(request.config)},
             details=_details(experiment, evaluation, request=request)
             | {
@@ -135,16 +138,10 @@ def evaluate_checkpoint(
         )
         write(kept_file(workdir, step=step, params=evaluation.depends_on["params"]))
         write(workdir / EVAL_FILE)
-    if rows:  # there are none where all tasks are to be submitted
-        if is_main_process():
-            draw_curve(workdir / CURVE_FILE, rows)
-        print_table(rows, console=console)
     return rows
 
 
-def _details(
-    experiment: Experiment, evaluation: Evaluation, *, request: Request
-) -> dict[str, Any]:
+def _details(experiment: Experiment, evaluation: Evaluation, *, request: Request) -> dict[str, Any]:
     """What eval.json says of a run beside its config, plans and scores."""
     return {
         "params": evaluation.depends_on["params"],
@@ -152,8 +149,10 @@ def _details(
         "tasks": [task.name for task in request.tasks],
         "seeds": {"questions": request.config.seed, "source": experiment.data.source_seed},
         "devices": {
-            "kind": jax.devices()[0].device_kind, "count": jax.device_count(),
-            "processes": jax.process_count(), "lanes": evaluation.lanes.count,
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "lanes": evaluation.lanes.count,
             "mesh": dict(evaluation.lanes.mesh.shape) if evaluation.lanes.mesh else {},
         },
         "param_bytes": dict(_bytes_by_dtype(evaluation.params)),
@@ -194,8 +193,10 @@ def _prepare(
     questions: tuple[Question, ...] = ()
     for name, source in sources.items():
         questions += collect_questions(
-            source, tasks=[task for task in request.tasks if task.source == name],
-            num_questions=config.num_questions, seed=config.seed,
+            source,
+            tasks=[task for task in request.tasks if task.source == name],
+            num_questions=config.num_questions,
+            seed=config.seed,
         )
     return Evaluation(
         model=model,
@@ -215,7 +216,8 @@ def _prepare(
             "params": digest_params(params),
             "model": dataclasses.asdict(experiment.model),
             "data": {
-                "data_dir": str(data.data_dir), "source_seed": data.source_seed,
+                "data_dir": str(data.data_dir),
+                "source_seed": data.source_seed,
                 "num_images": config.num_images,
             },
             "versions": versions() | {"backend": jax.default_backend()},
@@ -230,8 +232,12 @@ def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
         prompt_length: float, computed: tuple[float, ...], num_images: float, rows: int
     ) -> float:
         cost = count_cost(
-            config, plan, text_tokens=round(prompt_length), computed=computed or None,
-            num_images=num_images, rows=rows,
+            config,
+            plan,
+            text_tokens=round(prompt_length),
+            computed=computed or None,
+            num_images=num_images,
+            rows=rows,
         )
         return cost.total_flops / 1e12
 
@@ -240,7 +246,11 @@ def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
 
 def _progress(console: Console, *, enabled: bool) -> Progress:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, disable=not enabled)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from meteor_jax.evaluation.results import PlanResult, layer_average
-from meteor_jax.evaluation.tasks import Question
+from meteor_jax.evaluation.tasks.registry import Question
 
 PERCENTILES = (5, 25, 50, 75, 95)
 NUM_BINS = 10

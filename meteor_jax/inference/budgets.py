@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.distributed import allgather_to_host
-from meteor_jax.models.cost import count_cost
-from meteor_jax.models.meteor import Meteor, MeteorConfig
-from meteor_jax.pruning.budgets import expected_total, fit_edges, fit_scale
+from meteor_jax.models.eagle.cost import count_cost
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.parallel.distributed import allgather_to_host
+from meteor_jax.pruning.ops.budgets import expected_total, fit_edges, fit_scale
 from meteor_jax.pruning.plan import DecodePlan, PrunePlan
 from meteor_jax.types import Array, CutTrace, VisualTokens
 
@@ -51,8 +51,13 @@ class Budget:
 
 
 def calibrate_budget(
-    model: Meteor, params: Any, images: Array, *, questions: tuple[Questions, ...],
-    plan: PrunePlan, num_shards: int = 1,
+    model: Meteor,
+    params: Any,
+    images: Array,
+    *,
+    questions: tuple[Questions, ...],
+    plan: PrunePlan,
+    num_shards: int = 1,
 ) -> Budget:
     """λ of every cut of an adaptive plan, such that the mean of K over the first question of each
     image is its `keep`, and the totals that hold the K of batches of all questions.
@@ -71,9 +76,7 @@ def calibrate_budget(
     """
     visual = _encode(params, images, model=model, plan=plan)
     # One total: how much room a batch is packed into changes no K, and there is less to compile.
-    decode = dataclasses.replace(
-        plan.decode, scale=(1.0,) * len(plan.decode.layers), num_totals=1
-    )
+    decode = dataclasses.replace(plan.decode, scale=(1.0,) * len(plan.decode.layers), num_totals=1)
 
     def run(of_image: Questions) -> tuple[CutTrace, ...]:
         current = dataclasses.replace(plan, decode=decode)
@@ -83,8 +86,10 @@ def calibrate_budget(
         cuts = run(questions[0])
         available = np.full(len(cuts[0].num_kept), visual.num_tokens)
         scale = fit_scale(
-            chosen_mass(cuts[cut], plan=decode), low_high=decode.bounds(cut),
-            target=decode.keep[cut], available=cuts[cut - 1].num_kept if cut else available,
+            chosen_mass(cuts[cut], plan=decode),
+            low_high=decode.bounds(cut),
+            target=decode.keep[cut],
+            available=cuts[cut - 1].num_kept if cut else available,
         )
         decode = dataclasses.replace(
             decode, scale=(*decode.scale[:cut], scale, *decode.scale[cut + 1 :])
@@ -98,18 +103,23 @@ def calibrate_budget(
         available = min(decode.bounds(cut)[1], available)
         edges.append(
             fit_edges(
-                kept[-1], high=available, num_totals=plan.decode.num_totals,
+                kept[-1],
+                high=available,
+                num_totals=plan.decode.num_totals,
                 num_shards=num_shards,
             )
         )
-    decode = dataclasses.replace(
-        decode, edges=tuple(edges), num_totals=plan.decode.num_totals
-    )
+    decode = dataclasses.replace(decode, edges=tuple(edges), num_totals=plan.decode.num_totals)
     return Budget(decode, tuple(kept))
 
 
 def evenness_note(
-    config: MeteorConfig, plan: PrunePlan, budget: Budget, *, rows: int, text_tokens: int,
+    config: MeteorConfig,
+    plan: PrunePlan,
+    budget: Budget,
+    *,
+    rows: int,
+    text_tokens: int,
     num_shards: int = 1,
 ) -> str:
     """A line where K hardly differs between questions, so that a fixed budget costs less; else "".
@@ -127,9 +137,7 @@ def evenness_note(
     computed = []
     for cut, of_cut in enumerate(budget.kept):
         totals = decode.totals(cut, rows=rows, available=available)
-        computed.append(
-            expected_total(of_cut, rows=rows, totals=totals, num_shards=num_shards)
-        )
+        computed.append(expected_total(of_cut, rows=rows, totals=totals, num_shards=num_shards))
         available = min(decode.bounds(cut)[1], available)
     adaptive = count_cost(
         config, plan, text_tokens=text_tokens, computed=tuple(computed), rows=rows
@@ -164,7 +172,12 @@ def _cuts(
     params: Any, visual: VisualTokens, questions: Questions, *, model: Meteor, plan: PrunePlan
 ) -> tuple[CutTrace, ...]:
     return model.apply(
-        {"params": params}, visual, image_valid=jnp.ones((len(questions.tokens), 1), bool),
-        tokens=questions.tokens, text_valid=questions.text_valid, plan=plan, max_new_tokens=0,
+        {"params": params},
+        visual,
+        image_valid=jnp.ones((len(questions.tokens), 1), bool),
+        tokens=questions.tokens,
+        text_valid=questions.text_valid,
+        plan=plan,
+        max_new_tokens=0,
         method="prefill",
     ).cuts

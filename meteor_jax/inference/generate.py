@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from meteor_jax.models.meteor import Meteor
+from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, CutTrace, DecodeCache, VisualTokens
 
@@ -111,12 +111,26 @@ def generate(
             raise ValueError("sampling with a temperature needs key=jax.random.key(seed).")
         key = jax.random.key(0)
     started = start(
-        model, params, visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid,
-        plan=plan, max_new_tokens=max_new_tokens, sampling=sampling, key=key,
+        model,
+        params,
+        visual,
+        image_valid=image_valid,
+        tokens=tokens,
+        text_valid=text_valid,
+        plan=plan,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        key=key,
     )
     return decode(
-        model, params, started, max_new_tokens=max_new_tokens, eos_id=eos_id, sampling=sampling,
-        key=key, cache_length=choose_cache_length(started),
+        model,
+        params,
+        started,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        sampling=sampling,
+        key=key,
+        cache_length=choose_cache_length(started),
     )
 
 
@@ -139,8 +153,14 @@ def start(
 ) -> Started:
     """Reads the prompts and draws the first token of every answer; see `generate`."""
     prefilled = model.apply(
-        {"params": params}, visual, image_valid=image_valid, tokens=tokens, text_valid=text_valid,
-        plan=plan, max_new_tokens=max_new_tokens, method="prefill",
+        {"params": params},
+        visual,
+        image_valid=image_valid,
+        tokens=tokens,
+        text_valid=text_valid,
+        plan=plan,
+        max_new_tokens=max_new_tokens,
+        method="prefill",
     )
     longest = jnp.stack([segment.valid.sum(1).max() for segment in prefilled.cache.segments])
     return Started(
@@ -153,8 +173,7 @@ def start(
 
 
 def choose_cache_length(started: Started) -> int:
-    """The first choice of `DecodeCache.trim` that holds every row; waits only where there is one.
-    """
+    """The first choice of `DecodeCache.trim` that holds every row; waits only if there is one."""
     choices = started.cache.num_lengths
     if choices == 1:
         return 0
@@ -185,8 +204,15 @@ def decode(
     """
     cache = trim(started.cache, cache_length)
     rows, _ = decode_rows(
-        model, params, started.first, started.finite, cache, key, max_new_tokens=max_new_tokens,
-        eos_id=eos_id, sampling=sampling,
+        model,
+        params,
+        started.first,
+        started.finite,
+        cache,
+        key,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        sampling=sampling,
     )
     return Generated(
         tokens=rows.tokens,
@@ -226,8 +252,11 @@ def decode_rows(
     one that was given."""
     out = jnp.full((first.shape[0], max_new_tokens), eos_id, jnp.int32)
     state = _State(
-        step=jnp.ones((), jnp.int32), tokens=out.at[:, 0].set(first), done=first == eos_id,
-        finite=finite, cache=cache,
+        step=jnp.ones((), jnp.int32),
+        tokens=out.at[:, 0].set(first),
+        done=first == eos_id,
+        finite=finite,
+        cache=cache,
     )
 
     def unfinished(state: _State) -> Array:

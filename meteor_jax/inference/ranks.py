@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meteor_jax.distributed import sum_over_processes
-from meteor_jax.models.meteor import Meteor
-from meteor_jax.parallel import BATCH_AXES
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.parallel.distributed import sum_over_processes
+from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.pruning.encode import NUM_SEGMENTS
+from meteor_jax.pruning.ops.ranks import ALL_KINDS, NEARLY_FULL, numerical_ranks
 from meteor_jax.pruning.plan import Calibration, PrunePlan
-from meteor_jax.pruning.ranks import ALL_KINDS, NEARLY_FULL, numerical_ranks
 from meteor_jax.types import Array
 
 NUM_IMAGES = 8

@@ -62,9 +62,7 @@ def fastv(*, layer: int = 2, keep: int) -> PrunePlan:
     mean over heads; positions stay."""
     return PrunePlan(
         name="fastv",
-        decode=DecodePlan(
-            layers=(layer,), keep=(keep,), budget="fixed", queries="last", heads=0
-        ),
+        decode=DecodePlan(layers=(layer,), keep=(keep,), budget="fixed", queries="last", heads=0),
     )
 
 
@@ -74,15 +72,18 @@ def pyramiddrop(*, layers: tuple[int, ...], keep: tuple[int, ...]) -> PrunePlan:
     return PrunePlan(
         name="pyramiddrop",
         decode=DecodePlan(
-            layers=layers, keep=keep, budget="fixed", queries="last", heads=0,
-            score_layer="next", positions="contiguous",
+            layers=layers,
+            keep=keep,
+            budget="fixed",
+            queries="last",
+            heads=0,
+            score_layer="next",
+            positions="contiguous",
         ),
     )
 
 
-def sparsevlm(
-    *, layers: tuple[int, ...], keep: tuple[int, ...], recycle: float = 0.3
-) -> PrunePlan:
+def sparsevlm(*, layers: tuple[int, ...], keep: tuple[int, ...], recycle: float = 0.3) -> PrunePlan:
     """SparseVLM (ICML 2025): several cuts, by the attention of the text that the image speaks of,
     one layer earlier, mean over heads; the best of what is dropped lives on in averages; positions
     are numbered anew. Its layers 2, 6 and 15 of 32, after which it cuts, are our 3, 7 and 16.
@@ -94,8 +95,13 @@ def sparsevlm(
     return PrunePlan(
         name="sparsevlm",
         decode=DecodePlan(
-            layers=layers, keep=keep, budget="fixed", queries="raters", heads=0,
-            positions="contiguous", recycle=recycle,
+            layers=layers,
+            keep=keep,
+            budget="fixed",
+            queries="raters",
+            heads=0,
+            positions="contiguous",
+            recycle=recycle,
         ),
     )
 
@@ -142,8 +148,19 @@ def only(*, encoders: tuple[str, ...] | str) -> PrunePlan:
 PRESETS: dict[str, Callable[..., PrunePlan]] = {
     function.__name__: function
     for function in (
-        full, meteor, random, uniform, pool, independent, fastv, pyramiddrop, sparsevlm, visionzip,
-        divprune, dart, only,
+        full,
+        meteor,
+        random,
+        uniform,
+        pool,
+        independent,
+        fastv,
+        pyramiddrop,
+        sparsevlm,
+        visionzip,
+        divprune,
+        dart,
+        only,
     )
 }
 
@@ -185,8 +202,10 @@ def parse_plan(text: str, *, library: Mapping[str, str] | None = None) -> PruneP
     required = [key for key, value in parameters.items() if value.default is value.empty]
     missing = [key for key in required if key not in direct]
     if missing:
-        raise ConfigError(f"plan '{text}': missing {', '.join(missing)}; write {name}"
-                          f"({', '.join(f'{key}=…' for key in required)}).")
+        raise ConfigError(
+            f"plan '{text}': missing {', '.join(missing)}; write {name}"
+            f"({', '.join(f'{key}=…' for key in required)})."
+        )
     try:
         return override(PRESETS[name](**direct), **dotted)
     except ConfigError:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.pruning.diversity import density_peaks, mean_of_clusters, unlike_pivots
+from meteor_jax.pruning.ops.diversity import density_peaks, mean_of_clusters, unlike_pivots
+from meteor_jax.pruning.ops.select import Selection, finite_scores, keep_topk
 from meteor_jax.pruning.plan import DecodePlan
-from meteor_jax.pruning.select import Selection, finite_scores, keep_topk
 from meteor_jax.types import Array, CutTrace, Sequence
 
 
-def query_weights(
-    sequence: Sequence, *, plan: DecodePlan, raters: Array | None = None
-) -> Array:
+def query_weights(sequence: Sequence, *, plan: DecodePlan, raters: Array | None = None) -> Array:
     """float32[B, S]: which entries' attention counts; text only.
 
     Shapes:
@@ -74,8 +72,13 @@ def visual_attention_value(received: Array, sequence: Sequence) -> Array:
 
 
 def cut_scores(
-    sequence: Sequence, *, plan: DecodePlan, cut: int, num_images: Array,
-    received: Array | None = None, keys: Array | None = None,
+    sequence: Sequence,
+    *,
+    plan: DecodePlan,
+    cut: int,
+    num_images: Array,
+    received: Array | None = None,
+    keys: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """What ranks the visual tokens, and the attention that sets their number.
 
@@ -150,8 +153,14 @@ def pivot_scores(
 
 
 def recycle_dropped(
-    sequence: Sequence, scores: Array, *, recycled: int, clusters: int, num_images: Array,
-    max_images: int, num_kept: Array,
+    sequence: Sequence,
+    scores: Array,
+    *,
+    recycled: int,
+    clusters: int,
+    num_images: Array,
+    max_images: int,
+    num_kept: Array,
 ) -> tuple[Sequence, Array]:
     """SparseVLM's recycling: the best of what a cut drops, averaged into a few tokens.
 
@@ -240,9 +249,7 @@ def take_entries(
     )
 
 
-def trace_cut(
-    sequence: Sequence, *, capacity: int, num_computed: Array, vav: Array
-) -> CutTrace:
+def trace_cut(sequence: Sequence, *, capacity: int, num_computed: Array, vav: Array) -> CutTrace:
     """The `CutTrace` of the sequence that a cut left; `capacity` visual tokens at most."""
     is_visual = sequence.is_visual
     capacity = min(capacity, is_visual.shape[1])

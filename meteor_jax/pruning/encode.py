@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.pruning.diversity import finite_tokens, merge_rest
-from meteor_jax.pruning.select import keep_topk
-from meteor_jax.pruning.windows import window_order, window_quotas, window_slots
+from meteor_jax.pruning.ops.diversity import finite_tokens, merge_rest
+from meteor_jax.pruning.ops.select import keep_topk
+from meteor_jax.pruning.ops.windows import window_order, window_quotas, window_slots
 from meteor_jax.types import Array
 
 NUM_SEGMENTS = 3
@@ -150,7 +150,11 @@ def encode_segments(
         seen = tokens.replace(x=out.last_input)
         received = functools.partial(attention, block, seen, cut.criterion)
         x, raster = cut_tokens(
-            out.x[:, num_prefix:], tokens.raster, cut=cut, attention=received, window_sizes=sizes,
+            out.x[:, num_prefix:],
+            tokens.raster,
+            cut=cut,
+            attention=received,
+            window_sizes=sizes,
             image_seed=image_seed,
         )
         sizes = window_quotas(x.shape[1], sizes)
@@ -218,9 +222,7 @@ def _take(x: Array, raster: Array, idx: Array) -> tuple[Array, Array]:
     return take(x, idx[..., None]), take(raster, idx)
 
 
-def _keep_in_windows(
-    scores: Array, *, sizes: tuple[int, ...], quotas: tuple[int, ...]
-) -> Array:
+def _keep_in_windows(scores: Array, *, sizes: tuple[int, ...], quotas: tuple[int, ...]) -> Array:
     """int32[I, K]: the places of each window's `quotas` largest of float[I, N]."""
     if len(sizes) == 1:
         return keep_topk(scores, keep=quotas[0]).idx
@@ -263,10 +265,12 @@ def _score(
         return random_scores(image_seed, seed=cut.seed, num_tokens=num_tokens)
     # "uniform": the middles of as many equal contiguous_runs as are kept, window by window.
     starts = np.cumsum(sizes) - sizes
-    places = np.concatenate([
-        start + (2 * np.arange(quota) + 1) * size // (2 * quota)
-        for start, size, quota in zip(starts, sizes, quotas, strict=True)
-    ])
+    places = np.concatenate(
+        [
+            start + (2 * np.arange(quota) + 1) * size // (2 * quota)
+            for start, size, quota in zip(starts, sizes, quotas, strict=True)
+        ]
+    )
     return jnp.broadcast_to(jnp.zeros(num_tokens).at[places].set(1.0), (num_images, num_tokens))
 
 
@@ -380,9 +384,7 @@ def allocate(
     return {name: counts[name] for name in available}
 
 
-def _fill(
-    total: int, weights: Mapping[str, float], caps: Mapping[str, int]
-) -> dict[str, float]:
+def _fill(total: int, weights: Mapping[str, float], caps: Mapping[str, int]) -> dict[str, float]:
     """Real-valued shares of `total` in proportion to `weights`, none above its cap."""
     shares: dict[str, float] = {}
     active = dict(caps)

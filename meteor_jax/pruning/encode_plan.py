@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from meteor_jax.pruning.encode import NUM_SEGMENTS, Assignment, Criterion, EncoderCut, allocate
-from meteor_jax.pruning.ranks import DEFAULT_ENERGY, RankKind, RankMode
+from meteor_jax.pruning.ops.ranks import DEFAULT_ENERGY, RankKind, RankMode
 
 
 class EncoderShape(Protocol):
@@ -83,8 +83,8 @@ class EncodePlan:
             missing = [name for name in encoders if name not in ranks]
             if missing:
                 raise ValueError(
-                    f"no feature ranks ({self.rank_kind}) for {', '.join(missing)}: run `python -m "
-                    "meteor_jax.tools.calibrate` with the run's --config and --workdir, or set "
+                    f"no feature ranks ({self.rank_kind}) for {', '.join(missing)}: run `meteor "
+                    "calibrate` with the run's --config and --workdir, or set "
                     "encode.assignment='uniform'."
                 )
         alive = {name: shape.num_tokens for name, shape in encoders.items()}

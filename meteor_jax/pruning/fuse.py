@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.pruning.diversity import farthest_points, finite_tokens, rank, unit_tokens
 from meteor_jax.pruning.encode import allocate, mean_token_similarity, random_scores
+from meteor_jax.pruning.ops.diversity import farthest_points, finite_tokens, rank, unit_tokens
+from meteor_jax.pruning.ops.select import finite_scores, keep_topk
 from meteor_jax.pruning.plan import FusePlan
-from meteor_jax.pruning.select import finite_scores, keep_topk
 from meteor_jax.types import Array, VisualTokens, take_tokens
 
 
@@ -38,7 +38,11 @@ class Span:
 
 
 def fuse(
-    tokens: VisualTokens, *, plan: FusePlan, spans: tuple[Span, ...], image_seed: Array,
+    tokens: VisualTokens,
+    *,
+    plan: FusePlan,
+    spans: tuple[Span, ...],
+    image_seed: Array,
     scores: Array | None = None,
 ) -> VisualTokens:
     """The `plan.keep` tokens that enter the LLM, in (encoder, raster) order.
@@ -70,9 +74,7 @@ def fuse(
     return take_tokens(tokens, idx)
 
 
-def fuse_scores(
-    x: Array, *, plan: FusePlan, spans: tuple[Span, ...], image_seed: Array
-) -> Array:
+def fuse_scores(x: Array, *, plan: FusePlan, spans: tuple[Span, ...], image_seed: Array) -> Array:
     """float32[I, N]: what ranks the tokens of all encoders jointly; the highest stay."""
     num_tokens = x.shape[1]
     if plan.criterion == "cooperative":

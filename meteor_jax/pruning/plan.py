@@ -46,9 +46,9 @@ class FusePlan:
     """
 
     keep: int
-    criterion: Literal[
-        "cooperative", "independent", "random", "uniform", "pool", "max_min"
-    ] = "cooperative"
+    criterion: Literal["cooperative", "independent", "random", "uniform", "pool", "max_min"] = (
+        "cooperative"
+    )
     similarity: Literal["cosine", "centered_cosine", "abs_cosine", "max_cosine"] = "centered_cosine"
     num_iterations: int = 1
     min_share_per_encoder: float = 0.0
@@ -145,8 +145,8 @@ class DecodePlan:
         if self.budget == "adaptive" and len(self.scale) != len(self.layers):
             plan, flag = (f"plan '{name}'", f' --plans="{name}"') if name else ("the plan", "")
             raise ValueError(
-                f"{plan} is adaptive and needs λ (decode.scale): run `python -m "
-                f"meteor_jax.tools.calibrate{flag}` with the run's --config and --workdir, or set "
+                f"{plan} is adaptive and needs λ (decode.scale): run `meteor calibrate{flag}` with "
+                "the run's --config and --workdir, or set "
                 "decode.budget='fixed'."
             )
 
@@ -255,7 +255,9 @@ class PrunePlan:
         """Tells plans apart that differ in more than what is measured, whatever their names."""
         encode, decode = self.encode, self.decode
         bare = dataclasses.replace(
-            self, name="", encode=encode and dataclasses.replace(encode, ranks=()),
+            self,
+            name="",
+            encode=encode and dataclasses.replace(encode, ranks=()),
             decode=decode and dataclasses.replace(decode, scale=(), edges=()),
         )
         return hashlib.sha256(bare.to_json().encode()).hexdigest()[:16]
@@ -306,7 +308,8 @@ class Calibration:
     def with_decode(self, plan: PrunePlan, decode: DecodePlan) -> Calibration:
         """This calibration and what was measured for stage 3 of `plan`: λ and edges."""
         return dataclasses.replace(
-            self, scales=self.scales | {plan.name: decode.scale},
+            self,
+            scales=self.scales | {plan.name: decode.scale},
             edges=self.edges | {plan.name: decode.edges},
             fingerprints=self.fingerprints | {plan.name: plan.fingerprint},
         )

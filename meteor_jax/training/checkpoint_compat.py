@@ -12,16 +12,24 @@ from typing import Any
 
 from meteor_jax.checkpoint import CONFIG_FILE, CheckpointError
 from meteor_jax.config import ConfigError, build
-from meteor_jax.models.meteor import MeteorConfig
-from meteor_jax.training.experiment import Experiment, load_experiment
+from meteor_jax.experiment.config import Experiment, load_experiment
+from meteor_jax.models.eagle.model import MeteorConfig
 
 # How a model is computed or began, not what it is.
 IGNORED_FIELDS_MODEL = (
-    "remat", "init_std", "layer_scale_init", "max_positions", "pad_vocab_to_multiple_of"
+    "remat",
+    "init_std",
+    "layer_scale_init",
+    "max_positions",
+    "pad_vocab_to_multiple_of",
 )
 # In another model an encoder may go on at another resolution, a decoder with longer texts.
 IGNORED_FIELDS_PARTS = (
-    *IGNORED_FIELDS_MODEL, "image_size", "grid_side", "position_side", "rope_theta"
+    *IGNORED_FIELDS_MODEL,
+    "image_size",
+    "grid_side",
+    "position_side",
+    "rope_theta",
 )
 IGNORED_FIELDS_DATA = ("num_workers", "prefetch", "record_cache_size", "data_dir")
 DATA_OF_STAGE = ("kind", "template", "text_length", "batch_size")
@@ -70,8 +78,9 @@ def check_model(
     ]
     if found:
         raise _another_config(
-            source, found, advice=f"Use the fields it was written with, as {CONFIG_FILE} there has "
-            "them."
+            source,
+            found,
+            advice=f"Use the fields it was written with, as {CONFIG_FILE} there has them.",
         )
 
 
@@ -111,8 +120,10 @@ def resumed_stage(
             )
     if found:
         raise _another_config(
-            workdir, found, advice="Go on with the config it was written with "
-            f"({CONFIG_FILE} there), or begin in another --workdir with init_from."
+            workdir,
+            found,
+            advice="Go on with the config it was written with "
+            f"({CONFIG_FILE} there), or begin in another --workdir with init_from.",
         )
     return stage.name
 
@@ -124,7 +135,8 @@ def _differences(
         f"{where}.{field.name}: checkpoint {getattr(saved, field.name)!r}, config "
         f"{getattr(now, field.name)!r}"
         for field in dataclasses.fields(now)
-        if field.name not in free and (not only or field.name in only)
+        if field.name not in free
+        and (not only or field.name in only)
         and _unmoved(getattr(saved, field.name)) != _unmoved(getattr(now, field.name))
     ]
 

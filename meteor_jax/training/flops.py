@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from meteor_jax.models.cost import count_cost, llama_flops
-from meteor_jax.models.meteor import MeteorConfig
+from meteor_jax.models.eagle.cost import count_cost, llama_flops
+from meteor_jax.models.eagle.model import MeteorConfig
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.optimizer import split_trainable
 from meteor_jax.types import Batch

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from meteor_jax.parallel import shard_batch
+from meteor_jax.parallel.rules import shard_batch
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.loss import TokenLoss, batch_loss
 from meteor_jax.types import Batch

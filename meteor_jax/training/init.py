@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 
 from meteor_jax import checkpoint
 from meteor_jax.config import ConfigError
-from meteor_jax.models.meteor import MeteorConfig
-from meteor_jax.parallel import check_batch_size, parameter_shardings
+from meteor_jax.experiment.config import Experiment, Stage
+from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.parallel.mesh import check_batch_size
+from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.checkpoint_compat import check_model
-from meteor_jax.training.experiment import Experiment, Stage
 from meteor_jax.training.optimizer import check_patterns, join_params, split_trainable
 from meteor_jax.training.state import TrainState, init_params, make_state
 from meteor_jax.training.step import TrainStep, make_train_step
@@ -38,7 +39,8 @@ def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibra
     """Raises ConfigError for what can be seen of a stage before there is a model."""
     config, where = stage.config, f"train.{stage.name}"
     check_batch_size(
-        config.batch_size // config.grad_accum_steps, mesh,
+        config.batch_size // config.grad_accum_steps,
+        mesh,
         where=f"{where}.batch_size / grad_accum_steps",
     )
     for name in config.plans:
@@ -69,8 +71,11 @@ def init_or_restore_state(
 
     def with_params(params: Any) -> TrainState:
         return make_state(
-            params, optimizer=optimizer, trainable=stage.config.trainable,
-            rng=jax.random.PRNGKey(experiment.seed), use_ema=experiment.train.ema_decay > 0,
+            params,
+            optimizer=optimizer,
+            trainable=stage.config.trainable,
+            rng=jax.random.PRNGKey(experiment.seed),
+            use_ema=experiment.train.ema_decay > 0,
         )
 
     def fresh_params() -> Any:
@@ -88,13 +93,16 @@ def init_or_restore_state(
     shardings = parameter_shardings(like, mesh)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        like, shardings,
+        like,
+        shardings,
     )
     if saved.latest_step() is not None:
         return checkpoint.restore(saved, like)
     check = functools.partial(check_model, model=experiment.model)
     restored = checkpoint.restore_parts(
-        experiment.init_from, like.params, check=check,
+        experiment.init_from,
+        like.params,
+        check=check,
         unpadded=experiment.model.llama.unpadded_shapes,
     )
 
@@ -150,9 +158,14 @@ def make_steps(
     post = experiment.model.fusion == "post"
     return {
         name: make_train_step(
-            model, optimizer=optimizer, plan=plan, stage=stage.config, stage_start=stage.start,
+            model,
+            optimizer=optimizer,
+            plan=plan,
+            stage=stage.config,
+            stage_start=stage.start,
             encoders=experiment.model.active_encoders(plan) if post else (),
-            ema_decay=experiment.train.ema_decay, state_shardings=state_shardings,
+            ema_decay=experiment.train.ema_decay,
+            state_shardings=state_shardings,
         )
         for name, plan in plans.items()
     }
@@ -180,7 +193,8 @@ def _check_whole_run(
             calibration = placeholder_ranks(experiment.model, plans=all_plans)
         for name, plan in training_plans(experiment, stage, calibration).items():
             try:
-                jax.eval_shape(lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan),
-                               params, batch)
+                jax.eval_shape(
+                    lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan), params, batch
+                )
             except ValueError as error:
                 raise ConfigError(f"{where}: plan '{name}': {error}") from error

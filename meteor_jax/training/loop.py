@@ -15,19 +15,20 @@ import flax.linen as nn
 import jax
 
 from meteor_jax import checkpoint
-from meteor_jax.chips import find_chip
 from meteor_jax.config import ConfigError
-from meteor_jax.distributed import (
+from meteor_jax.experiment.config import Experiment, Stage
+from meteor_jax.parallel.chips import find_chip
+from meteor_jax.parallel.distributed import (
     DataShard,
     abort_all_on_error,
     is_main_process,
     row_shard,
     wait_for_processes,
 )
-from meteor_jax.parallel import make_mesh, shard_batch
+from meteor_jax.parallel.mesh import make_mesh
+from meteor_jax.parallel.rules import shard_batch
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.checkpoint_compat import resumed_stage
-from meteor_jax.training.experiment import Experiment, Stage
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.held_out import HeldOutLoss
 from meteor_jax.training.init import (
@@ -37,10 +38,12 @@ from meteor_jax.training.init import (
     reinit_params,
     training_plans,
 )
-from meteor_jax.training.metrics import MetricsLog, ProgressBar, StepRecorder, TrainingFailed
+from meteor_jax.training.logging.metrics import MetricsLog
+from meteor_jax.training.logging.profiling import StepProfiler
+from meteor_jax.training.logging.progress import ProgressBar
+from meteor_jax.training.logging.recorder import StepRecorder, TrainingFailed
 from meteor_jax.training.optimizer import make_optimizer
-from meteor_jax.training.profiling import StepProfiler
-from meteor_jax.training.signals import Interrupted, StopSignals
+from meteor_jax.training.preemption import Interrupted, StopSignals
 from meteor_jax.training.state import TrainState, start_stage
 from meteor_jax.types import Batch
 
@@ -116,14 +119,14 @@ def train(
     state = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        saved = stack.enter_context(
-            checkpoint.open_checkpoints(workdir, keep=settings.max_to_keep)
-        )
+        saved = stack.enter_context(checkpoint.open_checkpoints(workdir, keep=settings.max_to_keep))
         first_step = step = saved.latest_step() or 0
         resumed = None
         if saved.latest_step() is not None:
             resumed = resumed_stage(
-                checkpoint.read_config(saved, first_step), experiment, step=first_step,
+                checkpoint.read_config(saved, first_step),
+                experiment,
+                step=first_step,
                 workdir=workdir,
             )
         log = stack.enter_context(MetricsLog(workdir, first_step=first_step))
@@ -165,8 +168,14 @@ def train(
                 shapes = _whole_batch(batch, shard)
                 if state is None:
                     state = init_or_restore_state(
-                        experiment, model=model, stage=stage, optimizer=optimizer, batch=shapes,
-                        mesh=mesh, saved=saved, calibration=_load_calibration(workdir),
+                        experiment,
+                        model=model,
+                        stage=stage,
+                        optimizer=optimizer,
+                        batch=shapes,
+                        mesh=mesh,
+                        saved=saved,
+                        calibration=_load_calibration(workdir),
                     )
                     checkpoint.write_config(workdir, config)
                     if experiment.init_from and not first_step:
@@ -182,7 +191,10 @@ def train(
                     patterns = ", ".join(stage.config.reinit)
                     bar.say(f"{stage.name}: re-initialised parameters matching {patterns}")
                     state = reinit_params(
-                        state, patterns=stage.config.reinit, model=model, batch=shapes,
+                        state,
+                        patterns=stage.config.reinit,
+                        model=model,
+                        batch=shapes,
                         seed=experiment.seed,
                     )
                 if stage.config.before == "calibrate_ranks" and begins:
@@ -192,12 +204,19 @@ def train(
                     wait_for_processes("calibrated")
                 plans = training_plans(experiment, stage, _load_calibration(workdir))
                 steps = make_steps(
-                    experiment, plans, model=model, stage=stage, optimizer=optimizer,
+                    experiment,
+                    plans,
+                    model=model,
+                    stage=stage,
+                    optimizer=optimizer,
                     state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
                 )
                 flops = {
                     name: train_step_flops(
-                        experiment.model, plan, batch=shapes, params=state.params,
+                        experiment.model,
+                        plan,
+                        batch=shapes,
+                        params=state.params,
                         trainable=stage.config.trainable,
                     )
                     for name, plan in plans.items()
@@ -222,12 +241,13 @@ def train(
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, metrics = steps[plan](state, shard_batch(batch, mesh))
                     row = {
-                        "step": step, "stage": stage.name, "plan": plan,
-                        "examples": stage.config.batch_size, "data_wait_s": waited,
+                        "step": step,
+                        "stage": stage.name,
+                        "plan": plan,
+                        "examples": stage.config.batch_size,
+                        "data_wait_s": waited,
                     }
-                    recorder.add(
-                        metrics, row=row, example_id=batch.example_id, flops=flops[plan]
-                    )
+                    recorder.add(metrics, row=row, example_id=batch.example_id, flops=flops[plan])
                     profiler.after(step, metrics)
                     step += 1
                     if held_out and (_is_due(step, settings.held_out_every) or step == stage.stop):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from meteor_jax.parallel import BATCH_AXES
+from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
 
@@ -110,14 +110,14 @@ def hidden_loss(head: Head, params: Any, x: Array, labels: Array) -> TokenLoss:
 
     rows = PartitionSpec(BATCH_AXES)
     return jax.shard_map(
-        own_rows, in_specs=(PartitionSpec(), rows, rows), out_specs=PartitionSpec(),
+        own_rows,
+        in_specs=(PartitionSpec(), rows, rows),
+        out_specs=PartitionSpec(),
         axis_names=set(BATCH_AXES),
     )(params, x, labels)
 
 
-def _in_chunks(
-    head: Head, params: Any, x: Array, labels: Array, *, num_chunks: int
-) -> TokenLoss:
+def _in_chunks(head: Head, params: Any, x: Array, labels: Array, *, num_chunks: int) -> TokenLoss:
     length = -(-x.shape[1] // num_chunks)
     missing = num_chunks * length - x.shape[1]
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))

@@ -10,7 +10,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from meteor_jax.config import ConfigError
-from meteor_jax.training.experiment import StageConfig
+from meteor_jax.experiment.config import StageConfig
 from meteor_jax.types import Array
 
 CONSTANTS = "tables"  # what stands under this name in a parameter tree never trains

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from meteor_jax.parallel import parameter_shardings
+from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.optimizer import split_trainable
 from meteor_jax.types import Array, Batch

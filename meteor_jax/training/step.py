@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from meteor_jax.experiment.config import StageConfig
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.loss import batch_loss
 from meteor_jax.training.optimizer import join_params, make_schedule, split_trainable
 from meteor_jax.training.state import TrainState
@@ -89,17 +89,13 @@ def make_train_step(
             "learning_rate": schedule(state.step - stage_start),
             "skipped_rows": jnp.sum(batch.example_id < 0),
         }
-        state = state.replace(
-            step=state.step + 1, params=params, opt_state=opt_state, ema=ema
-        )
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         return state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def _sum_over_parts(
-    function: Callable[[Batch], Any], batch: Batch, *, num_parts: int
-) -> Any:
+def _sum_over_parts(function: Callable[[Batch], Any], batch: Batch, *, num_parts: int) -> Any:
     """The sum of `function` over `num_parts` parts of the batch, one after the other.
 
     Row i goes to part i mod A, so that on a mesh every part takes rows from every device.

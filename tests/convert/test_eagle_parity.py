@@ -10,8 +10,8 @@ from meteor_jax.checkpoint import restore_params
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.convert.matching import param_shapes, parts_of
 from meteor_jax.inference.generate import generate
-from meteor_jax.models.fusion import to_common_grid
-from meteor_jax.models.meteor import Meteor
+from meteor_jax.models.eagle.fusion import to_common_grid
+from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import PrunePlan
 from tests.convert import eagle_tiny
@@ -46,7 +46,10 @@ def encoded(converted):
     @jax.jit
     def encode(params, image):
         return model.apply(
-            {"params": params}, image, plan=FULL, method="encode_images",
+            {"params": params},
+            image,
+            plan=FULL,
+            method="encode_images",
             capture_intermediates=lambda module, _: module.name in names,
             mutable=["intermediates"],
         )
@@ -95,8 +98,14 @@ def test_logits_and_loss(converted, encoded, golden):
     @jax.jit
     def logits(params):
         prefilled = model.apply(
-            {"params": params}, visual, image_valid=jnp.ones((1, 1), bool), tokens=ids[:, :4],
-            text_valid=jnp.ones((1, 4), bool), plan=FULL, max_new_tokens=4, method="prefill",
+            {"params": params},
+            visual,
+            image_valid=jnp.ones((1, 1), bool),
+            tokens=ids[:, :4],
+            text_valid=jnp.ones((1, 4), bool),
+            plan=FULL,
+            max_new_tokens=4,
+            method="prefill",
         )
         rest = model.apply({"params": params}, prefilled.cache, ids[:, 4:], method="extend")
         return jnp.concatenate([prefilled.logits[:, None], rest.logits], axis=1)
@@ -112,8 +121,15 @@ def test_greedy(converted, encoded, golden):
     ids = jnp.asarray(golden["input_ids"], jnp.int32)
     visual = jax.tree.map(lambda array: array[:, None], encoded[1])
     out = generate(
-        model, params, visual, image_valid=jnp.ones((1, 1), bool), tokens=ids,
-        text_valid=jnp.ones(ids.shape, bool), plan=FULL, max_new_tokens=8, eos_id=2,
+        model,
+        params,
+        visual,
+        image_valid=jnp.ones((1, 1), bool),
+        tokens=ids,
+        text_valid=jnp.ones(ids.shape, bool),
+        plan=FULL,
+        max_new_tokens=8,
+        eos_id=2,
     )
     np.testing.assert_array_equal(out.tokens, golden["greedy8"])
 
@@ -125,8 +141,15 @@ def test_stage_3_runs_on_the_weights_as_they_are(converted, encoded, golden, kee
     visual = jax.tree.map(lambda array: array[:, None], encoded[1])
     plan = parse_plan(f"meteor(fuse=1024, layers=(1,), keep=({keep},), decode.budget=fixed)")
     out = generate(
-        model, params, visual, image_valid=jnp.ones((1, 1), bool), tokens=ids,
-        text_valid=jnp.ones(ids.shape, bool), plan=plan, max_new_tokens=8, eos_id=2,
+        model,
+        params,
+        visual,
+        image_valid=jnp.ones((1, 1), bool),
+        tokens=ids,
+        text_valid=jnp.ones(ids.shape, bool),
+        plan=plan,
+        max_new_tokens=8,
+        eos_id=2,
     )
     (cut,) = out.cuts
     assert int(cut.num_kept[0]) == keep

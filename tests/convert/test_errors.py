@@ -9,17 +9,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from meteor_jax.cli.convert import main
 from meteor_jax.config import ConfigError
-from meteor_jax.convert.__main__ import main
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.convert.sources import ConversionError
 from tests.convert.eagle_tiny import write_shards
 from tests.convert.test_round_trip import assert_identical, read_folder
 
 SIZES = {
-    "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 11,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
 }
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -28,14 +35,20 @@ def llama_tensors(sizes=SIZES):
     width, hidden, vocab = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
     key = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
     shapes = {
-        "model.embed_tokens": (vocab, width), "model.norm": (width,), "lm_head": (vocab, width)
+        "model.embed_tokens": (vocab, width),
+        "model.norm": (width,),
+        "lm_head": (vocab, width),
     }
     for i in range(sizes["num_hidden_layers"]):
         layer = {
-            "self_attn.q_proj": (width, width), "self_attn.k_proj": (key, width),
-            "self_attn.v_proj": (key, width), "self_attn.o_proj": (width, width),
-            "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
-            "mlp.down_proj": (width, hidden), "input_layernorm": (width,),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (key, width),
+            "self_attn.v_proj": (key, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (hidden, width),
+            "mlp.up_proj": (hidden, width),
+            "mlp.down_proj": (width, hidden),
+            "input_layernorm": (width,),
             "post_attention_layernorm": (width,),
         }
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
@@ -85,9 +98,7 @@ def test_the_command_says_it_in_the_end(tmp_path, capsys):
     source = write(tmp_path / "source", tensors)
     code = main([f"--source={source}", f"--output={tmp_path / 'out'}"])
     assert code == 2
-    assert capsys.readouterr().err == (
-        f"error: missing: {UP} (12, 8)\n"
-    )
+    assert capsys.readouterr().err == (f"error: missing: {UP} (12, 8)\n")
     assert left_behind(tmp_path) == []
 
 

@@ -14,10 +14,10 @@ from meteor_jax.checkpoint import restore_params
 from meteor_jax.config import build
 from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
-from meteor_jax.models.eva02 import rotary_tables
-from meteor_jax.models.meteor import MeteorConfig
-from meteor_jax.models.projector import Projector
-from meteor_jax.parallel import MeshConfig, make_mesh
+from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.eagle.projector import Projector
+from meteor_jax.models.encoders.eva02.model import rotary_tables
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.convert import eagle_tiny
 from tests.convert.test_round_trip import assert_identical, read_folder
 
@@ -81,11 +81,14 @@ def hf_convnext():
 
 CASES = {
     "clip": (
-        lambda: tower(0) | {
-            "logit_scale": np.ones((), np.float32),
-            "text_model.final_layer_norm.weight": np.ones(3, np.float32),
-            "visual_projection.weight": np.ones((3, 32), np.float32),
-        },
+        lambda: (
+            tower(0)
+            | {
+                "logit_scale": np.ones((), np.float32),
+                "text_model.final_layer_norm.weight": np.ones(3, np.float32),
+                "visual_projection.weight": np.ones((3, 32), np.float32),
+            }
+        ),
         {"model_type": "clip", "vision_config": {"num_attention_heads": 2}},
     ),
     # As transformers 5 writes a vision model without a text model.
@@ -99,13 +102,17 @@ CASES = {
     ),
     "convnext_hf": (hf_convnext, {"model_type": "convnext"}),
     "eva02": (
-        lambda: renamed(tower(2), (r"^", "model.backbone.net."))
-        | {"model.backbone.simfp_2.0.weight": np.ones(3, np.float32)},
+        lambda: (
+            renamed(tower(2), (r"^", "model.backbone.net."))
+            | {"model.backbone.simfp_2.0.weight": np.ones(3, np.float32)}
+        ),
         None,
     ),
     "pix2struct": (
-        lambda: renamed(tower(3), (r"^", "encoder."))
-        | {"decoder.embed_tokens.weight": np.ones((3, 32), np.float32)},
+        lambda: (
+            renamed(tower(3), (r"^", "encoder."))
+            | {"decoder.embed_tokens.weight": np.ones((3, 32), np.float32)}
+        ),
         {"model_type": "pix2struct", "vision_config": {"num_attention_heads": 2}},
     ),
 }
@@ -182,8 +189,13 @@ def test_stage_one_projector(tmp_path, eagle):
     tensors = {n: t for n, t in eagle_tiny.weights().items() if "mm_projector" in n}
     source = write(tmp_path / "source", tensors, eagle_tiny.config())
     sizes = [
-        "clip.width=32", "clip.num_heads=2", "convnext.widths=(8,16,32,64)", "eva02.width=32",
-        "eva02.num_heads=2", "pix2struct.width=32", "pix2struct.num_heads=2",
+        "clip.width=32",
+        "clip.num_heads=2",
+        "convnext.widths=(8,16,32,64)",
+        "eva02.width=32",
+        "eva02.num_heads=2",
+        "pix2struct.width=32",
+        "pix2struct.num_heads=2",
     ]
     convert_checkpoint(source / "model.safetensors", tmp_path / "out", overrides=sizes)
     params = read_params(tmp_path / "out")
@@ -210,7 +222,9 @@ def test_split_projector(tmp_path, dtype):
         part = x[:, start : start + config.encoder(name).width]
         start += config.encoder(name).width
         out, state = Projector(config.llama.width).apply(
-            {"params": own}, part, mutable=["intermediates"],
+            {"params": own},
+            part,
+            mutable=["intermediates"],
             capture_intermediates=lambda module, _: module.name == "fc1",
         )
         assert out.shape == (7, config.llama.width)
@@ -233,6 +247,4 @@ def test_restores_into_shards(eagle):
     gate["kernel"] = jax.ShapeDtypeStruct(gate["kernel"].shape, jnp.float32, sharding=sharding)
     restored = restore_params(eagle[1], like)["llama"]["blocks"]["stack"]["gate"]["kernel"]
     assert restored.sharding == sharding
-    np.testing.assert_array_equal(
-        restored, eagle[0]["llama"]["blocks"]["stack"]["gate"]["kernel"]
-    )
+    np.testing.assert_array_equal(restored, eagle[0]["llama"]["blocks"]["stack"]["gate"]["kernel"])

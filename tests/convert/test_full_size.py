@@ -11,17 +11,24 @@ import pytest
 from meteor_jax.convert.formats import FORMATS, rename
 from meteor_jax.convert.matching import match, param_shapes, parts_of, tables_of
 from meteor_jax.convert.sizes import build_config, model_fields
-from meteor_jax.models.eagle import eagle_config
-from meteor_jax.models.meteor import Meteor
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.eagle.presets import eagle_config
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Batch
 from tests.convert.eagle_tiny import GOLDEN
 
 # As config.json of the Vicuna-7B models has them; the towers' sizes are not in it.
 CONFIG = {
-    "model_type": "eagle_llama", "hidden_size": 4096, "intermediate_size": 11008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "vocab_size": 32000,
+    "model_type": "eagle_llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "vocab_size": 32000,
     "mm_projector_type": "mlp2x_gelu",
 }
 TOWERS = {
@@ -31,7 +38,11 @@ TOWERS = {
 COUNTS = {"x4_7b": 1744, "x5_7b": 2086}
 # Millions of numbers in all tensors of a part, without the rotary tables (fact sheet, meta device).
 MILLIONS = {
-    "clip": 303.51, "convnext": 846.47, "sam": 307.69, "eva02": 303.39, "pix2struct": 512.81,
+    "clip": 303.51,
+    "convnext": 846.47,
+    "sam": 307.69,
+    "eva02": 303.39,
+    "pix2struct": 512.81,
     "llama": 131.07 + 6476.27 + 131.07,
 }
 PROJECTOR_MILLIONS = {"x4_7b": 44.05, "x5_7b": 48.24}
@@ -115,7 +126,8 @@ def test_the_shapes_are_those_of_the_whole_model(full):
     )
     params = jax.eval_shape(
         lambda key, batch: Meteor(config).init(key, batch, plan=PrunePlan()),
-        jax.random.key(0), batch,
+        jax.random.key(0),
+        batch,
     )["params"]
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     assert {path: leaf.shape for path, leaf in flat.items()} == shapes

@@ -12,13 +12,13 @@ from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.convert.sources import ConversionError, open_source
 from meteor_jax.inference.generate import generate
-from meteor_jax.models.clip import Clip
-from meteor_jax.models.convnext import ConvNext
-from meteor_jax.models.llama import Llama
-from meteor_jax.models.meteor import Meteor
-from meteor_jax.models.pix2struct import Pix2Struct, preprocess
-from meteor_jax.models.resize import patchify
-from meteor_jax.models.sam import Sam
+from meteor_jax.models.decoders.llama.model import Llama
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.encoders.clip.model import Clip
+from meteor_jax.models.encoders.convnext.model import ConvNext
+from meteor_jax.models.encoders.pix2struct.model import Pix2Struct, preprocess
+from meteor_jax.models.encoders.sam.model import Sam
+from meteor_jax.models.layers.resize import patchify
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import VisualTokens
 from tests.convert.test_formats import read_params
@@ -71,8 +71,12 @@ def run(module, params, x):
 @pytest.mark.parametrize("depth, tolerance", [(1, PART), (3, WHOLE)])
 def test_clip(tmp_path, depth, tolerance):
     config = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=depth, num_attention_heads=4,
-        image_size=28, patch_size=7,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
     )
     theirs = randomise(transformers.CLIPVisionModel(config))
     config, params = convert(theirs, tmp_path, "clip.keep_cls=True")
@@ -85,8 +89,13 @@ def test_clip(tmp_path, depth, tolerance):
 @pytest.mark.parametrize("depth, tolerance", [(1, PART), (3, WHOLE)])
 def test_pix2struct(tmp_path, depth, tolerance):
     config = transformers.Pix2StructVisionConfig(
-        hidden_size=32, d_ff=40, d_kv=8, num_hidden_layers=depth, num_attention_heads=4,
-        seq_len=9, patch_embed_hidden_size=48,
+        hidden_size=32,
+        d_ff=40,
+        d_kv=8,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        seq_len=9,
+        patch_embed_hidden_size=48,
     )
     theirs = randomise(transformers.Pix2StructVisionModel(config))
     config, params = convert(theirs, tmp_path, "pix2struct.grid_side=5")
@@ -103,8 +112,15 @@ def test_pix2struct(tmp_path, depth, tolerance):
 def test_sam(tmp_path, depth, tolerance):
     """Up to the first norm of SAM's neck, where EAGLE ends; the grid does not divide by windows."""
     vision = transformers.SamVisionConfig(
-        hidden_size=32, mlp_dim=48, num_hidden_layers=depth, num_attention_heads=4, image_size=80,
-        patch_size=8, window_size=4, global_attn_indexes=[2], output_channels=6,
+        hidden_size=32,
+        mlp_dim=48,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        image_size=80,
+        patch_size=8,
+        window_size=4,
+        global_attn_indexes=[2],
+        output_channels=6,
     )
     whole = transformers.SamModel(transformers.SamConfig(vision_config=vision))
     theirs = randomise(whole).vision_encoder
@@ -143,12 +159,22 @@ LLAMAS = {
 
 
 def make_llama(**options):
-    config = transformers.LlamaConfig(**{
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 61,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, **options,
-    })
+    config = transformers.LlamaConfig(
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": 61,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **options,
+        }
+    )
     return randomise(transformers.LlamaForCausalLM(config), scale=1.0)
 
 
@@ -181,12 +207,22 @@ def test_llama_generates_the_same(tmp_path, case, side):
         tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, True
     nothing = np.zeros((3, 1, 1), np.int32)
     absent = VisualTokens(
-        x=np.zeros((3, 1, 1, 32), np.float32), encoder=nothing, raster=nothing, position=nothing,
+        x=np.zeros((3, 1, 1, 32), np.float32),
+        encoder=nothing,
+        raster=nothing,
+        position=nothing,
         span=1,
     )
     ours = generate(
-        Meteor(config), params, absent, image_valid=np.zeros((3, 1), bool), tokens=tokens,
-        text_valid=valid, plan=PrunePlan(), max_new_tokens=32, eos_id=-1,
+        Meteor(config),
+        params,
+        absent,
+        image_valid=np.zeros((3, 1), bool),
+        tokens=tokens,
+        text_valid=valid,
+        plan=PrunePlan(),
+        max_new_tokens=32,
+        eos_id=-1,
     ).tokens
     for row in range(len(prompts)):
         np.testing.assert_array_equal(ours[row], their_tokens(theirs, prompts, row, side=side))
@@ -212,7 +248,8 @@ def their_tokens(model, prompts, row, *, side):
             out.append(int(new[row]))
             if side == "left":
                 tokens, mask = (
-                    torch.cat([tokens, new[:, None]], 1), torch.cat([mask, mask[:, :1] * 0 + 1], 1)
+                    torch.cat([tokens, new[:, None]], 1),
+                    torch.cat([mask, mask[:, :1] * 0 + 1], 1),
                 )
             else:  # room for the new token behind each row's last one
                 tokens = torch.cat([tokens, tokens[:, :1] * 0], 1)

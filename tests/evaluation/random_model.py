@@ -16,31 +16,61 @@ import orbax.checkpoint as ocp
 from PIL import Image
 
 from meteor_jax.checkpoint import open_checkpoints, write_config
-from meteor_jax.distributed import start_processes
-from meteor_jax.evaluation.layout import param_shapes
 from meteor_jax.evaluation.runner import evaluate_checkpoint
-from meteor_jax.parallel import MeshConfig, make_mesh, parameter_shardings
-from meteor_jax.training.experiment import load_experiment
+from meteor_jax.experiment.config import load_experiment
+from meteor_jax.inference.layout import param_shapes
+from meteor_jax.parallel.distributed import start_processes
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
+from meteor_jax.parallel.rules import parameter_shardings
 
 
 def config(data_dir, **changes):
     return {
         "model": {
             "encoders": ("clip", "pix2struct"),
-            "clip": {"image_size": 32, "patch_size": 8, "width": 16, "depth": 1, "num_heads": 2,
-                     "mlp_dim": 32},
-            "pix2struct": {"grid_side": 3, "patch_size": 8, "width": 16, "depth": 1,
-                           "num_heads": 2, "mlp_dim": 32, "num_positions": 8},
-            "llama": {"depth": 2, "width": 32, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 32,
-                      "vocab_size": 259},
+            "clip": {
+                "image_size": 32,
+                "patch_size": 8,
+                "width": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "mlp_dim": 32,
+            },
+            "pix2struct": {
+                "grid_side": 3,
+                "patch_size": 8,
+                "width": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "mlp_dim": 32,
+                "num_positions": 8,
+            },
+            "llama": {
+                "depth": 2,
+                "width": 32,
+                "num_heads": 2,
+                "num_kv_heads": 2,
+                "mlp_dim": 32,
+                "vocab_size": 259,
+            },
             "image_size": 32,
         },
-        "data": {"sources": ("easy-vqa",), "image_size": 32, "text_length": 96,
-                 "data_dir": str(data_dir)},
+        "data": {
+            "sources": ("easy-vqa",),
+            "image_size": 32,
+            "text_length": 96,
+            "data_dir": str(data_dir),
+        },
         "train": {"finetune": {"steps": 1, "template": "qa"}},
         "plans": {"cut": "fastv(layer=1, keep=6)"},
-        "eval": {"num_images": 7, "max_new_tokens": 3, "encode_batch_size": 2,
-                 "batch_size": 16, "visual_cache_images": 4, "num_visualizations": 2},
+        "eval": {
+            "num_images": 7,
+            "max_new_tokens": 3,
+            "encode_batch_size": 2,
+            "batch_size": 16,
+            "visual_cache_images": 4,
+            "num_visualizations": 2,
+        },
     } | changes
 
 
@@ -58,8 +88,10 @@ def make_params(experiment):
     shapes = param_shapes(experiment, mesh=mesh)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
     drawn = jax.tree.map(
-        lambda leaf: (1.2 if len(leaf.shape) > 1 else 0.3)
-        * jax.random.normal(next(keys), leaf.shape, leaf.dtype),
+        lambda leaf: (
+            (1.2 if len(leaf.shape) > 1 else 0.3)
+            * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
+        ),
         shapes,
     )
     head = drawn["llama"]["head"]["kernel"]
@@ -80,8 +112,13 @@ def save_run(folder: Path, values) -> None:
 def evaluate(data_dir, workdir, *, mesh=None):
     """POPE and MMMU, which has questions about two images, under two plans."""
     values = config(data_dir)
-    values["eval"] |= {"prompt_lengths": (256,), "max_new_tokens_limit": 3, "num_images": None,
-                       "encode_batch_size": 4, "batch_size": 8}
+    values["eval"] |= {
+        "prompt_lengths": (256,),
+        "max_new_tokens_limit": 3,
+        "num_images": None,
+        "encode_batch_size": 4,
+        "batch_size": 8,
+    }
     experiment = load_experiment(values)
     params = make_params(experiment)
     options = {"tasks": ("pope", "mmmu_val"), "plans": ("full", "cut"), "display": "quiet"}
@@ -98,9 +135,7 @@ def evaluate(data_dir, workdir, *, mesh=None):
 
 
 def main(data_dir, workdir, port, process):
-    start_processes(
-        coordinator=f"localhost:{port}", num_processes=2, process_id=int(process)
-    )
+    start_processes(coordinator=f"localhost:{port}", num_processes=2, process_id=int(process))
     evaluate(data_dir, workdir, mesh=make_mesh(MeshConfig(data=2, fsdp=-1)))
 
 

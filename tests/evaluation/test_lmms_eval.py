@@ -16,36 +16,53 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from meteor_jax.config import ConfigError
-from meteor_jax.evaluation.benchmarks.datasets import FOLDERS
 from meteor_jax.evaluation.lmms_eval import MeteorJax, manifest
 from meteor_jax.evaluation.results import Answer, PlanResult, make_rows, score_answer
 from meteor_jax.evaluation.runner import evaluate_checkpoint
-from meteor_jax.evaluation.tasks import REGISTRY, collect_questions, open_task_source
-from meteor_jax.training.experiment import load_experiment
-from tests.evaluation.benchmark_fixtures import IMAGES, ROWS, write_rows
+from meteor_jax.evaluation.tasks.benchmarks.datasets import FOLDERS
+from meteor_jax.evaluation.tasks.registry import REGISTRY, collect_questions, open_task_source
+from meteor_jax.experiment.config import load_experiment
 from tests.evaluation.random_model import config, make_params, png, save_run
+from tests.evaluation.tasks.benchmark_fixtures import IMAGES, ROWS, write_rows
 
 ROOT = Path(__file__).parents[2]
 
 NOISE = [{"bytes": png(i), "path": f"{i}.png"} for i in range(3)]
 POPE = [
-    {"id": str(i), "question_id": str(i), "question": f"Is there a {i} in the image?",
-     "answer": "yes" if i % 2 else "no", "image_source": f"COCO_{i // 3}",
-     "image": NOISE[i // 3], "category": ("random", "popular", "adversarial")[i % 3]}
+    {
+        "id": str(i),
+        "question_id": str(i),
+        "question": f"Is there a {i} in the image?",
+        "answer": "yes" if i % 2 else "no",
+        "image_source": f"COCO_{i // 3}",
+        "image": NOISE[i // 3],
+        "category": ("random", "popular", "adversarial")[i % 3],
+    }
     for i in range(9)
 ]
 CHARTQA = [
     {"type": kind, "question": f"How much is {i}?", "answer": answer, "image": IMAGES[i // 2]}
     for i, (kind, answer) in enumerate(
-        [("human_test", "14"), ("augmented_test", "5%"), ("human_test", "Blue"),
-         ("augmented_test", "0"), ("human_test", "2010"), ("augmented_test", "1,000")]
+        [
+            ("human_test", "14"),
+            ("augmented_test", "5%"),
+            ("human_test", "Blue"),
+            ("augmented_test", "0"),
+            ("human_test", "2010"),
+            ("augmented_test", "1,000"),
+        ]
     )
 ]
 MME = [
-    {"question_id": f"{category}/{i // 2}.png", "image": IMAGES[i // 2], "category": category,
-     "question": f"Is it {category} {i}? Please answer yes or no.",
-     "answer": "No" if i % 2 else "Yes"}
-    for category in ("OCR", "count") for i in range(6)
+    {
+        "question_id": f"{category}/{i // 2}.png",
+        "image": IMAGES[i // 2],
+        "category": category,
+        "question": f"Is it {category} {i}? Please answer yes or no.",
+        "answer": "No" if i % 2 else "Yes",
+    }
+    for category in ("OCR", "count")
+    for i in range(6)
 ]
 DOCVQA = [
     row | {"question": f"What is line {i}, exactly?"}
@@ -120,7 +137,11 @@ class Scripted(lmms):
 def judge(model, tasks):
     """lmms-eval's scores and samples by task."""
     done = simple_evaluate(
-        model=model, tasks=list(tasks), batch_size=1, log_samples=True, bootstrap_iters=0,
+        model=model,
+        tasks=list(tasks),
+        batch_size=1,
+        log_samples=True,
+        bootstrap_iters=0,
         process_docs_parallel=1,
     )
     return done["results"], done["samples"]
@@ -147,8 +168,11 @@ def judged(folders):
 def test_the_same_answers_have_the_same_score(judged, task):
     row, theirs = judged[0][task], judged[1][task]
     expected = {
-        "pope": {"pope_accuracy": row.score, "pope_f1_score": row.parts.get("f1"),
-                 "pope_recall": row.parts.get("recall")},
+        "pope": {
+            "pope_accuracy": row.score,
+            "pope_f1_score": row.parts.get("f1"),
+            "pope_recall": row.parts.get("recall"),
+        },
         "chartqa": {"relaxed_overall": row.score},
         "mme": {"mme_perception_score": row.parts.get("points")},
         "docvqa_val": {"anls": row.score},
@@ -168,7 +192,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return MeteorJax(
-        checkpoint=str(checkpoint), plan="'cut(decode.keep=(5,))'", batch_size="4",
+        checkpoint=str(checkpoint),
+        plan="'cut(decode.keep=(5,))'",
+        batch_size="4",
         max_new_tokens_limit=3,
     )
 
@@ -183,8 +209,12 @@ def test_it_answers_as_our_own_evaluation_does(folders, checkpoint, model):
     values["eval"] = {"max_new_tokens_limit": 3, "num_visualizations": 0, "batch_size": 4}
     experiment = load_experiment(values)
     evaluate_checkpoint(
-        experiment, make_params(experiment), workdir=folders / "ours", tasks=["pope"],
-        plans=["cut(decode.keep=(5,))"], display="quiet",
+        experiment,
+        make_params(experiment),
+        workdir=folders / "ours",
+        tasks=["pope"],
+        plans=["cut(decode.keep=(5,))"],
+        display="quiet",
     )
     (path,) = (folders / "ours/predictions/no_step").glob("cut*.jsonl")
     ours = [json.loads(line) for line in path.read_text().splitlines()]
@@ -194,7 +224,8 @@ def test_it_answers_as_our_own_evaluation_does(folders, checkpoint, model):
 
 def request(context, *visuals, index=0, **options):
     return Instance(
-        request_type="generate_until", idx=0,
+        request_type="generate_until",
+        idx=0,
         arguments=(context, options, lambda doc: doc["visuals"], index, "fake", "test"),
         metadata={"task": "fake", "doc_id": index, "repeats": 1},
     )

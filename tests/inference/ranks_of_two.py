@@ -7,10 +7,11 @@ import sys
 import jax
 import numpy as np
 
-from meteor_jax.distributed import start_processes
 from meteor_jax.inference import ranks as measuring
-from meteor_jax.parallel import MeshConfig, make_mesh, parameter_shardings
-from meteor_jax.pruning.ranks import numerical_ranks
+from meteor_jax.parallel.distributed import start_processes
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
+from meteor_jax.parallel.rules import parameter_shardings
+from meteor_jax.pruning.ops.ranks import numerical_ranks
 from tests import tiny_model as tiny
 
 

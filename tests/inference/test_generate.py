@@ -24,8 +24,16 @@ EOS = 1
 def answer(batch, plan, **options):
     visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
     return generate(
-        tiny.MODEL, tiny.params(), visual, image_valid=batch.image_valid, tokens=batch.tokens,
-        text_valid=batch.text_valid, plan=plan, max_new_tokens=5, eos_id=EOS, **options,
+        tiny.MODEL,
+        tiny.params(),
+        visual,
+        image_valid=batch.image_valid,
+        tokens=batch.tokens,
+        text_valid=batch.text_valid,
+        plan=plan,
+        max_new_tokens=5,
+        eos_id=EOS,
+        **options,
     )
 
 
@@ -50,8 +58,15 @@ def test_after_the_end_only_ends_follow_and_are_not_counted():
     eos = int(first.tokens[0, 1])
     visual = tiny.encode(tiny.params(), batch.images, plan=PrunePlan()).tokens
     ended = generate(
-        tiny.MODEL, tiny.params(), visual, image_valid=batch.image_valid, tokens=batch.tokens,
-        text_valid=batch.text_valid, plan=PrunePlan(), max_new_tokens=5, eos_id=eos,
+        tiny.MODEL,
+        tiny.params(),
+        visual,
+        image_valid=batch.image_valid,
+        tokens=batch.tokens,
+        text_valid=batch.text_valid,
+        plan=PrunePlan(),
+        max_new_tokens=5,
+        eos_id=eos,
     )
     stop = np.argmax(np.asarray(first.tokens[0]) == eos)
     assert ended.num_tokens[0] == stop
@@ -71,8 +86,12 @@ def test_a_row_whose_logits_are_not_finite_is_flagged_and_disturbs_no_other():
     visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
     broken = visual.replace(x=visual.x.at[1].set(jnp.nan))
     options = {
-        "image_valid": batch.image_valid, "tokens": batch.tokens, "plan": plan, "eos_id": EOS,
-        "text_valid": batch.text_valid, "max_new_tokens": 5,
+        "image_valid": batch.image_valid,
+        "tokens": batch.tokens,
+        "plan": plan,
+        "eos_id": EOS,
+        "text_valid": batch.text_valid,
+        "max_new_tokens": 5,
     }
     sound = generate(tiny.MODEL, tiny.params(), visual, **options)
     assert np.asarray(sound.finite).all()
@@ -92,12 +111,16 @@ def test_the_cache_is_cut_to_what_the_longest_row_keeps():
     plan, batch = tiny.plan(tiny.METEOR), tiny.make_batch()
     visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
     for scale, choice in (((1e-9, 1e-9), 0), ((1e9, 1e9), 1)):
-        scaled = dataclasses.replace(
-            plan, decode=dataclasses.replace(plan.decode, scale=scale)
-        )
+        scaled = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
         started = start(
-            tiny.MODEL, tiny.params(), visual, image_valid=batch.image_valid,
-            tokens=batch.tokens, text_valid=batch.text_valid, plan=scaled, max_new_tokens=5,
+            tiny.MODEL,
+            tiny.params(),
+            visual,
+            image_valid=batch.image_valid,
+            tokens=batch.tokens,
+            text_valid=batch.text_valid,
+            plan=scaled,
+            max_new_tokens=5,
             key=jax.random.key(0),
         )
         assert choose_cache_length(started) == choice

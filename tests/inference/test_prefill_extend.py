@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.models.fusion import splice
+from meteor_jax.models.eagle.fusion import splice
 from tests import tiny_model as tiny
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "full", "stage 2", "stage 3", "meteor",
+        "full",
+        "stage 2",
+        "stage 3",
+        "meteor",
         *(pytest.param(text, marks=pytest.mark.long) for text in ("stage 1", "pyramiddrop")),
     ],
 )
@@ -48,10 +51,14 @@ def _layers(params, x, position, *, start, stop):
 @jax.jit
 def _join(params, batch, new, visual):
     """The prompt with its image, and the embedded new tokens."""
+
     def join(model):
         start = splice(
-            model.llama.embed(jnp.maximum(batch.tokens, 0)), tokens=batch.tokens,
-            text_valid=batch.text_valid, visual=visual, image_valid=batch.image_valid,
+            model.llama.embed(jnp.maximum(batch.tokens, 0)),
+            tokens=batch.tokens,
+            text_valid=batch.text_valid,
+            visual=visual,
+            image_valid=batch.image_valid,
         )
         return start, model.llama.embed(new[None])
 

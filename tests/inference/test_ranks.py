@@ -17,10 +17,10 @@ import pytest
 
 from meteor_jax.inference import ranks as measuring
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
-from meteor_jax.parallel import MeshConfig, make_mesh
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.ops.ranks import numerical_ranks
 from meteor_jax.pruning.plan import Calibration
-from meteor_jax.pruning.ranks import numerical_ranks
 from tests import tiny_model as tiny
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,10 @@ def test_two_processes_share_the_images():
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.inference.ranks_of_two", str(port), str(process)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for process in range(2)
     ]
@@ -125,10 +128,16 @@ def test_features_that_are_not_finite_have_no_rank():
 @pytest.mark.parametrize(
     ("clip", "fields", "lines"),
     [
-        (15.0, "", ["ranks by energy 0.99 are full in every encoder (clip 15 of 16, convnext 16 of "
-                    "16), so stage 1 of meteor shares tokens by how many each encoder has, not by "
-                    "what is in them; set a smaller encode.energy, or encode.assignment=tokens if "
-                    "that is meant."]),
+        (
+            15.0,
+            "",
+            [
+                "ranks by energy 0.99 are full in every encoder (clip 15 of 16, convnext 16 of "
+                "16), so stage 1 of meteor shares tokens by how many each encoder has, not by "
+                "what is in them; set a smaller encode.energy, or encode.assignment=tokens if "
+                "that is meant."
+            ],
+        ),
         (15.0, ", encode.rank=tolerance", ["set encode.rank=energy, or encode.assignment=tokens"]),
         (9.0, "", []),
         (15.0, ", encode.assignment=uniform", []),
@@ -141,7 +150,8 @@ def test_full_ranks_are_told(clip, fields, lines):
     plan = parse_plan(f"meteor(encode=(26, 22, 30), fuse=20{fields})")
     plan = dataclasses.replace(plan, name="meteor")
     told = full_rank_warnings(
-        [plan, parse_plan("full")], calibration=calibration,
+        [plan, parse_plan("full")],
+        calibration=calibration,
         shapes={"clip": (16, 64), "convnext": (20, 16)},
     )
     assert len(told) == len(lines)

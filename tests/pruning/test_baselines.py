@@ -8,23 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.models import convnext
-from meteor_jax.models.cost import (
+from meteor_jax.models.eagle.cost import (
     count_cost,
     count_traced,
     encoder_flops,
     encoder_score_flops,
     resize_flops,
 )
+from meteor_jax.models.encoders.convnext import model as convnext
 from meteor_jax.pruning.plan import EncodePlan, PrunePlan
 from meteor_jax.types import IMAGE_TOKEN
 from tests import tiny_model as tiny
-from tests.models import test_cost as full_size
+from tests.models.eagle import test_cost as full_size
 
 SPARSEVLM = "sparsevlm(layers=(1, 2, 3), keep=(24, 12, 6))"
 PLANS = (SPARSEVLM, "visionzip(keep=14)", "divprune(keep=14)", "dart(layer=2, keep=11)")
 KEEP_ALL = (
-    "sparsevlm(layers=(1, 2, 3), keep=(48, 48, 48))", "visionzip(keep=48)", "divprune(keep=48)",
+    "sparsevlm(layers=(1, 2, 3), keep=(48, 48, 48))",
+    "visionzip(keep=48)",
+    "divprune(keep=48)",
     "dart(layer=2, keep=48)",
 )
 
@@ -85,7 +87,8 @@ def test_two_images_get_two_budgets(text):
     tokens = np.array(batch.tokens)
     tokens[0, 7] = IMAGE_TOKEN
     two = batch.replace(
-        tokens=jnp.asarray(tokens), images=jnp.concatenate([batch.images] * 2, axis=1),
+        tokens=jnp.asarray(tokens),
+        images=jnp.concatenate([batch.images] * 2, axis=1),
         image_valid=jnp.asarray([[True, True], [True, False], [False, False]]),
     )
     plan = tiny.plan(text)
@@ -143,6 +146,7 @@ def test_plans_of_the_encoders_need_post_projection_fusion():
     with pytest.raises(ValueError, match="use fusion='post'"):
         jax.eval_shape(
             functools.partial(model.init, plan=tiny.plan("visionzip(keep=14)")),
-            jax.random.key(0), batch,
+            jax.random.key(0),
+            batch,
         )
     assert PrunePlan.from_json(tiny.plan(SPARSEVLM).to_json()) == tiny.plan(SPARSEVLM)

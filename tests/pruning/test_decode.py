@@ -16,8 +16,8 @@ from meteor_jax.pruning.decode import (
     take_entries,
     text_query_mask,
 )
+from meteor_jax.pruning.ops.select import keep_topk
 from meteor_jax.pruning.plan import DecodePlan
-from meteor_jax.pruning.select import keep_topk
 from meteor_jax.types import Sequence
 
 ONE = jnp.asarray([1])
@@ -34,8 +34,10 @@ def row(x, kinds):
         images += kind == "v"
     count = len(kinds)
     return Sequence(
-        x=jnp.asarray(x, jnp.float32)[None], position=jnp.arange(count)[None],
-        valid=jnp.asarray([kind != "-" for kind in kinds])[None], slot=jnp.asarray(slot)[None],
+        x=jnp.asarray(x, jnp.float32)[None],
+        position=jnp.arange(count)[None],
+        valid=jnp.asarray([kind != "-" for kind in kinds])[None],
+        slot=jnp.asarray(slot)[None],
         visual=jnp.asarray(visual)[None],
     )
 
@@ -92,7 +94,12 @@ def test_recycling_by_hand():
     sequence = row(x, "tvvvvvvvt")
     scores = jnp.asarray([[0, 1, 6, 9, 5, 4, 3, 2, 0]], jnp.float32)
     after, stays = recycle_dropped(
-        sequence, scores, recycled=5, clusters=2, num_images=ONE, max_images=2,
+        sequence,
+        scores,
+        recycled=5,
+        clusters=2,
+        num_images=ONE,
+        max_images=2,
         num_kept=jnp.asarray([3]),
     )
     np.testing.assert_array_equal(np.flatnonzero(stays[0]), [2, 3, 6])
@@ -139,9 +146,7 @@ def test_no_gradient_flows_through_a_choice():
 def test_what_is_not_finite_never_displaces_text(bad):
     sequence = row(np.zeros((7, 2)), "tvvvvtt")
     scores = jnp.asarray([[bad, bad, 0.1, bad, 0.2, bad, 0.0]], jnp.float32)
-    kept = select_entries(
-        sequence, scores, num_kept=jnp.asarray([2]), num_text=3, num_visual=2
-    )
+    kept = select_entries(sequence, scores, num_kept=jnp.asarray([2]), num_text=3, num_visual=2)
     np.testing.assert_array_equal(kept.idx, [[0, 2, 4, 5, 6]])
     assert kept.valid.all()
 
@@ -152,7 +157,10 @@ def test_an_attention_mass_that_is_not_finite_keeps_the_least_or_the_most():
         lambda array: jnp.concatenate([array] * 3), row(np.zeros((15, 2)), "v" * 15)
     )
     kept = num_kept(
-        jnp.asarray([jnp.nan, jnp.inf, 5.0]), sequence, plan=plan, cut=0,
+        jnp.asarray([jnp.nan, jnp.inf, 5.0]),
+        sequence,
+        plan=plan,
+        cut=0,
         num_images=jnp.asarray([1, 1, 1]),
     )
     np.testing.assert_array_equal(kept, [2, 12, 5])

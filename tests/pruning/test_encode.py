@@ -58,7 +58,9 @@ def test_random_depends_on_the_image_and_the_seed_alone():
         rows = len(image_seed)
         return np.asarray(
             cut_tokens(
-                x[:rows], raster[:rows], cut=EncoderCut(20, "random", seed),
+                x[:rows],
+                raster[:rows],
+                cut=EncoderCut(20, "random", seed),
                 image_seed=jnp.asarray(image_seed, jnp.uint32),
             )[1]
         )
@@ -104,7 +106,9 @@ RANKS = {"clip": 10.0, "convnext": 20.0, "pix2struct": 30.0}
 
 def test_allocate_by_rank():
     assert allocate(60, ranks=RANKS, available=AVAILABLE) == {
-        "clip": 10, "convnext": 20, "pix2struct": 30,
+        "clip": 10,
+        "convnext": 20,
+        "pix2struct": 30,
     }
 
 
@@ -122,7 +126,9 @@ def test_allocate_uniformly():
 def test_allocate_gives_what_is_over_to_the_others():
     # By rank 25, 50, 75; 64 tokens are enough for 50, 81 for 75; then 30, 60, 90 → 81, 69 left.
     assert allocate(180, ranks=RANKS, available=AVAILABLE) == {
-        "clip": 35, "convnext": 64, "pix2struct": 81,
+        "clip": 35,
+        "convnext": 64,
+        "pix2struct": 81,
     }
 
 
@@ -155,15 +161,18 @@ def test_allocate_in_windows():
 
 def test_allocate_rounds_windows_up_where_others_are_full():
     counts = allocate(
-        20, ranks={"clip": 1, "eva": 1e-3}, available={"clip": 10, "eva": 64},
+        20,
+        ranks={"clip": 1, "eva": 1e-3},
+        available={"clip": 10, "eva": 64},
         multiple_of={"eva": 16},
     )
     assert counts == {"clip": 4, "eva": 16}
 
 
 def test_allocate_leaves_no_encoder_without_a_token():
-    ranks, available = {"clip": 1e-3, "pix2struct": 50.0, "eva": 1e-3}, dict.fromkeys(
-        ("clip", "pix2struct", "eva"), 64
+    ranks, available = (
+        {"clip": 1e-3, "pix2struct": 50.0, "eva": 1e-3},
+        dict.fromkeys(("clip", "pix2struct", "eva"), 64),
     )
     counts = allocate(60, ranks=ranks, available=available, multiple_of={"eva": 16})
     assert counts == {"clip": 1, "pix2struct": 43, "eva": 16}

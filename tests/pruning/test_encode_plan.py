@@ -75,8 +75,10 @@ def test_a_share_is_part_of_what_a_plan_asks_for():
     assert clip(", encode.energy=.9") == (4.0,) * 3
     assert clip(", encode.rank=effective") == (7.0,) * 3
     assert clip(", encode.energy=.95") is None
-    one, other = (parse_plan(f"meteor(encode.energy={share})", library={"meteor": tiny.METEOR})
-                  for share in (0.99, 0.9))
+    one, other = (
+        parse_plan(f"meteor(encode.energy={share})", library={"meteor": tiny.METEOR})
+        for share in (0.99, 0.9)
+    )
     assert one.fingerprint != other.fingerprint
 
 

@@ -170,8 +170,9 @@ def test_pooling_tokens_cut_before_is_an_error():
 
 
 def test_selection_is_jittable_and_static():
-    function = jax.jit(lambda x: fuse(tokens_of(x), plan=FusePlan(keep=3), spans=SPANS,
-                                      image_seed=SEED).x)
+    function = jax.jit(
+        lambda x: fuse(tokens_of(x), plan=FusePlan(keep=3), spans=SPANS, image_seed=SEED).x
+    )
     for scale in range(1, 4):
         assert function(X * scale).shape == (1, 3, 2)
     assert function._cache_size() == 1
@@ -180,9 +181,13 @@ def test_selection_is_jittable_and_static():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"similarity": "cosine"}, {"similarity": "abs_cosine"}, {"similarity": "centered_cosine"},
-        {"similarity": "max_cosine"}, {"num_iterations": 2},
-        {"min_share_per_encoder": 0.25}, {"criterion": "max_min"},
+        {"similarity": "cosine"},
+        {"similarity": "abs_cosine"},
+        {"similarity": "centered_cosine"},
+        {"similarity": "max_cosine"},
+        {"num_iterations": 2},
+        {"min_share_per_encoder": 0.25},
+        {"criterion": "max_min"},
         {"criterion": "independent"},
     ],
     ids=str,

@@ -14,9 +14,17 @@ LIBRARY = {"meteor": tiny.METEOR, "small": "random(keep=3)"}
 
 @pytest.mark.parametrize(
     "text",
-    ["full", tiny.METEOR, "random(keep=9, seed=2)", "uniform(keep=9)", "pool(keep=9)",
-     "independent(keep=9)", "fastv(layer=1, keep=9)", "only(encoders=('clip', 'convnext'))",
-     "pyramiddrop(layers=(1, 2), keep=(9, 5))"],
+    [
+        "full",
+        tiny.METEOR,
+        "random(keep=9, seed=2)",
+        "uniform(keep=9)",
+        "pool(keep=9)",
+        "independent(keep=9)",
+        "fastv(layer=1, keep=9)",
+        "only(encoders=('clip', 'convnext'))",
+        "pyramiddrop(layers=(1, 2), keep=(9, 5))",
+    ],
 )
 def test_json_gives_the_same_plan_back(text, tmp_path):
     plan = parse_plan(text).calibrated(tiny.RANKS)
@@ -37,7 +45,9 @@ def test_the_library_comes_before_the_presets_and_its_fields_can_be_replaced():
 
 def test_commas_within_parentheses_do_not_split():
     assert split_plans("full, fastv(layer=2,keep=8),pool(keep=(4))") == [
-        "full", "fastv(layer=2,keep=8)", "pool(keep=(4))",
+        "full",
+        "fastv(layer=2,keep=8)",
+        "pool(keep=(4))",
     ]
 
 
@@ -74,9 +84,9 @@ def test_each_boundary_meets_its_budget_and_convnext_is_cut_at_its_output_only()
     cuts = plan.encoder_cuts(shapes)
     for boundary in range(2):
         assert cuts["convnext"][boundary].keep == 16
-        assert sum(cuts[name][boundary].keep for name in ("clip", "pix2struct")) == plan.keep[
-            boundary
-        ]
+        assert (
+            sum(cuts[name][boundary].keep for name in ("clip", "pix2struct")) == plan.keep[boundary]
+        )
     assert sum(cut[2].keep for cut in cuts.values()) == plan.keep[2]
     assert cuts["clip"][0].keep > cuts["pix2struct"][0].keep  # rank 4 against 2
     inverse = dataclasses.replace(plan, assignment="inverse_rank").encoder_cuts(shapes)
@@ -157,7 +167,16 @@ def test_one_total_holds_the_largest_k():
 
 
 def test_every_preset_is_reachable():
-    assert set(PRESETS) >= {"full", "meteor", "random", "uniform", "pool", "independent", "fastv",
-                            "pyramiddrop", "only"}
+    assert set(PRESETS) >= {
+        "full",
+        "meteor",
+        "random",
+        "uniform",
+        "pool",
+        "independent",
+        "fastv",
+        "pyramiddrop",
+        "only",
+    }
     with pytest.raises(ConfigError, match="no such field"):
         override(PrunePlan(), decoed=None)

@@ -9,8 +9,8 @@ import signal
 import sys
 import time
 
-from meteor_jax.distributed import start_processes
-from meteor_jax.parallel import AXES
+from meteor_jax.parallel.distributed import start_processes
+from meteor_jax.parallel.mesh import AXES
 from tests.training import tiny_run
 
 NUM_PROCESSES = 2
@@ -22,7 +22,8 @@ def make_experiment(*mesh):
     """On a mesh of these sizes."""
     pretrain, finetune = NUM_STEPS
     return tiny_run.make_whole_experiment(
-        pretrain={"steps": pretrain}, finetune={"steps": finetune},
+        pretrain={"steps": pretrain},
+        finetune={"steps": finetune},
         mesh=dict(zip(AXES, mesh, strict=True)),
     )
 
@@ -40,13 +41,18 @@ def open_data(stage, *, first_batch, shard, event="none", step=None):
 
 def main(workdir, port, process_id, mesh, event):
     start_processes(
-        coordinator=f"localhost:{port}", num_processes=NUM_PROCESSES, process_id=int(process_id),
-        heartbeat_seconds=HEARTBEAT_SECONDS, enable_preemption=True,
+        coordinator=f"localhost:{port}",
+        num_processes=NUM_PROCESSES,
+        process_id=int(process_id),
+        heartbeat_seconds=HEARTBEAT_SECONDS,
+        enable_preemption=True,
     )
     name, _, step = event.partition(":")
     options = {"event": name, "step": int(step)} if step and process_id == "1" else {}
     result = tiny_run.run(
-        workdir, make_experiment(*map(int, mesh.split(","))), devices=None,
+        workdir,
+        make_experiment(*map(int, mesh.split(","))),
+        devices=None,
         open_data=lambda stage, **where: open_data(stage, **where, **options),
     )
     return 0 if result.signal is None else 128 + result.signal

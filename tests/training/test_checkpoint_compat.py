@@ -6,8 +6,8 @@ import pytest
 
 from meteor_jax.checkpoint import CheckpointError
 from meteor_jax.config import build
+from meteor_jax.experiment.config import TrainConfig
 from meteor_jax.training.checkpoint_compat import check_model, resumed_stage
-from meteor_jax.training.experiment import TrainConfig
 from tests.training.tiny_run import make_experiment
 
 

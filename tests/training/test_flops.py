@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from meteor_jax.models import attention
-from meteor_jax.models.clip import ClipConfig
-from meteor_jax.models.cost import count_traced
-from meteor_jax.models.llama import LlamaConfig
-from meteor_jax.models.meteor import Meteor, MeteorConfig
-from meteor_jax.models.pix2struct import Pix2StructConfig
+from meteor_jax.experiment.config import StageConfig
+from meteor_jax.models.decoders.llama.model import LlamaConfig
+from meteor_jax.models.eagle.cost import count_traced
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.models.encoders.clip.model import ClipConfig
+from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
+from meteor_jax.models.layers import attention
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration
-from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import init_params, make_state
@@ -25,13 +25,23 @@ from meteor_jax.types import Batch
 CONFIG = MeteorConfig(
     encoders=("clip", "pix2struct"),
     clip=ClipConfig(
-        image_size=112, patch_size=14, width=128, depth=3, num_heads=2, mlp_dim=512,
+        image_size=112,
+        patch_size=14,
+        width=128,
+        depth=3,
+        num_heads=2,
+        mlp_dim=512,
     ),
     pix2struct=Pix2StructConfig(
         grid_side=8, patch_size=14, width=128, depth=3, num_heads=2, mlp_dim=256, num_positions=16
     ),
     llama=LlamaConfig(
-        depth=4, width=256, num_heads=2, num_kv_heads=2, mlp_dim=512, vocab_size=512,
+        depth=4,
+        width=256,
+        num_heads=2,
+        num_kv_heads=2,
+        mlp_dim=512,
+        vocab_size=512,
         max_positions=1024,
     ),
     image_size=112,
@@ -46,9 +56,12 @@ def shapes(images):
 
     side = CONFIG.image_size
     return Batch(
-        images=shape(np.uint8, images, side, side, 3), image_valid=shape(np.bool_, images),
-        tokens=shape(np.int32, TEXT), text_valid=shape(np.bool_, TEXT),
-        labels=shape(np.int32, TEXT), example_id=shape(np.int32),
+        images=shape(np.uint8, images, side, side, 3),
+        image_valid=shape(np.bool_, images),
+        tokens=shape(np.int32, TEXT),
+        text_valid=shape(np.bool_, TEXT),
+        labels=shape(np.int32, TEXT),
+        example_id=shape(np.int32),
     )
 
 
@@ -70,7 +83,10 @@ def test_is_what_the_step_computes(plan, trainable, images, monkeypatch):
     params = jax.eval_shape(lambda batch: init_params(model, batch, seed=0), batch)
     state = jax.eval_shape(
         lambda params: make_state(
-            params, optimizer=optimizer, trainable=trainable, rng=jax.random.PRNGKey(0),
+            params,
+            optimizer=optimizer,
+            trainable=trainable,
+            rng=jax.random.PRNGKey(0),
             use_ema=False,
         ),
         params,

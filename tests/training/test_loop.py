@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from meteor_jax.config import ConfigError
-from meteor_jax.distributed import DataShard
-from meteor_jax.training.metrics import TrainingFailed, cut_lines
+from meteor_jax.parallel.distributed import DataShard
+from meteor_jax.training.logging.metrics import cut_lines
+from meteor_jax.training.logging.recorder import TrainingFailed
 from tests.training import tiny_run
 from tests.training.tiny_run import make_experiment, make_whole_experiment, read_steps, run
 
@@ -46,15 +47,22 @@ def test_every_step_is_written(uninterrupted):
 def test_held_out_loss_is_of_its_own_batches(tmp_path, uninterrupted):
     """Measured every three steps and at the end of each stage, under each plan."""
     names = {"pretrain": "held_out/loss/full", "finetune": "held_out/loss/pruned"}
-    found = {line["step"]: line[names[line["stage"]]] for line in uninterrupted if
-             any(name in line for name in names.values())}
+    found = {
+        line["step"]: line[names[line["stage"]]]
+        for line in uninterrupted
+        if any(name in line for name in names.values())
+    }
     assert list(found) == [2, 3, 5, 7]
     experiment = make_experiment(
         pretrain={"steps": 1, "learning_rate": 0.0}, finetune={"steps": 0}, held_out_every=1
     )
     first = tiny_run.open_held_out(experiment.train.stages()[0], shard=DataShard())[0]
-    run(tmp_path, experiment, open_data=lambda stage, **_: itertools.repeat(first),
-        open_held_out=lambda stage, **_: [first, first])
+    run(
+        tmp_path,
+        experiment,
+        open_data=lambda stage, **_: itertools.repeat(first),
+        open_held_out=lambda stage, **_: [first, first],
+    )
     [line] = read_steps(tmp_path)
     assert line["held_out/loss/full"] == pytest.approx(line["loss"], rel=1e-6)
 
@@ -122,12 +130,16 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
 def test_a_run_in_which_nothing_fits_ends_and_says_so(tmp_path):
     skipped = tiny_run.make_batch(0)
     skipped = dataclasses.replace(
-        skipped, example_id=np.full_like(skipped.example_id, -1),
+        skipped,
+        example_id=np.full_like(skipped.example_id, -1),
         labels=np.full_like(skipped.labels, tiny_run.IGNORE_LABEL),
     )
     with pytest.raises(TrainingFailed, match="64 examples, up to step 7, were all skipped"):
-        run(tmp_path, make_experiment(pretrain={"steps": 20}),
-            open_data=lambda stage, **_: itertools.repeat(skipped))
+        run(
+            tmp_path,
+            make_experiment(pretrain={"steps": 20}),
+            open_data=lambda stage, **_: itertools.repeat(skipped),
+        )
 
 
 def test_finished_run_only_evaluates(tmp_path):
@@ -156,9 +168,7 @@ def test_nan_stops_with_step_and_examples(tmp_path):
 
 def test_init_from_gives_parameters_only(tmp_path):
     first = run(tmp_path / "first", make_experiment()).state
-    experiment = make_experiment(
-        pretrain={"steps": 1, "learning_rate": 0.0}, finetune={"steps": 0}
-    )
+    experiment = make_experiment(pretrain={"steps": 1, "learning_rate": 0.0}, finetune={"steps": 0})
     experiment = dataclasses.replace(experiment, init_from=(str(tmp_path / "first"),))
     second = run(tmp_path / "second", experiment).state
     assert int(second.step) == 1

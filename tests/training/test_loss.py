@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meteor_jax.models.layers import constrain
-from meteor_jax.parallel import BATCH_AXES, MeshConfig, make_mesh
+from meteor_jax.models.layers.stack import constrain
+from meteor_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from meteor_jax.training import loss
 from meteor_jax.training.loss import all_logits_at_once, hidden_loss, token_loss
 from meteor_jax.types import IGNORE_LABEL
@@ -62,8 +62,9 @@ def test_parts_sum_up_to_the_whole(monkeypatch, sizes):
     else:
         with jax.set_mesh(make_mesh(MeshConfig(*sizes))):
             found = jax.jit(loss_and_gradients)(*inputs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found,
-                 expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, expected
+    )
 
 
 def test_the_head_is_gathered_once_and_its_gradient_summed_up_once(monkeypatch):
@@ -74,7 +75,8 @@ def test_the_head_is_gathered_once_and_its_gradient_summed_up_once(monkeypatch):
         lambda array, spec: jax.ShapeDtypeStruct(
             array.shape, array.dtype, sharding=NamedSharding(mesh, spec)
         ),
-        make_inputs(jnp.bfloat16), specs,
+        make_inputs(jnp.bfloat16),
+        specs,
     )
     monkeypatch.setattr(loss, "LOGIT_BYTES", ROWS * VOCABULARY * 4 // 8)
     with jax.set_mesh(mesh):

@@ -3,7 +3,7 @@
 import pytest
 
 from meteor_jax.config import ConfigError
-from meteor_jax.training.profiling import parse_range
+from meteor_jax.training.logging.profiling import parse_range
 
 
 def test_both_ends_are_traced():

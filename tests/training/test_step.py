@@ -9,9 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from meteor_jax.config import build
-from meteor_jax.models.meteor import Meteor
+from meteor_jax.experiment.config import StageConfig
+from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.training.experiment import StageConfig
 from meteor_jax.training.init import make_steps
 from meteor_jax.training.optimizer import make_optimizer, make_schedule
 from meteor_jax.training.state import init_params, make_state
@@ -40,12 +40,19 @@ def begin(stage, *, ema_decay=0.0):
 
     def fresh():
         return make_state(
-            init_params(model, make_batch(0), seed=0), optimizer=optimizer,
-            trainable=stage.trainable, rng=jax.random.PRNGKey(0), use_ema=ema_decay > 0,
+            init_params(model, make_batch(0), seed=0),
+            optimizer=optimizer,
+            trainable=stage.trainable,
+            rng=jax.random.PRNGKey(0),
+            use_ema=ema_decay > 0,
         )
 
     step = make_train_step(
-        model, optimizer=optimizer, plan=FULL, stage=stage, encoders=("clip", "pix2struct"),
+        model,
+        optimizer=optimizer,
+        plan=FULL,
+        stage=stage,
+        encoders=("clip", "pix2struct"),
         ema_decay=ema_decay,
     )
     return step, jax.jit(fresh)()
@@ -96,7 +103,8 @@ def test_weight_decay_leaves_vectors_alone():
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     assert {path for path, update in updates.items() if jnp.any(update != 0)} == {
-        "llama/head/kernel", "llama/blocks/stack/up/kernel",
+        "llama/head/kernel",
+        "llama/blocks/stack/up/kernel",
     }
 
 
@@ -151,14 +159,23 @@ def test_shares_are_of_the_encoders_that_ran(fusion, plan, shares):
     model, batch = Meteor(config), tiny_model.make_batch()
     stage = make_stage()
     optimizer = make_optimizer(stage)
-    state = jax.eval_shape(lambda: make_state(
-        init_params(model, batch, seed=0), optimizer=optimizer, trainable=stage.trainable,
-        rng=jax.random.PRNGKey(0), use_ema=False,
-    ))
+    state = jax.eval_shape(
+        lambda: make_state(
+            init_params(model, batch, seed=0),
+            optimizer=optimizer,
+            trainable=stage.trainable,
+            rng=jax.random.PRNGKey(0),
+            use_ema=False,
+        )
+    )
     experiment = dataclasses.replace(make_experiment(), model=config)
     steps = make_steps(
-        experiment, {"plan": parse_plan(plan)}, model=model, stage=experiment.train.stages()[0],
-        optimizer=optimizer, state_shardings=None,
+        experiment,
+        {"plan": parse_plan(plan)},
+        model=model,
+        stage=experiment.train.stages()[0],
+        optimizer=optimizer,
+        state_shardings=None,
     )
     _, metrics = jax.eval_shape(steps["plan"], state, batch)
     assert {name.split("/")[1] for name in metrics if name.startswith("fused_share/")} == shares
@@ -187,10 +204,15 @@ def test_no_step_holds_the_logits_of_all_tokens(monkeypatch):
     monkeypatch.setattr(tiny_run, "VOCABULARY", vocabulary)
     monkeypatch.setattr(tiny_run, "TEXT_LENGTH", length)
     stage, batch = make_stage(batch_size=rows), make_batch(0, rows=rows)
-    state = jax.eval_shape(lambda: make_state(
-        init_params(TinyModel(), batch, seed=0), optimizer=make_optimizer(stage),
-        trainable=stage.trainable, rng=jax.random.PRNGKey(0), use_ema=False,
-    ))
+    state = jax.eval_shape(
+        lambda: make_state(
+            init_params(TinyModel(), batch, seed=0),
+            optimizer=make_optimizer(stage),
+            trainable=stage.trainable,
+            rng=jax.random.PRNGKey(0),
+            use_ema=False,
+        )
+    )
     step = make_train_step(TinyModel(), optimizer=make_optimizer(stage), plan=FULL, stage=stage)
     temporary = step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 0.5 * rows * length * vocabulary * 4

@@ -17,12 +17,12 @@ import numpy as np
 
 from meteor_jax.config import build
 from meteor_jax.data.pipeline import DataConfig
-from meteor_jax.models.meteor import MeteorConfig
-from meteor_jax.models.outputs import Forward, HiddenStates
+from meteor_jax.experiment.config import Experiment, TrainConfig
+from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.eagle.outputs import Forward, HiddenStates
 from meteor_jax.pruning.plan import Calibration
-from meteor_jax.training.experiment import Experiment, TrainConfig
+from meteor_jax.training.logging.recorder import CLOCK_FIELDS
 from meteor_jax.training.loop import train
-from meteor_jax.training.metrics import CLOCK_FIELDS
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, PruneTrace
 
 TEXT_LENGTH, SIDE, VOCABULARY, WIDTH = 8, 4, 16, 8

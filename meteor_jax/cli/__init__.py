@@ -1,0 +1,1 @@
+"""The `meteor` command: one file for each of its commands."""

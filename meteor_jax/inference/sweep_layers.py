@@ -1,0 +1,335 @@
+"""Where stage 3 may cut: what a cut before each layer does to the answers.
+
+    meteor sweep-layers --config=configs/small.py --workdir=runs/small \\
+        --plan=meteor
+
+Before each layer in turn, alone, a cut keeps half of the visual tokens: those that the text's
+attention chooses, or as many drawn by chance, three times. Measured is the loss of the right
+answers, on questions of the training split, so that no test question has a say in where a plan
+cuts.
+
+B questions, A answer tokens, K kept tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
+from meteor_jax.data import pipeline
+from meteor_jax.data.config import DataConfig
+from meteor_jax.data.sources.registry import CorruptImage, decode_image
+from meteor_jax.data.templates import Conversation, get_template, render, with_images
+from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
+from meteor_jax.experiment.config import Experiment, load_experiment
+from meteor_jax.experiment.eval_config import prompt_template
+from meteor_jax.experiment.flags import parse_flags
+from meteor_jax.inference.budgets import chosen_mass
+from meteor_jax.inference.layout import inference_mesh
+from meteor_jax.inference.load import load_params
+from meteor_jax.models.eagle.cost import count_cost
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.parallel.distributed import allgather_to_host
+from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
+from meteor_jax.types import IGNORE_LABEL, Array, CutTrace
+
+QUESTIONS_PER_IMAGE = 2
+BATCH_SIZE = 32  # questions
+SEARCH = 20  # records of a source looked through for each image wanted
+DRAWS = 3
+
+
+@flax.struct.dataclass
+class AskedBatch:
+    """Prompts about one image each, and their answers.
+
+    Shapes:
+        images: uint8[B, H, W, 3]; tokens: int32[B, T]; text_valid: bool[B, T].
+        answers: int32[B, A]; answer_valid: bool[B, A]. A row without an answer only fills up.
+    """
+
+    images: Array
+    tokens: Array
+    text_valid: Array
+    answers: Array
+    answer_valid: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CutLayer:
+    """What a cut before one layer does.
+
+    Attributes:
+        layer: the cut is before it.
+        loss: of the answers, in nats a token, if attention chooses what stays.
+        losses_by_chance: the same if chance does, draw by draw.
+        same: of what attention keeps, the share that two questions about one image have in common.
+        value: the sum of the visual attention values of the heads that count, mean, 5th and 95th
+            percentile over the questions; K of an adaptive plan is in proportion to it.
+    """
+
+    layer: int
+    loss: float
+    losses_by_chance: tuple[float, ...]
+    same: float
+    value: tuple[float, float, float]
+
+
+def measure_cut_layers(
+    model: Meteor,
+    params: Any,
+    *,
+    plan: PrunePlan,
+    batches: Sequence[AskedBatch],
+    share: float = 0.5,
+) -> tuple[float, list[CutLayer]]:
+    """The answers' loss without a cut, and one `CutLayer` for each layer but the first.
+
+    Args:
+        plan: its stages 1 and 2, and how its stage 3 scores (queries, heads, rotation, which
+            layer's attention); a plan without stage 3 takes the defaults.
+        batches: `QUESTIONS_PER_IMAGE` rows after one another are about one image.
+        share: of the visual tokens, what the cut keeps.
+
+    Raises:
+        ValueError: if the plan's stage 3 does not score by attention.
+    """
+    decode = plan.decode or DecodePlan(layers=(1,), keep=(1,))
+    if decode.criterion != "text_attention":
+        raise ValueError(
+            f"plan '{plan.name}' cuts by {decode.criterion}; expected one that cuts by the text's "
+            "attention, or does not cut."
+        )
+    uncut = dataclasses.replace(plan, decode=None)
+    entering = count_cost(model.config, uncut).visual_tokens_fused
+    decode = dataclasses.replace(
+        decode,
+        layers=(1,),
+        keep=(max(round(share * entering), 1),),
+        budget="fixed",
+        recycle=0.0,
+        scale=(),
+    )
+    encoded = [_encode(model, params, batch.images, plan=uncut) for batch in batches]
+    real = [np.asarray(batch.answer_valid).any(1) for batch in batches]
+    tokens = sum(int(np.asarray(batch.answer_valid).sum()) for batch in batches)
+
+    def answer(cut: DecodePlan | None) -> tuple[float, list[CutTrace]]:
+        run = dataclasses.replace(plan, decode=cut)
+        losses, cuts = zip(
+            *allgather_to_host(
+                [
+                    _answer(model, params, visual, batch, plan=run)
+                    for visual, batch in zip(encoded, batches, strict=True)
+                ]
+            ),
+            strict=True,
+        )
+        return float(sum(map(np.sum, losses)) / tokens), list(itertools.chain(*cuts))
+
+    found = []
+    for layer in track(range(1, model.config.llama.depth), "Cutting before layer"):
+        cut = dataclasses.replace(decode, layers=(layer,))
+        loss, traces = answer(cut)
+        draws = (dataclasses.replace(cut, criterion="random", seed=seed) for seed in range(DRAWS))
+        pairs = list(zip(traces, real, strict=True))
+        values = np.concatenate([chosen_mass(trace, plan=cut)[rows] for trace, rows in pairs])
+        kept = np.concatenate([trace.visual[rows] for trace, rows in pairs])
+        found.append(
+            CutLayer(
+                layer=layer,
+                loss=loss,
+                losses_by_chance=tuple(answer(draw)[0] for draw in draws),
+                same=kept_overlap(kept),
+                value=(float(values.mean()), *np.percentile(values, (5, 95)).tolist()),
+            )
+        )
+    return answer(None)[0], found
+
+
+def kept_overlap(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> float:
+    """The mean share of a row's kept tokens that another row about the same image keeps too.
+
+    Shapes:
+        kept: int[B, K], indices of tokens, −1 is none; `of_image` rows after one another are
+            about one image.
+    """
+    sets = [set(row[row >= 0].tolist()) for row in kept]
+    return float(
+        np.mean(
+            [
+                len(one & other) / len(one)
+                for start in range(0, len(sets), of_image)
+                for one, other in itertools.permutations(sets[start : start + of_image], 2)
+            ]
+        )
+    )
+
+
+@jax.jit(static_argnames=("model", "plan"))
+def _encode(model: Meteor, params: Any, images: Array, *, plan: PrunePlan) -> Any:
+    encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
+    return jax.tree.map(lambda x: x[:, None], encoded.tokens)
+
+
+@jax.jit(static_argnames=("model", "plan"))
+def _answer(
+    model: Meteor, params: Any, visual: Any, batch: AskedBatch, *, plan: PrunePlan
+) -> tuple[Array, Any]:
+    """The sum of each answer's losses, float32[B], and the plan's cuts. The prompt alone chooses
+    what stays; the answer comes after, as in generation."""
+    variables = {"params": params}
+    rows, length = batch.answers.shape
+    read = model.apply(
+        variables,
+        visual,
+        image_valid=jnp.ones((rows, 1), bool),
+        tokens=batch.tokens,
+        text_valid=batch.text_valid,
+        plan=plan,
+        max_new_tokens=length,
+        method="prefill",
+    )
+    said = model.apply(variables, read.cache, batch.answers, method="extend")
+    logits = jnp.concatenate([read.logits[:, None], said.logits[:, :-1]], axis=1)
+    right = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), batch.answers[..., None], axis=2
+    ).squeeze(2)
+    return -jnp.where(batch.answer_valid, right, 0).sum(1), read.cuts
+
+
+def asked_batches(
+    experiment: Experiment, *, tokenizer: Tokenizer, num_images: int
+) -> list[AskedBatch]:
+    """Questions about the first `num_images` images of each source's training split.
+
+    An image that cannot be decoded is left out, with its questions; an answer is cut where
+    evaluation would stop. The last batch is filled up with rows that have no answer.
+
+    Raises:
+        ValueError: no image with so many questions, or a prompt longer than `data.text_length`.
+    """
+    config, of_evaluation = experiment.data, experiment.eval
+    name = prompt_template(of_evaluation.template or experiment.train.finetune.template)
+    records = pipeline.open_sources(config)
+    served = [records[index] for index in pipeline.sources_for(config, "questions")]
+    chosen = pipeline.first_questions(
+        served, count=num_images, of_image=QUESTIONS_PER_IMAGE, search=SEARCH * num_images
+    )
+    seen = [(asked, image) for asked in chosen if (image := _decode(asked, config)) is not None]
+    if not seen:
+        raise ValueError(
+            f"expected images with {QUESTIONS_PER_IMAGE} questions or more in "
+            f"{', '.join(config.sources)}, found none."
+        )
+    layout, answers = get_template(name), []
+    for asked, _ in seen:
+        turn = (with_images(asked.question, 1, template=layout), asked.answer)
+        labels = render(Conversation((turn,)), template=layout, tokenizer=tokenizer).labels
+        answer = [label for label in labels if label != IGNORE_LABEL]
+        answers.append(answer[: of_evaluation.max_new_tokens])
+    size, longest = min(BATCH_SIZE, len(seen)), max(map(len, answers))
+    batches = []
+    for start in range(0, len(seen), size):
+        part = seen[start : start + size]
+        prompts = pipeline.collate_prompts(
+            [asked.question for asked, _ in part],
+            tokenizer=tokenizer,
+            template=name,
+            text_length=config.text_length,
+            batch_size=size,
+        )
+        images = [image for _, image in part]
+        tokens, valid = np.zeros((size, longest), np.int32), np.zeros((size, longest), bool)
+        for row, answer in enumerate(answers[start : start + size]):
+            tokens[row, : len(answer)], valid[row, : len(answer)] = answer, True
+        batches.append(
+            AskedBatch(
+                np.stack(images + [images[-1]] * (size - len(images))),
+                prompts.tokens,
+                prompts.text_valid,
+                tokens,
+                valid,
+            )
+        )
+    return batches
+
+
+def _decode(asked: pipeline.Asked, config: DataConfig) -> np.ndarray | None:
+    try:
+        return decode_image(asked.image, size=config.image_size)
+    except CorruptImage as error:
+        logging.warning("left out: %s", error)
+        return None
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 2, after one line, for what the user can put right."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
+        if not 0 < SHARE.value < 1:
+            raise ValueError(f"--share: expected a share between 0 and 1, got {SHARE.value}.")
+        uncut, found = _measure_workdir(load_experiment(CONFIG.value), workdir=Path(WORKDIR.value))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    table = Table(
+        "cut before",
+        "by attention",
+        "by chance",
+        "kept alike",
+        "VAV",
+        title=f"plan '{PLAN.value}': the answers' loss, nats a token",
+        caption=f"{uncut:.3f} without a cut; {SHARE.value:.0%} of the tokens kept; kept alike: by "
+        "attention, whichever of two questions is asked; VAV: mean, 5 % and 95 %",
+    )
+    for row in found:
+        mean, low, high = row.value
+        chance = row.losses_by_chance
+        table.add_row(
+            f"layer {row.layer}",
+            f"{row.loss:.3f}",
+            f"{np.mean(chance):.3f} ({min(chance):.3f}–{max(chance):.3f})",
+            f"{row.same:.0%}",
+            f"{mean:.2f} ({low:.2f}–{high:.2f})",
+        )
+    Console().print(table)
+    return 0
+
+
+def _measure_workdir(experiment: Experiment, *, workdir: Path) -> tuple[float, list[CutLayer]]:
+    plan = parse_plan(PLAN.value, library=experiment.plans)
+    plan = plan.calibrated(Calibration.load(workdir / CALIBRATION_FILE))
+    model, mesh = Meteor(experiment.model), inference_mesh(experiment)
+    with jax.set_mesh(mesh):
+        params, _ = load_params(experiment, workdir, mesh=mesh)
+        tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
+        batches = asked_batches(experiment, tokenizer=tokenizer, num_images=NUM_IMAGES.value)
+        return measure_cut_layers(model, params, plan=plan, batches=batches, share=SHARE.value)
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+    PLAN = flags.DEFINE_string("plan", "meteor", "Whose stages 1 and 2, and way to score.")
+    SHARE = flags.DEFINE_float("share", 0.5, "Of the visual tokens, what the cut keeps.")
+    NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images of a source.", lower_bound=1)
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,90 @@
+"""How arrays are split over a mesh: path rules for parameters, and batches.
+
+Models pin activations with `models.layers.stack.constrain`, which is in force under
+`jax.set_mesh(mesh)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meteor_jax.parallel.mesh import BATCH_AXES
+
+# (path pattern, how the last dimensions are split); the first match wins. Dimensions in front of
+# those named, such as the stacked layers, stay whole. Kernels are [in, out].
+PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(bias|scale)$", ()),
+    (r"(query|key|value|qkv|gate|up|fc1|head)/kernel$", ("fsdp", "tensor")),
+    (r"(out|down|fc2|neck)/kernel$", ("tensor", "fsdp")),
+    (r"llama/embedding/embedding$", ("tensor", "fsdp")),
+    (r"(stem|downsample\d+|patch_embedding|depthwise)/kernel$", ("fsdp",)),
+    (r"_embedding$", ("fsdp",)),
+    (r"/tables/", ("fsdp", None)),
+    (r"relative_(window|global)/", ()),  # small
+)
+
+
+def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How the parameter at `path` ("llama/blocks/…") is split.
+
+    An axis that does not divide its dimension splits the rule's other one, if that is free; else
+    the dimension stays whole, so that small models run on any mesh.
+
+    Raises:
+        ValueError: if no rule matches a parameter of two or more dimensions.
+    """
+    if len(shape) < 2:
+        return PartitionSpec()
+    for pattern, axes in PARAMETER_RULES:
+        if re.search(pattern, path):
+            axes = axes[-len(shape) :]
+            split = _split(shape[len(shape) - len(axes) :], axes, mesh)
+            return PartitionSpec(*(None,) * (len(shape) - len(axes)), *split)
+    raise ValueError(
+        f"no sharding rule matches parameter {path} {tuple(shape)}: add one to "
+        "meteor_jax.parallel.rules.PARAMETER_RULES."
+    )
+
+
+def _split(
+    sizes: Sequence[int], axes: tuple[str | None, ...], mesh: Mesh
+) -> tuple[str | None, ...]:
+    """The axis of each dimension, None for those that stay whole."""
+
+    def divides(axis: str | None, size: int) -> bool:
+        return axis is not None and size % mesh.shape[axis] == 0
+
+    placed = [axis if divides(axis, size) else None for axis, size in zip(axes, sizes, strict=True)]
+    for axis in axes:
+        if axis is None or axis in placed or mesh.shape[axis] == 1:
+            continue
+        for place, size in enumerate(sizes):
+            free = placed[place] is None or mesh.shape[placed[place]] == 1
+            if free and divides(axis, size):
+                placed[place] = axis
+                break
+    return tuple(placed)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs).
+
+    Works for anything that holds parameters under their own paths: a whole train state too.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays, this process's rows of the batch, as one global array split by rows."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

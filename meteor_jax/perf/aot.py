@@ -1,0 +1,243 @@
+"""Whether a config fits a pod, and how fast it could be, before one is rented:
+
+    meteor aot --config=configs/eagle.py:meteor_x4_7b --topology=v5e:8x8
+
+compiles the train step, prefill and extend for TPUs that this machine need not have. Needs libtpu
+(`pip install 'meteor_jax[tpu]'`). See docs/aot.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from meteor_jax.config import ConfigError
+from meteor_jax.experiment.config import load_experiment
+from meteor_jax.experiment.flags import parse_flags
+from meteor_jax.inference.layout import inference_mesh
+from meteor_jax.parallel.chips import Chip
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh, parse_mesh
+from meteor_jax.perf.fit import (
+    PLATFORM,
+    DoesNotFit,
+    Measured,
+    alternatives,
+    chip_of,
+    measure,
+    show_bytes,
+)
+from meteor_jax.perf.programs import PROGRAMS, Request, check_program
+from meteor_jax.pruning.plan import Calibration
+
+# Set before libtpu is loaded: it must not ask what TPUs this machine has, nor refuse to be loaded
+# by two processes. The accelerator's type can be any.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+TOPOLOGIES = "v4:2x2x1…4x4x4, v5e:2x2…16x16, v5p:2x2x1…4x4x4, v6e:2x2…16x16, tpu7x:2x2x1…"
+
+
+def open_topology(name: str, *, slices: int = 1) -> list[Any]:
+    """The devices of a TPU slice that need not exist, such as "v5e:8x8".
+
+    Raises:
+        ConfigError: without libtpu, or for a name that it does not know.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("compiling for TPUs needs libtpu: pip install 'meteor_jax[tpu]'.")
+    os.environ.update(ENVIRONMENT)
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name.startswith(("v4:", "v5p:")):  # one device a chip, as on the machines themselves
+        options["chip_config_name"] = "megacore"
+    try:
+        return list(topologies.get_topology_desc(name, PLATFORM, **options).devices)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"topology '{name}' is not known to libtpu; expected such as {TOPOLOGIES} ({reason})"
+        ) from error
+
+
+def report(results: dict[str, Measured], *, chip: Chip, title: str) -> Table:
+    """One column a program, one row a quantity, all of one device."""
+    table = Table("one device", *results, title=title)
+
+    def row(label: str, show: Any) -> None:
+        table.add_row(label, *(show(result) for result in results.values()))
+
+    row("mesh", lambda result: show_mesh(result.mesh))
+    row("matrices", lambda result: result.param_dtype)
+    table.add_section()
+    for name in ("argument", "output", "alias", "temp", "peak"):
+        row(
+            {"alias": "outputs in place of arguments", "temp": "temporaries", "peak": "peak"}.get(
+                name, f"{name}s"
+            ),
+            lambda result, name=name: show_bytes(getattr(result, f"{name}_bytes")),
+        )
+    row(
+        f"peak of {show_bytes(chip.memory_bytes)}",
+        lambda result: f"{result.peak_bytes / chip.memory_bytes:.1%}",
+    )
+    table.add_section()
+    row("TFLOP", lambda result: f"{result.flops / 1e12:,.3f}")
+    row("TFLOP without remat", lambda result: f"{result.model_flops / 1e12:,.3f}")
+    row("GB to and from memory", lambda result: f"{result.hbm_bytes / 1e9:,.2f}")
+    kinds = [kind for result in results.values() for kind in result.collectives]
+    for kind in dict.fromkeys(kinds):
+        row(f"GB of {kind}", lambda result, kind=kind: _show_collective(result, kind))
+    table.add_section()
+    for part in ("compute", "memory", "links", "network"):
+        times = [getattr(result.roofline, f"{part}_s") for result in results.values()]
+        if part != "network" or any(times):
+            table.add_row(f"{part}, ms", *(f"{1e3 * seconds:,.2f}" for seconds in times))
+    row("roofline, ms", lambda result: f"{1e3 * result.roofline.seconds:,.2f}")
+    row("bound by", lambda result: result.roofline.bound)
+    row("MFU at the roofline", lambda result: f"{result.roofline.mfu:.1%}")
+    row("rows", lambda result: str(result.rows))
+    row("compiled in, s", lambda result: f"{result.compile_s:.1f}")
+    return table
+
+
+def show_mesh(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def _show_collective(result: Measured, kind: str) -> str:
+    moved = result.collectives.get(kind)
+    return f"{moved.result_bytes / 1e9:,.2f} in {moved.count:,.0f}" if moved else "–"
+
+
+def try_alternatives(
+    request: Request, mesh: Mesh, *, refused: DoesNotFit, console: Console
+) -> str | None:
+    """Says of each alternative whether it fits; the first that does is returned."""
+    sizes = MeshConfig(**mesh.shape)
+    for alternative in alternatives(request, mesh):
+        if refused.is_held and alternative.mesh == sizes:
+            continue  # only another mesh changes what is held
+        tried = make_mesh(alternative.mesh, devices=list(mesh.devices.flat))
+        try:
+            measured = measure(alternative.request, tried)
+        except DoesNotFit as error:
+            say(console, f"  with {alternative.label}: {error}")
+            continue
+        say(
+            console,
+            f"  with {alternative.label}: fits, {show_bytes(measured.peak_bytes)} at the peak, "
+            f"MFU {measured.roofline.mfu:.1%} at the roofline",
+        )
+        return alternative.label
+    say(console, "  nothing tried fits: take a larger slice")
+    return None
+
+
+def say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0, 1 if something does not fit, 2 for what the user can put right."""
+    jax.config.update("jax_platforms", "cpu")  # whatever this machine has, it is not used
+    try:
+        return run(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run(argv: list[str]) -> int:
+    """Compiles what the flags ask for, and prints and writes what came out."""
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument '{argv[1]}'; flags start with --.")
+    options, console = flags.FLAGS, Console()
+    names = [check_program(name) for name in options.programs]
+    experiment = load_experiment(options.config)
+    devices = open_topology(options.topology, slices=options.slices)
+    asked = parse_mesh(options.mesh) if options.mesh else experiment.train.mesh
+    meshes = {"train": make_mesh(asked, devices=devices)} if "train" in names else {}
+    if names != ["train"]:
+        evaluated = inference_mesh(experiment, devices=devices)
+        meshes |= {name: evaluated for name in names if name != "train"}
+    chip = chip_of(next(iter(meshes.values())))
+    request = Request(
+        program="",
+        experiment=experiment,
+        stage=options.stage,
+        plan=options.plan,
+        calibration=Calibration.load(Path(options.calibration or os.devnull)),
+        rows=options.rows,
+    )
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    title = (
+        f"{options.topology}{f' × {options.slices}' if options.slices > 1 else ''}, "
+        f"jax {versions['jax']}, libtpu {versions['libtpu']}"
+    )
+    results, refused = {}, {}
+    for name in names:
+        request = dataclasses.replace(request, program=name)
+        try:
+            results[name] = measure(request, meshes[name])
+        except DoesNotFit as error:
+            shape = show_mesh(meshes[name].shape)
+            say(console, f"{name} does not fit {title}, mesh {shape}: {error}")
+            refused[name] = {"reason": str(error)}
+            if options.alternatives:
+                refused[name]["fits_with"] = try_alternatives(
+                    request, meshes[name], refused=error, console=console
+                )
+    if results:
+        console.print(report(results, chip=chip, title=title))
+    if options.output:
+        written = {
+            "topology": options.topology,
+            "slices": options.slices,
+            "meshes": {name: dict(mesh.shape) for name, mesh in meshes.items()},
+            "plan": options.plan,
+            "versions": versions,
+            "does_not_fit": refused,
+            "programs": {name: _as_json(result) for name, result in results.items()},
+        }
+        Path(options.output).write_text(json.dumps(written, indent=2) + "\n")
+    return 1 if refused else 0
+
+
+def _as_json(result: Measured) -> dict[str, Any]:
+    values = dataclasses.asdict(result)
+    roofline = result.roofline
+    values["roofline"] |= {"seconds": roofline.seconds, "bound": roofline.bound}
+    return values
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    flags.DEFINE_string("topology", "v5e:8x8", f"A TPU slice: {TOPOLOGIES}")
+    flags.DEFINE_integer("slices", 1, "Slices of that topology; they divide the data axis.")
+    flags.DEFINE_string("mesh", None, "Of training, as data=1,fsdp=64; the config's by default.")
+    flags.DEFINE_list("programs", list(PROGRAMS), "Which of train, prefill, extend.")
+    flags.DEFINE_string("plan", "", "A plan's name or text; the stage's first where not given.")
+    flags.DEFINE_enum("stage", "finetune", ("pretrain", "finetune"), "The stage to train.")
+    flags.DEFINE_integer("rows", 0, "Prompts of prefill and extend; 0 takes the config's.")
+    flags.DEFINE_string("calibration", None, "A workdir's calibration.json, for measured ranks.")
+    flags.DEFINE_bool("alternatives", True, "Compile others where something does not fit.")
+    flags.DEFINE_string("output", None, "File for the numbers, as JSON.")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,314 @@
+"""What pruning saves, measured: plans against one another, with the same weights, in one run.
+
+    meteor bench --config=configs/bench_x4_eighth.py --plans=full,meteor
+
+Times an image and a question to the end of the answer: encode (encoders, projectors, fusion),
+prefill (up to the first token), decode. The weights are random and made on the device. The plans
+take turns, so that a slow moment of the machine falls on all; medians, with the fastest and the
+slowest. Compiling stands apart. `--train` times a training step too, `--data` the data pipeline
+alone. A plan that cuts inside the encoders runs in METEOR's form of the model (a projector an
+encoder), the others in the form that the config has.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from meteor_jax.data import pipeline
+from meteor_jax.data.tokenizers import load_tokenizer
+from meteor_jax.experiment.config import Experiment, load_experiment
+from meteor_jax.experiment.flags import parse_flags
+from meteor_jax.experiment.plans import resolve_plans
+from meteor_jax.inference.engine.data_shards import Lanes
+from meteor_jax.inference.layout import inference_mesh, param_dtype
+from meteor_jax.parallel.chips import find_chip
+from meteor_jax.parallel.mesh import check_batch_size, make_mesh
+from meteor_jax.perf.bench.programs import (
+    Inference,
+    Programs,
+    compile_inference,
+    compile_train,
+    form_of,
+    make_inputs,
+    make_params,
+    train_states,
+)
+from meteor_jax.perf.bench.table import Row, draw, print_table
+from meteor_jax.pruning.baselines import split_plans
+from meteor_jax.pruning.plan import Calibration, PrunePlan
+
+
+def bench(
+    experiment: Experiment,
+    *,
+    plans: Sequence[PrunePlan],
+    batch_sizes: Sequence[int] = (1, 8),
+    repeats: int = 5,
+    new_tokens: int = 16,
+    text_tokens: int = 64,
+    train: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> list[Row]:
+    """One row a batch size and plan, in this order.
+
+    The programs are those of evaluation, on `inference_mesh` over `devices` (default: all) and with
+    its parameters; batch sizes are rounded up to as many rows for each of its lanes. The training
+    step is training's: float32 parameters on `train.mesh`.
+
+    Seconds are medians over `repeats`; "spread" holds [fastest, slowest] of each. `tokens` is the
+    mean over the decoder's layers of an image's tokens, as measured; `tflops` those of one row up
+    to the first token; `peak_bytes` what the plan's hungriest program needs, parameters included,
+    as its compiler laid it out, and `process_peak_bytes` what the whole process has needed so
+    far, all plans. Shares of the chip's peak are None where the chip is not known.
+
+    Raises:
+        ValueError: if a plan does not fit the model.
+    """
+    forms = {plan.name: form_of(experiment.model, plan) for plan in plans}
+    mesh, dtype = inference_mesh(experiment, devices=devices), param_dtype(experiment)
+    train_mesh = make_mesh(experiment.train.mesh, devices=devices) if train else None
+    with jax.set_mesh(mesh):
+        params = make_params(forms.values(), dtype=dtype, mesh=mesh)
+    stage, rows, lanes = experiment.train.finetune, [], Lanes(mesh).count
+    for batch in dict.fromkeys(math.ceil(size / lanes) * lanes for size in batch_sizes):
+        sizes = {"batch": batch, "text_tokens": text_tokens}
+        with jax.set_mesh(mesh):
+            inputs = make_inputs(experiment.model, **sizes, mesh=mesh)
+            compiled = {
+                plan.name: compile_inference(
+                    forms[plan.name],
+                    params[forms[plan.name].fusion],
+                    inputs,
+                    plan=plan,
+                    new_tokens=new_tokens,
+                )
+                for plan in plans
+            }
+            runs = {name: one.run for name, one in compiled.items()}
+            seconds = interleave(runs, repeats=repeats)
+        found = {
+            name: {"plan": name, "batch": batch}
+            | _inference_row(
+                one, seconds[name], batch=batch, new_tokens=new_tokens, num_devices=mesh.size
+            )
+            for name, one in compiled.items()
+        }
+        if train:
+            check_batch_size(batch, train_mesh, where="batch_sizes")
+            with jax.set_mesh(train_mesh):
+                inputs = make_inputs(experiment.model, **sizes, mesh=train_mesh)
+                states = train_states(forms.values(), stage=stage, mesh=train_mesh)
+                steps = {
+                    plan.name: compile_train(
+                        forms[plan.name], states, inputs, plan=plan, stage=stage
+                    )
+                    for plan in plans
+                }
+                runs = {name: one.run for name, one in steps.items()}
+                seconds = interleave(runs, repeats=repeats)
+            for name, one in steps.items():
+                row = _train_row(one, seconds[name], num_devices=mesh.size)
+                row["spread"] |= found[name]["spread"]
+                found[name] |= row
+        peak, source = process_peak()
+        common = {
+            "process_peak_bytes": peak,
+            "process_peak_source": source,
+            "repeats": repeats,
+            "new_tokens": new_tokens,
+            "text_tokens": text_tokens,
+            "mesh": dict(mesh.shape),
+            "param_dtype": dtype,
+            "versions": versions(),
+        }
+        rows += [row | common for row in found.values()]
+    return rows
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], dict[str, float]]], *, repeats: int
+) -> dict[str, list[dict[str, float]]]:
+    """What each of `runs` returned each time; one of each, then the next of each, …"""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            results[name].append(run())
+    return results
+
+
+def _inference_row(
+    one: Inference,
+    runs: Sequence[Mapping[str, float]],
+    *,
+    batch: int,
+    new_tokens: int,
+    num_devices: int,
+) -> Row:
+    steps = new_tokens - 1
+    measured = {
+        "encode_s": [run["encode"] for run in runs],
+        "prefill_s": [run["prefill"] for run in runs],
+        "decode_s": [run["decode"] for run in runs],
+        "decode_ms_per_token": [1e3 * run["decode"] / steps for run in runs],
+        "end_to_end_s": [sum(run.values()) for run in runs],
+    }
+    row: Row = {name: statistics.median(values) for name, values in measured.items()}
+    parts = dict(one.cost.rows)
+    llm = parts["llm"]
+    chip = find_chip(jax.devices()[0].device_kind)
+
+    def share(amount: float, seconds: float, peak: str) -> float | None:
+        return amount / seconds / getattr(chip, peak) if chip else None
+
+    return row | {
+        "examples_per_s": batch / row["end_to_end_s"],
+        "peak_bytes": one.peak_bytes,
+        "tokens": one.cost.visual_tokens_mean,
+        "tflops": one.cost.total_flops / 1e12,
+        "encode_mfu": share(
+            batch * (one.cost.total_flops - llm) / num_devices, row["encode_s"], "flops_per_s"
+        ),
+        "prefill_mfu": share(batch * llm / num_devices, row["prefill_s"], "flops_per_s"),
+        "decode_bandwidth": share(one.decode_bytes * steps, row["decode_s"], "bytes_per_s"),
+        "compile_s": one.compile_s,
+        "spread": {name: [min(values), max(values)] for name, values in measured.items()},
+    }
+
+
+def _train_row(one: Programs, runs: Sequence[Mapping[str, float]], *, num_devices: int) -> Row:
+    seconds = [run["train"] for run in runs]
+    chip, median = find_chip(jax.devices()[0].device_kind), statistics.median(seconds)
+    return {
+        "train_step_s": median,
+        "train_tflops": one.flops / 1e12,
+        "train_mfu": one.flops / median / num_devices / chip.flops_per_s if chip else None,
+        "train_peak_bytes": one.peak_bytes,
+        "train_compile_s": one.compile_s,
+        "spread": {"train_step_s": [min(seconds), max(seconds)]},
+    }
+
+
+def process_peak() -> tuple[int, str]:
+    """The most memory that was in use so far, and whose count it is: the device's where it has
+    one, else the resident set of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"], "device"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident set"
+
+
+def versions() -> dict[str, str]:
+    """Software and hardware that the numbers belong to."""
+    device = jax.devices()[0]
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return packages | {
+        "python": platform.python_version(),
+        "device": device.device_kind,
+        "backend": device.platform,
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.processor()
+
+
+def bench_data(experiment: Experiment, *, batch: int, batches: int = 32) -> float:
+    """Examples a second of the training pipeline alone, after a first batch that opens it."""
+    records = pipeline.open_sources(experiment.data)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(
+            experiment.data.tokenizer,
+            folder=Path(folder, "tokenizer"),
+            texts=lambda: pipeline.training_texts(records),
+        )
+    stage = experiment.train.finetune
+    iterator = pipeline.make_train_iterator(
+        experiment.data,
+        tokenizer=tokenizer,
+        kind=stage.kind,
+        template=stage.template,
+        batch_size=batch,
+        records=records,
+    )
+    next(iterator)
+    started = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    return batch * batches / (time.perf_counter() - started)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 2, after one line, for what the user can put right."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
+        sizes = [int(size) for size in BATCH_SIZES.value]
+        if min(*sizes, REPEATS.value, NEW_TOKENS.value - 1, TEXT_TOKENS.value - 1) < 1:
+            raise ValueError("batch_sizes and repeats are at least 1, the tokens at least 2.")
+        experiment = load_experiment(CONFIG.value)
+        plans = resolve_plans(
+            split_plans(PLANS.value),
+            library=experiment.plans,
+            calibration=Calibration.load(Path(CALIBRATION.value or "")),
+        )
+        rows = bench(
+            experiment,
+            plans=plans,
+            batch_sizes=sizes,
+            repeats=REPEATS.value,
+            new_tokens=NEW_TOKENS.value,
+            text_tokens=TEXT_TOKENS.value,
+            train=TRAIN.value,
+        )
+        if DATA.value:
+            speed = bench_data(experiment, batch=sizes[0])
+            rows = [row | {"data_examples_per_s": speed} for row in rows]
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_table(rows, console=console)
+    if DATA.value:
+        fastest = max(row["examples_per_s"] for row in rows)
+        console.print(
+            f"data pipeline alone: {speed:.1f} examples/s, {speed / fastest:.1f} × the fastest row"
+        )
+    if OUTPUT.value:
+        path = Path(OUTPUT.value)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        draw(path.with_suffix(".png"), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    PLANS = flags.DEFINE_string("plans", "full,meteor", "Plans, separated by commas.")
+    CALIBRATION = flags.DEFINE_string("calibration", None, "A calibration.json with ranks.")
+    BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once.")
+    REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each plan.")
+    NEW_TOKENS = flags.DEFINE_integer("new_tokens", 16, "Tokens of an answer.")
+    TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 64, "Text tokens around the image.")
+    TRAIN = flags.DEFINE_bool("train", False, "Times a training step too.")
+    DATA = flags.DEFINE_bool("data", False, "Times the data pipeline alone too.")
+    OUTPUT = flags.DEFINE_string("output", None, "File for a JSON object a row; a plot beside it.")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

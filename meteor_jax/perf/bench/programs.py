@@ -1,0 +1,373 @@
+"""What the bench times: one plan's compiled programs, with random weights made on the device.
+
+B rows, each an image and a question; N new tokens of an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meteor_jax.experiment.config import StageConfig
+from meteor_jax.inference.budgets import chosen_mass
+from meteor_jax.inference.generate import (
+    Started,
+    choose_cache_length,
+    decode_rows,
+    start,
+    trim,
+)
+from meteor_jax.inference.layout import cast_matrices
+from meteor_jax.models.eagle.cost import Cost, count_cost, count_traced
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.parallel.mesh import BATCH_AXES
+from meteor_jax.parallel.rules import parameter_shardings
+from meteor_jax.pruning.ops.budgets import fit_edges, fit_scale
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.training.optimizer import make_optimizer
+from meteor_jax.training.state import TrainState, init_params, make_state
+from meteor_jax.training.step import make_train_step
+from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, VisualTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled programs of one plan, to be run again and again.
+
+    Attributes:
+        run: () → seconds by part.
+        flops: of one run.
+        compile_s: of all programs.
+        peak_bytes: of the hungriest one, its arguments (all parameters), results and temporaries,
+            as the compiler laid them out.
+    """
+
+    run: Callable[[], dict[str, float]]
+    flops: float
+    compile_s: float
+    peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference(Programs):
+    """`run` takes an image and a question to the end of the answer, in the parts "encode",
+    "prefill" (up to the first token) and "decode" (all others).
+
+    Attributes:
+        plan: as it ran: an adaptive one with λ.
+        cost: of one row.
+        decode_bytes: that a device must read in a decoding step: the decoder's parameters and the
+            cache, what lies there of both.
+    """
+
+    plan: PrunePlan
+    cost: Cost
+    decode_bytes: int
+
+
+def form_of(model: MeteorConfig, plan: PrunePlan) -> MeteorConfig:
+    """The model that `plan` runs in: METEOR's form, a projector an encoder, where it cuts inside
+    the encoders; else the config's own."""
+    return dataclasses.replace(model, fusion="post") if plan.encode else model
+
+
+def make_inputs(
+    model: MeteorConfig, *, batch: int, text_tokens: int, mesh: Mesh | None = None
+) -> Batch:
+    """Noise as images and as text, by rows on `mesh` or on the default device: half of the text,
+    an image, the other half, which is what training learns."""
+    rng = np.random.default_rng(0)
+    side, middle = model.image_size, text_tokens // 2
+    tokens = rng.integers(1, model.llama.vocab_size, (batch, text_tokens + 1), np.int32)
+    tokens[:, middle] = IMAGE_TOKEN
+    learnt = np.arange(text_tokens + 1) > middle
+    return jax.device_put(
+        Batch(
+            images=rng.integers(0, 256, (batch, 1, side, side, 3), np.uint8),
+            image_valid=np.ones((batch, 1), bool),
+            tokens=tokens,
+            text_valid=np.ones(tokens.shape, bool),
+            labels=np.where(learnt, tokens, IGNORE_LABEL).astype(np.int32),
+            example_id=np.arange(batch, dtype=np.int32),
+        ),
+        mesh and NamedSharding(mesh, PartitionSpec(BATCH_AXES)),
+    )
+
+
+def make_params(
+    models: Iterable[MeteorConfig], *, dtype: str, mesh: Mesh | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Random parameters by `MeteorConfig.fusion`, made where they lie on `mesh`, or on the default
+    device; matrices in `dtype`. What the forms share is the same arrays."""
+    made: dict[str, dict[str, Any]] = {}
+    shared: dict[str, Any] = {}
+    for model in models:
+        if model.fusion not in made:
+            params = _init(
+                make_inputs(model, batch=1, text_tokens=2),
+                model=model,
+                dtype=dtype,
+                mesh=mesh,
+                seed=seed,
+                without=frozenset(shared),
+            )
+            shared |= {name: tree for name, tree in params.items() if "projector" not in name}
+            made[model.fusion] = shared | params
+    return made
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "mesh", "seed", "without"))
+def _init(
+    batch: Batch,
+    *,
+    model: MeteorConfig,
+    dtype: str,
+    mesh: Mesh | None,
+    seed: int,
+    without: frozenset[str],
+) -> dict[str, Any]:
+    """Parameters but those `without`. The compiler leaves out the forward pass, whose input is an
+    argument because constants would be computed with."""
+    params = init_params(Meteor(model), batch, seed=seed)
+    own = {name: tree for name, tree in params.items() if name not in without}
+    own = cast_matrices(own, dtype)
+    if mesh is None:
+        return own
+    return jax.lax.with_sharding_constraint(own, parameter_shardings(own, mesh))
+
+
+def compile_inference(
+    model: MeteorConfig, params: Any, inputs: Batch, *, plan: PrunePlan, new_tokens: int
+) -> Inference:
+    """Encoding, prefill, and decoding of `new_tokens` tokens, the first of which prefill gives.
+
+    λ of an adaptive plan is set so that the mean of K over these rows is the plan's `keep`.
+    """
+    meteor = Meteor(model)
+    apply = functools.partial(meteor.apply, plan=plan)
+
+    @functools.partial(jax.jit, keep_unused=True)
+    def encode(params: Any, images: Any) -> VisualTokens:
+        flat = images.reshape(-1, *images.shape[2:])
+        encoded = apply({"params": params}, flat, method="encode_images")
+        rows = images.shape[:2]
+        return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), encoded.tokens)
+
+    compiler = Compiler()
+    encode = compiler.compile(encode, params, inputs.images)
+    visual = encode(params, inputs.images)
+    if plan.decode is not None and plan.decode.budget == "adaptive":
+        plan = _with_scale(model, params, visual, inputs, plan=plan)
+    programs = compile_generation(
+        compiler, meteor, params, visual, inputs, plan=plan, new_tokens=new_tokens
+    )
+    started = programs.start()
+    decode_bytes = _device_bytes((params["llama"], started.cache))
+    jax.block_until_ready(programs.decode(started))
+
+    def run() -> dict[str, float]:
+        times = [time.perf_counter()]
+
+        def wait(result: Any) -> Any:
+            jax.block_until_ready(result)
+            times.append(time.perf_counter())
+            return result
+
+        visual = wait(encode(params, inputs.images))
+        wait(programs.decode(wait(programs.start(visual))))
+        return dict(zip(("encode", "prefill", "decode"), np.diff(times).tolist(), strict=True))
+
+    rows, text_tokens = inputs.tokens.shape
+    computed = tuple(float(cut.num_computed.mean()) for cut in started.cuts)
+    cost = count_cost(model, plan, text_tokens=text_tokens, computed=computed or None, rows=rows)
+    return Inference(
+        run=run,
+        flops=rows * cost.total_flops,
+        compile_s=compiler.seconds,
+        peak_bytes=compiler.peak_bytes,
+        plan=plan,
+        cost=cost,
+        decode_bytes=decode_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The two programs of `inference.generate`, compiled.
+
+    Attributes:
+        start: visual tokens → rows after their first token.
+        decode: these, whose cache it takes → every row with all of its new tokens.
+    """
+
+    start: Callable[..., Started]
+    decode: Callable[[Started], Any]
+
+
+def compile_generation(
+    compiler: Compiler,
+    meteor: Meteor,
+    params: Any,
+    visual: VisualTokens,
+    inputs: Batch,
+    *,
+    plan: PrunePlan,
+    new_tokens: int,
+) -> Generation:
+    """The programs that answer `inputs`; no token ends a row."""
+    key, never = jax.random.key(0), -1
+    prompts = {
+        "image_valid": inputs.image_valid,
+        "tokens": inputs.tokens,
+        "text_valid": inputs.text_valid,
+        "key": key,
+    }
+    start_rows = compiler.compile(
+        start, meteor, params, visual, **prompts, plan=plan, max_new_tokens=new_tokens
+    )
+    started = start_rows(params, visual, **prompts)
+    choice = choose_cache_length(started)
+    cache = trim(started.cache, choice)
+    decode = compiler.compile(
+        decode_rows,
+        meteor,
+        params,
+        started.first,
+        started.finite,
+        cache,
+        key,
+        max_new_tokens=new_tokens,
+        eos_id=never,
+    )
+    return Generation(
+        start=lambda visual=visual: start_rows(params, visual, **prompts),
+        decode=lambda started: decode(
+            params, started.first, started.finite, trim(started.cache, choice), key
+        ),
+    )
+
+
+def _with_scale(
+    model: MeteorConfig, params: Any, visual: VisualTokens, inputs: Batch, *, plan: PrunePlan
+) -> PrunePlan:
+    """`plan` with the λ that meets its `keep` when every earlier cut does."""
+    fixed = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, budget="fixed"))
+    started = start(
+        Meteor(model),
+        params,
+        visual,
+        image_valid=inputs.image_valid,
+        tokens=inputs.tokens,
+        text_valid=inputs.text_valid,
+        plan=fixed,
+        max_new_tokens=0,
+        key=jax.random.key(0),
+    )
+    scales, edges, available = [], [], visual.num_tokens
+    for cut, trace in enumerate(jax.device_get(started.cuts)):
+        mass, low_high = chosen_mass(trace, plan=plan.decode), plan.decode.bounds(cut)
+        target = plan.decode.keep[cut]
+        scales.append(
+            fit_scale(
+                mass, low_high=low_high, target=target, available=np.full(mass.shape, available)
+            )
+        )
+        kept = np.clip(np.round(scales[-1] * mass), *low_high)
+        edges.append(
+            fit_edges(
+                [kept[row : row + 1] for row in range(len(kept))],
+                high=low_high[1],
+                num_totals=plan.decode.num_totals,
+            )
+        )
+        available = target
+    decode = dataclasses.replace(plan.decode, scale=tuple(scales), edges=tuple(edges))
+    return dataclasses.replace(plan, decode=decode)
+
+
+def train_states(
+    models: Iterable[MeteorConfig], *, stage: StageConfig, mesh: Mesh
+) -> dict[str, TrainState]:
+    """A fresh state by form, float32 and on `mesh` as training has it."""
+
+    def fresh(params: Any) -> TrainState:
+        return make_state(  # copies, since training gives its state away
+            jax.tree.map(jnp.copy, params),
+            optimizer=make_optimizer(stage),
+            trainable=stage.trainable,
+            rng=jax.random.PRNGKey(0),
+            use_ema=False,
+        )
+
+    params = make_params(models, dtype="float32", mesh=mesh)
+    return {
+        fusion: jax.jit(
+            fresh, out_shardings=parameter_shardings(jax.eval_shape(fresh, tree), mesh)
+        )(tree)
+        for fusion, tree in params.items()
+    }
+
+
+def compile_train(
+    model: MeteorConfig,
+    states: dict[str, TrainState],
+    inputs: Batch,
+    *,
+    plan: PrunePlan,
+    stage: StageConfig,
+) -> Programs:
+    """A training step, part "train"; plans of one form take turns on one state."""
+    compiler, form = Compiler(), model.fusion
+    step = make_train_step(
+        Meteor(model),
+        optimizer=make_optimizer(stage),
+        plan=plan,
+        stage=stage,
+        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, states[form]),
+    )
+    flops = count_traced(step, states[form], inputs)
+    step = compiler.compile(step, states[form], inputs)
+
+    def run() -> dict[str, float]:
+        started = time.perf_counter()
+        states[form], metrics = step(states[form], inputs)
+        jax.block_until_ready((states[form], metrics))
+        return {"train": time.perf_counter() - started}
+
+    run()
+    return Programs(
+        run=run, flops=flops, compile_s=compiler.seconds, peak_bytes=compiler.peak_bytes
+    )
+
+
+class Compiler:
+    """Compiles, and keeps count of the seconds and of the most memory that a program needs."""
+
+    def __init__(self) -> None:
+        self.seconds, self.peak_bytes = 0.0, 0
+
+    def compile(self, function: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        started = time.perf_counter()
+        compiled = function.lower(*args, **kwargs).compile()
+        self.seconds += time.perf_counter() - started
+        memory = compiled.memory_analysis()
+        needed = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+        self.peak_bytes = max(self.peak_bytes, needed)
+        return compiled
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,309 @@
+"""The programs that a config runs, as shapes with shardings: nothing is computed, all is traced.
+
+B rows, T text tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from meteor_jax.config import ConfigError
+from meteor_jax.experiment.config import Experiment, StageConfig
+from meteor_jax.inference.layout import param_dtype, param_shapes
+from meteor_jax.models.eagle.cost import count_traced
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.layers.attention import attention_kernel
+from meteor_jax.models.layers.platform import compiling_for
+from meteor_jax.parallel.mesh import BATCH_AXES, check_batch_size
+from meteor_jax.parallel.rules import parameter_shardings
+from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.training.init import placeholder_ranks
+from meteor_jax.training.loss import all_logits_at_once
+from meteor_jax.training.optimizer import make_optimizer, split_trainable
+from meteor_jax.training.state import init_params, make_state
+from meteor_jax.training.step import make_train_step
+from meteor_jax.types import Batch, DecodeCache
+
+PROGRAMS = ("train", "prefill", "extend")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be compiled.
+
+    Attributes:
+        program: one of `PROGRAMS`.
+        stage: of training, "pretrain" or "finetune".
+        plan: a name or text; "" takes the stage's first.
+        rows: prompts of prefill and extend; 0 takes the config's, rounded up to the mesh.
+    """
+
+    program: str
+    experiment: Experiment
+    stage: str = "finetune"
+    plan: str = ""
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    rows: int = 0
+
+    @property
+    def stage_config(self) -> StageConfig:
+        return getattr(self.experiment.train, self.stage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with the shapes and shardings of its arguments.
+
+    Attributes:
+        function: to be lowered with `args` in `tracing_for`.
+        resident_bytes: of each device, a lower bound: the arguments, and for a train step the
+            gradients at the smallest that they can be.
+        total_bytes: the same of all devices together, nothing held twice.
+        rows: examples, or tokens of extend.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    resident_bytes: float
+    total_bytes: float
+    rows: int
+
+
+def build_program(request: Request, mesh: Mesh, *, platform: str) -> Program:
+    """What `request` asks for on `mesh`; nothing but shapes is computed.
+
+    Prefill and extend are those of evaluation: `inference_mesh` is the mesh that it runs on.
+
+    Raises:
+        ConfigError: for batches that the mesh does not divide.
+        ValueError: for a plan that does not fit the model.
+    """
+    make = {"train": _train, "prefill": _prefill, "extend": _extend}[request.program]
+    with tracing_for(platform, mesh):
+        return make(request, mesh)
+
+
+def count_flops(request: Request, mesh: Mesh, *, platform: str) -> tuple[float, float]:
+    """Operations of all devices together, with and without what remat computes again.
+
+    The programs are traced anew: the counter does not see into custom kernels, and jit keeps what
+    it has traced.
+    """
+    plain = dataclasses.replace(request, experiment=with_remat(request.experiment, "none"))
+
+    def count(request: Request) -> float:
+        program = build_program(request, mesh, platform=platform)
+        with tracing_for(platform, mesh):
+            return count_traced(program.function, *program.args)
+
+    with attention_kernel("xla"):
+        flops = count(request)
+        with all_logits_at_once():
+            return flops, count(plain)
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str, mesh: Mesh) -> Iterator[None]:
+    """Constraints pin to `mesh`, and models take the forms of `platform`."""
+    with jax.set_mesh(mesh), compiling_for(platform):
+        yield
+
+
+def with_remat(experiment: Experiment, remat: str) -> Experiment:
+    """`experiment` with one remat policy in every encoder and in the decoder."""
+    model = experiment.model
+    parts = {
+        name: dataclasses.replace(getattr(model, name), remat=remat)
+        for name in (*model.encoders, "llama")
+    }
+    return dataclasses.replace(experiment, model=dataclasses.replace(model, **parts))
+
+
+def device_bytes(tree: Any) -> int:
+    """What each device holds of ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _program(
+    function: Callable[..., Any], args: tuple[Any, ...], *, rows: int, gradients: Any = ()
+) -> Program:
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((args, gradients)))
+    return Program(function, args, device_bytes((args, gradients)), whole, rows=rows)
+
+
+def _train(request: Request, mesh: Mesh) -> Program:
+    experiment, stage = request.experiment, request.stage_config
+    check_batch_size(
+        stage.batch_size // stage.grad_accum_steps,
+        mesh,
+        where=f"train.{request.stage}.batch_size / grad_accum_steps",
+    )
+    plan = _plan(request)
+    model, optimizer = Meteor(experiment.model), make_optimizer(stage)
+    text_length = stage.text_length or experiment.data.text_length
+    apart = experiment.data.turns_of(stage.kind) == "apart"
+    batch = _batch(experiment, rows=stage.batch_size, text_length=text_length, apart=apart)
+
+    def fresh(batch: Batch) -> Any:
+        return make_state(
+            init_params(model, batch, seed=0),
+            optimizer=optimizer,
+            trainable=stage.trainable,
+            rng=jax.random.PRNGKey(0),
+            use_ema=experiment.train.ema_decay > 0,
+        )
+
+    state = jax.eval_shape(fresh, batch)
+    shardings = parameter_shardings(state, mesh)
+    state = with_shardings(state, shardings)
+    step = make_train_step(
+        model,
+        optimizer=optimizer,
+        plan=plan,
+        stage=stage,
+        encoders=experiment.model.active_encoders(plan),
+        ema_decay=experiment.train.ema_decay,
+        state_shardings=shardings,
+    )
+    gradients = ()
+    if stage.grad_clip:  # needs them all at once; else each can be used up as it comes
+        dtype = experiment.model.dtype  # XLA may keep them so until they are summed up
+        gradients = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+            for path, leaf in split_trainable(state.params, stage.trainable)[0].items()
+        }
+    args = (state, _by_rows(batch, mesh))
+    return _program(step, args, rows=stage.batch_size, gradients=gradients)
+
+
+def _prefill(request: Request, mesh: Mesh) -> Program:
+    params, batch, prefill = _inference(request, mesh)
+    args = (params, batch.images, batch.image_valid, batch.tokens, batch.text_valid)
+    cache = _cache_shardings(jax.eval_shape(prefill, *args)[1], mesh)
+    function = jax.jit(prefill, out_shardings=(None, cache))
+    return _program(function, args, rows=batch.tokens.shape[0])
+
+
+def _extend(request: Request, mesh: Mesh) -> Program:
+    params, batch, prefill = _inference(request, mesh)
+    cache = jax.eval_shape(
+        prefill, params, batch.images, batch.image_valid, batch.tokens, batch.text_valid
+    )[1]
+    shardings = _cache_shardings(cache, mesh)
+    model = Meteor(request.experiment.model)
+
+    def extend(params: Any, cache: DecodeCache, tokens: Any) -> Any:
+        extended = model.apply({"params": params}, cache, tokens, method="extend")
+        return extended.logits, extended.cache
+
+    rows = batch.tokens.shape[0]
+    tokens = _by_rows(jax.ShapeDtypeStruct((rows, 1), jnp.int32), mesh)
+    function = jax.jit(extend, donate_argnums=1, out_shardings=(None, shardings))
+    args = (params, with_shardings(cache, shardings), tokens)
+    return _program(function, args, rows=rows)
+
+
+def _inference(request: Request, mesh: Mesh) -> tuple[Any, Batch, Callable[..., Any]]:
+    """Parameters and prompts, one image each, and the function from pixels to the first token."""
+    experiment, settings = request.experiment, request.experiment.eval
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = request.rows or math.ceil(settings.batch_size / shards) * shards
+    check_batch_size(rows, mesh, where="rows")
+    model, plan = Meteor(experiment.model), _plan(request)
+    batch = _batch(experiment, rows=rows, text_length=experiment.data.text_length)
+    params = param_shapes(experiment, mesh=mesh, dtype=param_dtype(experiment))
+
+    def prefill(params: Any, images: Any, image_valid: Any, tokens: Any, text_valid: Any) -> Any:
+        variables, rows = {"params": params}, image_valid.shape
+        encoded = model.apply(
+            variables, images.reshape(-1, *images.shape[2:]), plan=plan, method="encode_images"
+        )
+        prefilled = model.apply(
+            variables,
+            jax.tree.map(lambda array: array.reshape(*rows, *array.shape[1:]), encoded.tokens),
+            image_valid=image_valid,
+            tokens=tokens,
+            text_valid=text_valid,
+            plan=plan,
+            max_new_tokens=settings.max_new_tokens,
+            method="prefill",
+        )
+        return prefilled.logits, prefilled.cache
+
+    return params, _by_rows(batch, mesh), prefill
+
+
+def _plan(request: Request) -> PrunePlan:
+    """The plan; where nothing was calibrated, with equal ranks and any λ, which have the same
+    budgets and the same largest buckets."""
+    text = request.plan or request.stage_config.plans[0]
+    plan = parse_plan(text, library=request.experiment.plans)
+    stand_in = dataclasses.replace(
+        placeholder_ranks(request.experiment.model, plans=[plan]),
+        scales={plan.name: (1.0,) * len(plan.decode.layers)} if plan.decode else {},
+    )
+    return plan.calibrated(stand_in).calibrated(request.calibration)
+
+
+def _batch(experiment: Experiment, *, rows: int, text_length: int, apart: bool = False) -> Batch:
+    size, images = experiment.model.image_size, experiment.data.max_images
+
+    def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    return Batch(
+        images=struct((images, size, size, 3), jnp.uint8),
+        image_valid=struct((images,), jnp.bool_),
+        tokens=struct((text_length,), jnp.int32),
+        text_valid=struct((text_length,), jnp.bool_),
+        labels=struct((text_length,), jnp.int32),
+        example_id=struct((), jnp.int32),
+        turn=struct((text_length,), jnp.int32) if apart else None,
+    )
+
+
+def _by_rows(tree: Any, mesh: Mesh) -> Any:
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def _cache_shardings(cache: DecodeCache, mesh: Mesh) -> Any:
+    """Keys and values [L, B, S, K, d] by rows and heads, the rest by rows."""
+
+    def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if leaf.ndim == 5:
+            heads = "tensor" if leaf.shape[3] % mesh.shape["tensor"] == 0 else None
+            return NamedSharding(mesh, P(None, BATCH_AXES, None, heads, None))
+        return NamedSharding(mesh, P(BATCH_AXES) if leaf.ndim else P())
+
+    return jax.tree.map(sharding, cache)
+
+
+def check_program(name: str) -> str:
+    """`name`, if it is one of `PROGRAMS`; else ConfigError."""
+    if name not in PROGRAMS:
+        raise ConfigError(f"programs: expected names out of {', '.join(PROGRAMS)}, got '{name}'.")
+    return name

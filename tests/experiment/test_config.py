@@ -1,0 +1,133 @@
+"""From a config to an experiment, and what a wrong one is told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meteor_jax.config import ConfigError
+from meteor_jax.experiment.config import complete, load_experiment
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_config(**train_fields):
+    return {
+        "model": {"encoders": ("clip",)},
+        "data": {"sources": ("easy-vqa",)},
+        "train": {"finetune": {"steps": 5}} | train_fields,
+        "plans": {"half": "random(keep=8)"},
+        "eval": {"num_questions": None},
+    }
+
+
+def test_stages():
+    config = load_experiment(make_config(pretrain={"steps": 3, "plans": ("full", "half")})).train
+    first, second = config.stages()
+    assert (first.name, first.start, first.stop) == ("pretrain", 0, 3)
+    assert (second.name, second.start, second.stop) == ("finetune", 3, 8)
+    assert [first.plan_name(step) for step in range(3)] == ["full", "half", "full"]
+    assert [config.stage_at(step).name for step in (2, 3, 8)] == ["pretrain", *["finetune"] * 2]
+
+
+def test_stage_without_steps_is_left_out():
+    stages = load_experiment(make_config()).train.stages()
+    assert [(stage.name, stage.start) for stage in stages] == [("finetune", 0)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"finetune": {"stepz": 5}}, "train.finetune.stepz: no such field. Did you mean 'steps'?"),
+        ({"finetune": {"kind": "captions"}}, "expected one of caption, questions"),
+        (
+            {"finetune": {"batch_size": 6, "grad_accum_steps": 4}},
+            "does not divide into grad_accum_steps=4",
+        ),
+        ({"finetune": {"steps": 0}}, "nothing to train"),
+        ({"log_every": 0}, "log_every is at least 1"),
+        ({"held_out_batches": 0}, "held_out_batches is at least 1"),
+        ({"held_out_every": 5}, "train.held_out_every is 5, but data.held_out is 0"),
+        ({"ema_decay": "0.9"}, "train.ema_decay: expected float, got '0.9'"),
+        ({"mesh": {"dat": 1}}, "train.mesh.dat: no such field. Did you mean 'data'?"),
+    ],
+)
+def test_wrong_fields(fields, message):
+    with pytest.raises(ConfigError) as error:
+        load_experiment(make_config(**fields))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_completed_config_has_every_field_and_means_the_same():
+    config = complete(make_config())
+    assert config.train.finetune.weight_decay == 0.0
+    assert load_experiment(config) == load_experiment(make_config())
+    with config.unlocked():
+        config.eval.num_questions = 7  # a field that was None takes a value
+    assert load_experiment(config).eval.num_questions == 7
+
+
+PROGRAM = """
+import sys
+from absl import app, flags
+from ml_collections import config_flags
+from meteor_jax.experiment.config import load_experiment
+from meteor_jax.experiment.flags import parse_flags
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+def main(_):
+    print(load_experiment(CONFIG.value).train.finetune.steps)
+flags.mark_flags_as_required(["config"])
+app.run(main, flags_parser=parse_flags)
+"""
+
+CONFIG = """
+from ml_collections import ConfigDict
+from meteor_jax.experiment.config import complete
+def get_config():
+    return complete(ConfigDict({
+        "model": {}, "data": {"sources": ("easy-vqa",)}, "train": {"finetune": {"steps": 5}},
+    }))
+"""
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    program = tmp_path / "program.py"
+    calls = "\n".join(
+        f"""
+pid = os.fork()
+if pid == 0:
+    sys.argv = ["program", *{arguments!r}]
+    sys.stdout.flush()
+    exec(compile(program, "program", "exec"))
+print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+        for arguments in (
+            ["--config=config.py", "--config.train.finetune.steps=7"],
+            ["--config=config.py", "--config.train.finetune.stepz=7"],
+            ["--config=config.py", "--config.train.finetune.steps=many"],
+            ["--config=confg.py"],
+            ["--workdri=x"],
+            [],
+        )
+    )
+    preamble = f"import os, sys\nimport meteor_jax.experiment.config\nprogram = {PROGRAM!r}\n"
+    program.write_text(preamble + calls)
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
+    )
+    assert done.stdout.split() == ["7", "exit", "0", *["exit", "2"] * 5], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: config: no such field 'stepz'. Did you mean 'steps'?"
+    assert "invalid literal for int() with base 10: 'many'" in errors[1]
+    assert errors[2] == "error: config file confg.py does not exist."
+    assert "Did you mean: workdir" not in errors[3] and "workdri" in errors[3]
+    assert "config" in errors[4]
+    assert "Traceback" not in done.stderr

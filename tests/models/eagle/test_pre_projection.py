@@ -1,0 +1,72 @@
+"""EAGLE's own fusion: channels joined on one grid, one projector, and cuts by place."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.models.eagle.cost import count_cost, count_traced
+from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.eagle.projector import Projector
+from meteor_jax.models.encoders.convnext import model as convnext
+from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.plan import PrunePlan
+from tests import tiny_model as tiny
+
+
+def test_pre_projection_joins_channels_on_one_grid():
+    config = dataclasses.replace(tiny.CONFIG, fusion="pre")
+    model, batch = Meteor(config), tiny.make_batch()
+    params = jax.jit(model.init, static_argnames="plan")(
+        jax.random.key(0), batch, plan=PrunePlan()
+    )["params"]
+    assert "projector" in params and "projector_clip" not in params
+    tokens = model.apply(
+        {"params": params}, batch.images[:, 0], plan=PrunePlan(), method="encode_images"
+    ).tokens
+    assert tokens.x.shape == (3, 16, 32)
+    with pytest.raises(ValueError, match="fusion='post'"):
+        model.apply({"params": params}, batch, plan=tiny.plan(tiny.METEOR))
+
+
+def test_pre_projection_is_pruned_place_by_place_without_training(monkeypatch):
+    """What runs on EAGLE's own weights: places that the encoders agree on go, then stage 3."""
+    monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
+    model, batch = Meteor(dataclasses.replace(tiny.CONFIG, fusion="pre")), tiny.make_batch()
+    params = jax.jit(model.init, static_argnames="plan")(
+        jax.random.key(0), batch, plan=PrunePlan()
+    )["params"]
+
+    @functools.partial(jax.jit, static_argnames="text")
+    def encode(params, text):
+        return model.apply(
+            {"params": params}, batch.images[:, 0], plan=parse_plan(text), method="encode_images"
+        )
+
+    whole, cut = encode(params, "full").tokens, encode(params, "meteor(fuse=6)").tokens
+    assert cut.x.shape == (3, 6, 32)
+    assert (np.diff(cut.raster, axis=1) > 0).all()
+    places = np.asarray(cut.raster)[..., None]
+    np.testing.assert_array_equal(cut.x, np.take_along_axis(np.asarray(whole.x), places, axis=1))
+    np.testing.assert_array_equal(encode(params, "meteor(fuse=16)").tokens.x, whole.x)
+    with pytest.raises(ValueError, match=r"fuse\.num_iterations=1"):
+        encode(params, "meteor(fuse=6, fuse.num_iterations=2)")
+
+    program = functools.partial(encode.__wrapped__, text="meteor(fuse=6)")
+    cost = count_cost(model.config, parse_plan("meteor(fuse=6)"))
+    of_one_image = cost.total_flops - dict(cost.rows)["llm"]
+    assert count_traced(program, params) == len(batch.images) * of_one_image
+
+
+def test_projector_parts_sum_to_the_first_layer():
+    def projected_parts(module):
+        features = [jnp.ones((1, 2, 4)), jnp.full((1, 2, 3), 2.0)]
+        return sum(module.parts(features)), module.fc1(jnp.concatenate(features, -1))
+
+    projector = Projector(8)
+    variables = projector.init(jax.random.key(1), jnp.zeros((1, 2, 7)))
+    parts, first_layer = projector.apply(variables, method=projected_parts)
+    np.testing.assert_allclose(parts, first_layer, atol=1e-6)  # the bias starts at 0

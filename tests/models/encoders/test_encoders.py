@@ -1,0 +1,170 @@
+"""What every encoder promises, whatever its architecture."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.models.encoders.clip.model import Clip, ClipConfig
+from meteor_jax.models.encoders.convnext.model import ConvNext, ConvNextConfig
+from meteor_jax.models.encoders.pix2struct.model import Pix2Struct, Pix2StructConfig
+from meteor_jax.pruning.encode import EncoderCut
+
+MODELS = {
+    "clip": Clip(
+        ClipConfig(image_size=24, patch_size=4, width=16, depth=4, num_heads=2, mlp_dim=24)
+    ),
+    "clip_with_cls": Clip(  # two blocks: one of its three segments is empty
+        ClipConfig(
+            image_size=24, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=24, keep_cls=True
+        )
+    ),
+    "convnext": ConvNext(
+        ConvNextConfig(image_size=48, depths=(1, 2), widths=(8, 16), layer_scale_init=0.5)
+    ),
+    "pix2struct": Pix2Struct(
+        Pix2StructConfig(
+            grid_side=6, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=24, num_positions=8
+        )
+    ),
+}
+NUM_TOKENS = 36
+NUM_IMAGES = 3
+
+
+def images(seed=0):
+    return jax.random.normal(jax.random.key(seed), (NUM_IMAGES, 32, 32, 3))
+
+
+@functools.cache
+def variables(name):
+    """Every parameter drawn at random; quicker than compiling `init`."""
+    shapes = jax.eval_shape(MODELS[name].init, jax.random.key(0), images())
+    random = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: random.normal(scale=0.5, size=leaf.shape).astype(leaf.dtype), shapes
+    )
+
+
+def cuts_for(name, keeps=(30, 20, 9), criteria=("mean_token", "attention", "attention")):
+    """Three cuts, or, where only the output can be cut, the last by mean token."""
+    if not all(MODELS[name].config.cuttable):
+        keeps, criteria = (NUM_TOKENS, NUM_TOKENS, keeps[-1]), ("mean_token",) * 3
+    return tuple(EncoderCut(k, c) for k, c in zip(keeps, criteria, strict=True))
+
+
+@functools.cache
+def compiled(name, cuts):
+    return jax.jit(functools.partial(MODELS[name].apply, cuts=cuts))
+
+
+def encode(name, cuts, x=None):
+    return compiled(name, cuts)(variables(name), images() if x is None else x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestEncoder:
+    def test_config_tells_the_shape(self, name):
+        config = MODELS[name].config
+        out = encode(name, None)
+        assert out.x.shape == (NUM_IMAGES, config.num_tokens, config.width)
+        assert config.num_tokens == config.grid**2 == NUM_TOKENS
+        assert config.num_windows == 1
+        assert out.kept == ()
+        np.testing.assert_array_equal(out.raster, [np.arange(NUM_TOKENS)] * NUM_IMAGES)
+
+    def test_keeping_everything_changes_nothing(self, name):
+        kept = encode(name, cuts_for(name, keeps=(NUM_TOKENS,) * 3))
+        full = encode(name, None)
+        np.testing.assert_array_equal(kept.x, full.x)
+        np.testing.assert_array_equal(kept.raster, full.raster)
+
+    def test_cuts_shorten_and_keep_order(self, name):
+        cuts = cuts_for(name)
+        out = encode(name, cuts)
+        assert out.x.shape == (NUM_IMAGES, 9, MODELS[name].config.width)
+        assert [kept.shape for kept in out.kept] == [(NUM_IMAGES, cut.keep) for cut in cuts]
+        np.testing.assert_array_equal(out.kept[-1], out.raster)
+        assert (np.diff(np.asarray(out.raster), axis=1) > 0).all()
+        for before, after in itertools.pairwise(out.kept):
+            for old, new in zip(np.asarray(before), np.asarray(after), strict=True):
+                assert set(new) <= set(old)
+
+    def test_raster_travels_with_its_token(self, name):
+        """A cut at the output only: each kept token is the uncut model's token at that place."""
+        out = encode(name, cuts_for(name, (NUM_TOKENS, NUM_TOKENS, 9), ("mean_token",) * 3))
+        full = np.asarray(encode(name, None).x)
+        expected = np.take_along_axis(full, np.asarray(out.raster)[..., None], axis=1)
+        np.testing.assert_allclose(out.x, expected, atol=1e-5)
+
+    def test_tree_does_not_depend_on_cuts(self, name):
+        init = functools.partial(MODELS[name].init, cuts=cuts_for(name))
+        cut = jax.eval_shape(init, jax.random.key(0), images())
+        assert jax.tree.map(lambda leaf: leaf.shape, cut) == jax.tree.map(
+            lambda leaf: leaf.shape, variables(name)
+        )
+
+    def test_image_does_not_depend_on_its_batch_mates(self, name):
+        mates = images(seed=7).at[1].set(images()[1])
+        ours, theirs = encode(name, cuts_for(name)), encode(name, cuts_for(name), mates)
+        np.testing.assert_array_equal(ours.raster[1], theirs.raster[1])
+        np.testing.assert_allclose(ours.x[1], theirs.x[1], atol=1e-5)
+        assert (ours.raster != theirs.raster).any()
+
+    def test_compiles_once(self, name):
+        for seed in range(3):
+            encode(name, cuts_for(name), images(seed))
+        assert compiled(name, cuts_for(name))._cache_size() == 1
+
+    def test_gradients_reach_every_parameter(self, name):
+        def loss(variables):
+            return (MODELS[name].apply(variables, images()).x ** 2).sum()
+
+        grads = jax.jit(jax.grad(loss))(variables(name))
+        for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+            assert np.isfinite(grad).all(), path
+            assert np.abs(grad).max() > 0, path
+
+    def test_dtype_and_remat_reach_the_blocks(self, name):
+        config = dataclasses.replace(MODELS[name].config, remat="nothing_saveable")
+        model = MODELS[name].clone(config=config, dtype=jnp.bfloat16)
+        program = jax.make_jaxpr(functools.partial(model.apply, cuts=cuts_for(name)))(
+            variables(name), images()
+        )
+        assert program.out_avals[0].dtype == jnp.bfloat16
+        assert "checkpoint" in str(program) or "remat" in str(program)
+
+    def test_bad_cuts(self, name):
+        with pytest.raises(ValueError, match="expected 3, one a segment, got 1"):
+            encode(name, (EncoderCut(4),))
+        with pytest.raises(ValueError, match="37 of 36"):
+            encode(name, cuts_for(name, keeps=(36, 36, 37)))
+
+
+def num_parameters(model):
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_full_sizes():
+    """Millions of parameters of the published models, in their PyTorch checkpoints."""
+    unused = 4 * 1024  # CLIP: class embedding, its position, the norm after the blocks
+    assert round((num_parameters(Clip(ClipConfig())) + unused) / 1e6, 1) == 303.5
+    head = 2 * 3072 + 1000 * 3072 + 1000  # ConvNeXt: classifier and its norm
+    assert round((num_parameters(ConvNext(ConvNextConfig())) + head) / 1e6, 1) == 846.5
+    assert round(num_parameters(Pix2Struct(Pix2StructConfig())) / 1e6, 1) == 512.8
+    assert [c.num_tokens for c in (ClipConfig(), ConvNextConfig(), Pix2StructConfig())] == [
+        576,
+        1024,
+        2025,
+    ]
+    assert [c.width for c in (ClipConfig(), ConvNextConfig(), Pix2StructConfig())] == [
+        1024,
+        3072,
+        1536,
+    ]

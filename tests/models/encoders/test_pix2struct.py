@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meteor_jax.models.encoders.pix2struct.model import Pix2Struct, Pix2StructConfig, preprocess
+from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD
+from meteor_jax.pruning.encode import EncoderCut
+
+CONFIG = Pix2StructConfig(
+    grid_side=4, patch_size=4, width=8, depth=3, num_heads=2, mlp_dim=12, num_positions=6
+)
+KEEP = 7
+
+
+def images():
+    return jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+
+
+def test_pixels_are_standardised_together():
+    """Over rows, columns and channels of one image, whatever its neighbours."""
+    grey = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3))
+    grey[1] *= 0.1
+    normalised = (grey / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
+    mean, std = grey.mean((1, 2, 3), keepdims=True), grey.std((1, 2, 3), keepdims=True)
+    out = preprocess(jnp.asarray(normalised, jnp.float32), size=16)
+    np.testing.assert_allclose(out, (grey - mean) / std, atol=1e-4)
+
+
+def test_blank_image_stays_finite():
+    assert np.abs(preprocess(jnp.zeros((1, 16, 16, 3)), size=8)).max() < 1e3
+    one_grey = jnp.asarray((0.5 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD), jnp.float32)
+    out = preprocess(jnp.broadcast_to(one_grey, (1, 16, 16, 3)), size=8)
+    np.testing.assert_allclose(out, 0.0, atol=0.01)
+
+
+def test_ids_count_from_one():
+    """Row 0 of both tables, and rows beyond the grid, are never read."""
+    model = Pix2Struct(CONFIG)
+    variables = model.init(jax.random.key(1), images())
+    grad = jax.jit(jax.grad(lambda v: (model.apply(v, images()).x ** 2).sum()))
+    grads = grad(variables)["params"]
+    for table in ("row_embedding", "column_embedding"):
+        read = np.abs(grads[table]).max(-1) > 0
+        np.testing.assert_array_equal(read, [False, True, True, True, True, False])
+
+
+def test_attention_received_is_the_maps_column_mean():
+    model = Pix2Struct(CONFIG)
+    variables = model.init(jax.random.key(1), images())
+    params = variables["params"]
+    out, state = model.apply(
+        variables,
+        images(),
+        cuts=(EncoderCut(KEEP, "attention"), EncoderCut(KEEP), EncoderCut(KEEP)),
+        capture_intermediates=lambda module, _: module.name == "patch_embedding",
+        mutable=["intermediates"],
+    )
+    x = state["intermediates"]["patch_embedding"]["__call__"][0]
+    rows, columns = params["row_embedding"], params["column_embedding"]
+    x = (x + rows[1:5][:, None] + columns[1:5][None]).reshape(2, 16, 8)
+
+    layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["stack"])
+    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * layer["norm1"]["scale"]
+    q, k = (
+        (x @ layer["attention"][name]["kernel"]).reshape(2, 16, 2, 4).transpose(0, 2, 1, 3)
+        for name in ("query", "key")
+    )
+    weights = jax.nn.softmax(q @ k.transpose(0, 1, 3, 2), axis=-1)  # no 1/√d
+    scores = np.asarray(weights.mean((1, 2)))
+    expected = np.sort(np.argsort(-scores, axis=-1)[:, :KEEP], axis=-1)
+    np.testing.assert_array_equal(out.kept[0], expected)
+
+
+def test_there_is_no_cls():
+    with pytest.raises(ValueError, match="no CLS token"):
+        Pix2Struct(CONFIG).init(jax.random.key(0), images(), cuts=(EncoderCut(4, "cls"),) * 3)
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="more than grid_side 45"):
+        Pix2StructConfig(num_positions=45)
+    with pytest.raises(ValueError, match="multiple of num_heads 7"):
+        Pix2StructConfig(num_heads=7)

@@ -1,0 +1,72 @@
+"""Differences between plans of runs that were trained apart."""
+
+import dataclasses
+
+import pytest
+
+from meteor_jax.reports.paired_comparison import mean_difference, paired_comparison, seed_variance
+from meteor_jax.reports.runs import read_runs
+from tests.reports.test_html import write_run
+
+
+def test_the_mean_difference_by_hand():
+    base = {"a": {"1": 1.0, "2": 1.0, "3": 0.0}, "b": {"7": 0.5, "8": 0.0}}
+    scores = {"a": {"1": 1.0, "2": 0.0, "9": 1.0}, "b": {"7": 1.0, "8": 0.5}}
+    difference, asked = mean_difference(scores, base)
+    assert asked == 4  # questions 3 and 9 were asked on one side only
+    assert difference.mean == pytest.approx((-0.5 + 0.5) / 2)
+    # Task a's bootstrap reaches from -1 to 0, task b's is a point: half of a's width on each side.
+    assert (difference.low, difference.high) == pytest.approx((-0.25, 0.25))
+
+
+@pytest.mark.parametrize("scores", [{}, {"a": {"1": 1.0}}, {"a": {"9": 1.0}, "b": {"7": 1.0}}])
+def test_no_difference_where_the_questions_are_not_the_same(scores):
+    assert mean_difference(scores, {"a": {"1": 1.0}, "b": {"7": 0.5}}) == (None, 0)
+
+
+def test_every_plan_of_every_run_stands_against_the_first_full(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    lines = paired_comparison(runs).splitlines()
+    assert lines[0] == "## Against a/full"
+    assert "| a/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in lines
+    (meteor,) = [line for line in lines if line.startswith("| b/meteor")]
+    assert "| +0.0 |" in meteor and meteor.endswith("| 8 |")
+    assert not any("majority" in line for line in lines)
+
+
+def test_without_predictions_or_a_second_run_there_is_nothing_to_say(tmp_path):
+    bare, whole = (
+        write_run(tmp_path / name, examples=False, predictions=name == "whole")
+        for name in ("bare", "whole")
+    )
+    assert paired_comparison(read_runs([whole])) == ""
+    assert paired_comparison(read_runs([bare, whole])) == ""
+    text = paired_comparison(read_runs([whole, bare]))
+    assert "| bare/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in text
+
+
+def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    better = tuple(
+        dataclasses.replace(row, score=row.score + 0.1) if row.plan == "meteor" else row
+        for row in runs[1].rows
+    )
+    repeated = [runs[0], dataclasses.replace(runs[1], rows=better)]
+    lines = seed_variance(repeated).splitlines()
+    assert "| full | 2 | 75.0 ± 0.0 | 75.0 ± 0.0 | – |" in lines
+    # 75 and 85: the deviation of a sample of two is 10 / √2.
+    assert "| meteor | 2 | 80.0 ± 7.1 | 80.0 ± 7.1 | +5.0 |" in lines
+    assert not any("majority" in line for line in lines)
+
+
+def test_one_training_evaluated_twice_is_no_repetition(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    same = [dataclasses.replace(run, content=run.content | {"params": "abc"}) for run in runs]
+    assert seed_variance(same) == ""
+
+
+def test_runs_of_one_training_each_or_of_other_tasks_are_no_repetition(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
+    fewer = tuple(row for row in runs[1].rows if row.task == runs[1].tasks[0])
+    assert seed_variance(runs[:1]) == ""
+    assert seed_variance([runs[0], dataclasses.replace(runs[1], rows=fewer)]) == ""
