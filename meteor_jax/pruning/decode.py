@@ -37,6 +37,7 @@ def text_after_image(sequence: Sequence) -> Array:
     return sequence.is_text & (place > last_visual)
 
 
+@jax.named_scope("scores")
 def text_query_mask(sequence: Sequence, *, num_text: int) -> Array:
     """SparseVLM's raters (ICML 2025, arXiv 2410.04417): the text that the image speaks of.
 
@@ -71,6 +72,7 @@ def visual_attention_value(received: Array, sequence: Sequence) -> Array:
     return jnp.einsum("bhs,bs->bh", received, sequence.is_visual.astype(jnp.float32))
 
 
+@jax.named_scope("scores")
 def cut_scores(
     sequence: Sequence,
     *,
@@ -152,6 +154,7 @@ def pivot_scores(
     return (is_pivot | taken).astype(jnp.float32)
 
 
+@jax.named_scope("scores")
 def recycle_dropped(
     sequence: Sequence,
     scores: Array,

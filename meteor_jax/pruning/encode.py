@@ -180,6 +180,7 @@ def check_cuts(cuts: tuple[EncoderCut, ...]) -> None:
         raise ValueError(f"cuts: expected {NUM_SEGMENTS}, one a segment, got {len(cuts)}.")
 
 
+@jax.named_scope("scores")
 def cut_tokens(
     x: Array,
     raster: Array,

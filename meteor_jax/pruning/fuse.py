@@ -37,6 +37,7 @@ class Span:
         return x[:, self.start : self.start + self.size]
 
 
+@jax.named_scope("scores")
 def fuse(
     tokens: VisualTokens,
     *,

@@ -210,8 +210,9 @@ class Meteor(nn.Module):
                         f"plan '{plan.name}': fuse.num_iterations={plan.fuse.num_iterations}, but "
                         "fusion='pre' drops whole places at once; set fuse.num_iterations=1."
                     )
-                parts = self.projector.parts(features)
-                scores = -position_redundancy(parts, similarity=plan.fuse.similarity)
+                with jax.named_scope("scores"):
+                    parts = self.projector.parts(features)
+                    scores = -position_redundancy(parts, similarity=plan.fuse.similarity)
             tokens = fuse(tokens, plan=plan.fuse, spans=spans, image_seed=image_seed, scores=scores)
             if plan.positions == "contiguous":
                 tokens = contiguous_positions(tokens)

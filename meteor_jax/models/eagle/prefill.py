@@ -243,6 +243,7 @@ def run_rows(
     return segment, jnp.broadcast_to(computed, num_kept.shape)
 
 
+@jax.named_scope("scores")
 def _text_attention(
     llama: Llama,
     variables: Any,
@@ -334,7 +335,8 @@ def _run_packed(
         states = (_pad(array, x.shape[1], axis=1) for array in (out.x, out.last_input))
         return *states, _pad(k, longest, axis=2), _pad(v, longest, axis=2)
 
-    x, last_input, k, v = jax.lax.switch(index, [lambda size=size: run(size) for size in sizes])
+    with jax.named_scope("totals"):
+        x, last_input, k, v = jax.lax.switch(index, [lambda size=size: run(size) for size in sizes])
     if layout is not None:
         x, last_input = layout.to_rows(x), layout.to_rows(last_input)
     return Segment(sequence.replace(x=x), last_input=last_input, k=k, v=v)

@@ -24,6 +24,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 Method = Literal["bilinear_align_corners", "bilinear_antialias", "bicubic", "bicubic_antialias"]
 
 
+@jax.named_scope("resize")
 def resize(images: Array, *, size: int, method: Method = "bilinear_align_corners") -> Array:
     """Resizes both sides of `images` to `size` in float32; the result has the dtype that came in.
 
