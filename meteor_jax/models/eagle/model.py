@@ -36,14 +36,7 @@ from meteor_jax.models.layers.stack import constrain
 from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
 from meteor_jax.pruning.fuse import Span, fuse, position_redundancy
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import (
-    Array,
-    Batch,
-    DecodeCache,
-    EncodeTrace,
-    PruneTrace,
-    VisualTokens,
-)
+from meteor_jax.types import Array, Batch, DecodeCache, EncodeTrace, PruneTrace, VisualTokens
 
 ENCODERS = {
     "clip": Clip,
