@@ -85,7 +85,7 @@ def test_what_the_commands_name_exists():
     for module in set(re.findall(r"python -m ([\w.]+)", everything)):
         assert importlib.util.find_spec(module), module
     launcher = (ROOT / "train.py").read_text() + (
-        ROOT / "meteor_jax" / "distributed.py"
+        ROOT / "meteor_jax" / "parallel" / "distributed.py"
     ).read_text()
     for flag in ("coordinator", "num_processes", "process_id", "config", "workdir"):
         assert f'"{flag}"' in launcher and f"--{flag}=" in everything

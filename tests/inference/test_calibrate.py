@@ -12,6 +12,7 @@ from rich.console import Console
 from meteor_jax.config import ConfigError
 from meteor_jax.data.tokenizers import ByteTokenizer
 from meteor_jax.experiment.config import load_experiment
+from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.inference.budgets import Questions, calibrate_budget
 from meteor_jax.inference.calibrate import (
     CalibrationBatch,
@@ -95,7 +96,7 @@ def test_an_unknown_template_is_not_taken_for_examples_that_do_not_fit():
     records = [[{"image": png(0), "caption": "", "qa": qa}]]
     with pytest.raises(ValueError, match="no such template 'qs'"):
         calibration_batch(
-            dataclasses.replace(experiment, train=train, eval={"template": "qs"}),
+            dataclasses.replace(experiment, train=train, eval=EvalConfig(template="qs")),
             tokenizer=ByteTokenizer(),
             records=records,
         )

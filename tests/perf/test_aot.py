@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from meteor_jax.config import ConfigError
 from meteor_jax.data.pipeline import DataConfig
 from meteor_jax.experiment.config import Experiment, StageConfig, TrainConfig
+from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.models.encoders.convnext.model import depthwise
 from meteor_jax.models.layers.platform import compiling_for, target_platform
 from meteor_jax.parallel.chips import CHIPS, GIB
@@ -137,7 +138,7 @@ def make_experiment(model=CONFIG, **stage):
         data=DataConfig(sources=("easy-vqa",), text_length=12),
         train=TrainConfig(finetune=StageConfig(**stage), mesh=MeshConfig(1, -1)),
         plans={"meteor": METEOR},
-        eval={"max_new_tokens": 4},
+        eval=EvalConfig(max_new_tokens=4),
     )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from meteor_jax.config import ConfigError
 from meteor_jax.data.config import DataConfig
 from meteor_jax.experiment.config import Experiment, StageConfig, TrainConfig, load_experiment
+from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.experiment.plans import resolve_plans
 from meteor_jax.inference.layout import inference_mesh, param_shapes
 from meteor_jax.models.eagle.cost import count_cost
@@ -115,7 +116,7 @@ def test_the_forms_share_every_weight_and_lie_as_evaluation_holds_them(experimen
         for plan in plans_of(experiment, "full", "meteor")
     ]
     assert [model.fusion for model in models] == ["pre", "post"]
-    experiment = dataclasses.replace(experiment, eval={"mesh": "data=4,tensor=2"})
+    experiment = dataclasses.replace(experiment, eval=EvalConfig(mesh="data=4,tensor=2"))
     mesh = inference_mesh(experiment, devices=jax.devices()[:8])
     params = bench_programs.make_params(models, dtype="bfloat16", mesh=mesh)
     loaded = param_shapes(experiment, mesh=mesh, dtype="bfloat16")

@@ -219,7 +219,7 @@ def test_bad_entries_are_all_reported_and_their_shards_done_again(tmp_path, monk
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from meteor_jax.data import llava
+from meteor_jax.data.sources import llava
 root, left = Path(sys.argv[1]), [7]
 def check(encoded):
     left[0] -= 1
