@@ -9,7 +9,7 @@ import meteor_jax
 
 ROOT = Path(meteor_jax.__file__).parent
 ORDER = [
-    ("types", "config"),
+    ("types", "config", "progress"),
     ("pruning",),
     ("models",),
     ("parallel", "data"),

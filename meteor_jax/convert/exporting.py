@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.table import Table as Grid
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
 from meteor_jax.checkpoint import (
     CONFIG_FILE,
@@ -33,6 +32,7 @@ from meteor_jax.convert.sizes import TOWERS
 from meteor_jax.convert.sources import ConversionError
 from meteor_jax.convert.writing import whole_or_nothing
 from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.progress import progress_bar
 
 GIGABYTE = 10**9
 INDEX_FILE = "model.safetensors.index.json"
@@ -66,12 +66,12 @@ def export_checkpoint(
         checkpoint.check()
         shards = _Shards(folder, shard_bytes)
         names = checkpoint.tensor_names()
-        with tqdm(total=len(names), desc="Writing", unit="tensor", disable=console is None) as bar:
-            for name, tensor in checkpoint.tensors(names):
+        with progress_bar(enabled=console is not None) as bar:
+            tensors = checkpoint.tensors(names)
+            for name, tensor in bar.track(tensors, total=len(names), description="Writing tensors"):
                 stored = checkpoint.dtypes.get(name, tensor.dtype.name)
                 tensor = tensor.astype(jnp.dtype(stored if dtype == AS_IS else dtype))
                 shards.add(name, tensor)
-                bar.update()
         shards.finish()
         (folder / CONFIG_FILE).write_text(json.dumps(checkpoint.torch_config(), indent=2) + "\n")
         copy_tokenizer(Path(workdir) / TOKENIZER_FOLDER, folder)

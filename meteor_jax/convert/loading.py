@@ -15,7 +15,6 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from tqdm.auto import tqdm
 
 from meteor_jax.checkpoint import TOKENIZER_FOLDER, write_config
 from meteor_jax.config import ConfigError
@@ -26,6 +25,7 @@ from meteor_jax.convert.sizes import build_config, model_fields
 from meteor_jax.convert.sources import ConversionError, Entry, Source, open_source
 from meteor_jax.convert.writing import Piece, StreamedArray, whole_or_nothing, write_checkpoint
 from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.progress import progress_bar
 
 AS_IS = "as-is"
 DTYPES = (AS_IS, "float32", "bfloat16", "float16")
@@ -109,7 +109,8 @@ def _convert(
     params = writer.params(found, shapes)
     unused = writer.unused(found)
     total = sum(len(array.pieces) for array in (*params.values(), *unused.values()))
-    with tqdm(total=total, desc="Writing", unit="tensor", disable=console is None) as bar:
+    with progress_bar(enabled=console is not None) as bar:
+        written = bar.add_task("Writing tensors", total=total)
         write_checkpoint(
             folder,
             {"params": flax.traverse_util.unflatten_dict(params, sep="/"), "unused": unused},
@@ -123,7 +124,7 @@ def _convert(
                     },
                 },
             },
-            on_piece=bar.update,
+            on_piece=lambda: bar.advance(written),
         )
     write_config(folder, document)
     copy_tokenizer(source.folder, folder / TOKENIZER_FOLDER)

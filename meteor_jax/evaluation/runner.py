@@ -11,14 +11,6 @@ from typing import Any, Literal
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from meteor_jax.checkpoint import TOKENIZER_FOLDER
 from meteor_jax.config import ConfigError
@@ -47,6 +39,7 @@ from meteor_jax.inference.engine.prompts import Room
 from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.parallel.distributed import is_main_process, main_process_first
+from meteor_jax.progress import progress_bar
 from meteor_jax.pruning.plan import PrunePlan
 
 SUBMISSIONS_FOLDER = "submissions"
@@ -99,7 +92,7 @@ def evaluate_checkpoint(
     )
     if evaluation.images_left_out:
         console.print(f"{evaluation.images_left_out} images have no room and are left out.")
-    with _progress(console, enabled=display == "bar") as progress:
+    with progress_bar(console=console, enabled=display == "bar") as progress:
         runs = [evaluation.run(plan, progress=progress) for plan in request.plans]
         first = runs[0].result.answers if runs else ()
         corrupt = [index for index, answer in enumerate(first) if answer.corrupt]
@@ -242,15 +235,3 @@ def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
         return cost.total_flops / 1e12
 
     return tflops
-
-
-def _progress(console: Console, *, enabled: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not enabled)

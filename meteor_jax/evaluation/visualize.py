@@ -1,21 +1,24 @@
-"""Pictures of an evaluation: some answers, right and wrong, with the tokens that stayed."""
+"""Pictures of an evaluation: some answers, correct and incorrect, with the kept tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from meteor_jax.evaluation.evaluator import Evaluation
 from meteor_jax.evaluation.files import prediction_line
 from meteor_jax.evaluation.results import PlanResult
-from meteor_jax.inference.draw import draw_examples, draw_kept_tokens, example_text
+from meteor_jax.inference.draw import Stage, draw_kept_tokens, read_stages
 from meteor_jax.inference.engine.run import pad_prompts
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.parallel.distributed import is_main_process
@@ -23,13 +26,13 @@ from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, PruneTrace
 
 KEPT_FILE = "kept_tokens.png"
-EXAMPLES_FOLDER = "examples"
+EXAMPLES_FOLDER, EXAMPLES_FILE = "examples", "examples.json"
 
 
 def draw_answers(
     evaluation: Evaluation, result: PlanResult, *, plan: PrunePlan, workdir: Path
 ) -> None:
-    """kept_tokens.png and examples/: `eval.num_visualizations` answers, half of them wrong ones.
+    """kept_tokens.png and examples/: `eval.num_visualizations` answers, half of them incorrect.
 
     Only questions about one image that could be decoded are drawn.
     """
@@ -69,16 +72,53 @@ def draw_answers(
         prediction_line(evaluation.questions[row], result.answers[row]) | {"plan": plan.name}
         for row in rows
     ]
-    grids = token_grids(evaluation.model.config, plan=plan)
-    draw_kept_tokens(
-        images,
-        [example_text(record) for record in records],
-        trace,
-        grids=grids,
-        path=workdir / KEPT_FILE,
-        title=f"{plan.name}: tokens that stay",
+    stages = read_stages(trace, grids=token_grids(evaluation.model.config, plan=plan))
+    write_examples(workdir, images, records=records, stages=stages)
+
+
+def write_examples(
+    workdir: Path,
+    images: np.ndarray,
+    *,
+    records: Sequence[Mapping[str, Any]],
+    stages: Sequence[Sequence[Stage]],
+) -> None:
+    """kept_tokens.png, and in examples/ a picture per image and examples.json.
+
+    The latter has the records, each with the name of its `picture` and with `kept`, its tokens by
+    stage and encoder.
+
+    Args:
+        images: uint8[I, H, W, 3].
+        records: lines of predictions with "plan", one per image.
+        stages: by image, of `read_stages`.
+    """
+    folder = workdir / EXAMPLES_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, listed = [], []
+    for image, record, of_image in zip(images, records, stages, strict=True):
+        picture = draw_kept_tokens(
+            image, of_image, caption=caption(record), title=f"{record['plan']}: kept tokens"
+        )
+        kept = {
+            stage.title: {encoder: int(cells.sum()) for encoder, cells in stage.kept.items()}
+            for stage in of_image
+        }
+        listed.append(dict(record) | {"picture": f"{len(listed):02d}.png", "kept": kept})
+        picture.save(folder / listed[-1]["picture"])
+        pictures.append(picture)
+    Image.fromarray(np.concatenate(pictures)).save(workdir / KEPT_FILE)
+    text = json.dumps(listed, indent=2, ensure_ascii=False) + "\n"
+    (folder / EXAMPLES_FILE).write_text(text, encoding="utf-8")
+
+
+def caption(record: Mapping[str, Any]) -> str:
+    """Question, prediction and reference answer of an example, in lines for its picture."""
+    verdict = "correct" if record["score"] >= 0.5 else "incorrect"
+    question = textwrap.fill(str(record["question"]), 34)
+    return (
+        f"{question}\npredicted: {record['prediction']} ({verdict})\nreference: {record['answer']}"
     )
-    draw_examples(workdir / EXAMPLES_FOLDER, images, records, trace, grids=grids)
 
 
 def token_grids(config: MeteorConfig, *, plan: PrunePlan) -> dict[str, int]:
@@ -113,8 +153,8 @@ def trace_examples(
 
 
 def choose_examples(scores: Sequence[float], images: Sequence[Any], *, count: int) -> list[int]:
-    """Which answers to show: half of them wrong, half right, the first there are, each with an
-    image of its own. Where there are too few of a kind, the other fills in."""
+    """Which answers to show: the first incorrect and the first correct ones, half of each, every
+    one with another image. Where one kind has too few, the other fills in."""
     chosen: list[int] = []
     seen: set[Any] = set()
     left = {False: count - count // 2, True: count // 2}

@@ -27,7 +27,6 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
@@ -45,6 +44,7 @@ from meteor_jax.inference.load import load_params
 from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.parallel.distributed import allgather_to_host
+from meteor_jax.progress import track
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
 from meteor_jax.types import IGNORE_LABEL, Array, CutTrace

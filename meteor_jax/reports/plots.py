@@ -14,12 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from sklearn.isotonic import isotonic_regression
 
 from meteor_jax.evaluation.token_stats import PERCENTILES
 
-KEPT_LABEL = "visual tokens kept a question (mean over the layers of the LLM)"
-TOKENS_LABEL = "visual tokens computed a question (mean over the layers of the LLM)"
+KEPT_LABEL = "visual tokens kept per question, mean over LLM layers"
+TOKENS_LABEL = "visual tokens computed per question, mean over LLM layers"
 LONGEST_NAME = 30
 LABEL_WIDTH, LABEL_HEIGHT = 0.2, 0.055  # of a name in a chart, as shares of the axes
 INK, MUTED, PAPER, LINE = "#1b1f24", "#6b7280", "#ffffff", "#d8dce1"
@@ -77,7 +76,7 @@ def spread_figure(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
     quartiles, a dot at the mean.
 
     Args:
-        rows: by label, what `kept.describe` gives.
+        rows: by label, what `token_stats.describe` gives.
     """
     figure, axes = _figure(5.6, 0.9 + 0.27 * len(rows))
     for place, spread in enumerate(rows.values()):
@@ -179,8 +178,9 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     for column in columns:
         column.sort(key=lambda plan: placed[plan][1])
         gaps = LABEL_HEIGHT * np.arange(len(column))
-        # The least moves that keep the gaps: isotonic regression.
-        heights = isotonic_regression([placed[plan][1] for plan in column] - gaps) + gaps
+        # From below, each at its point or one gap above the label before it; all inside the axes.
+        heights = np.maximum.accumulate([placed[plan][1] for plan in column] - gaps) + gaps
+        heights -= max(heights[-1] - 1, 0)
         edge = max(placed[plan][0] for plan in column) + 0.035
         for plan, height in zip(column, heights, strict=True):
             _annotate(axes, plan, points[plan], place=(edge, height))

@@ -1,4 +1,4 @@
-"""What an evaluation left in a workdir, as a report needs it."""
+"""What an evaluation wrote into a workdir, as a report needs it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import numpy as np
 
 from meteor_jax.config import ConfigError, build
 from meteor_jax.evaluation.files import EVAL_FILE
-from meteor_jax.evaluation.results import COMBINED, PlanResult, Row, averages, layer_average
-from meteor_jax.evaluation.token_stats import describe
-from meteor_jax.evaluation.visualize import EXAMPLES_FOLDER, KEPT_FILE
+from meteor_jax.evaluation.results import COMBINED, Row, averages
+from meteor_jax.evaluation.visualize import EXAMPLES_FILE, EXAMPLES_FOLDER
 from meteor_jax.experiment.plans import BLIND, MAJORITY
-from meteor_jax.inference.draw import EXAMPLES_FILE
+from meteor_jax.reports.page import ABSENT
 
 METRICS_FILE = "metrics.jsonl"
 SHARE_STEPS = 20  # the last logged steps of training, whose shares are averaged
@@ -31,12 +30,14 @@ class Run:
     Attributes:
         name: for tables; the folder's name, or its path from a common one where two have the same.
         content: the file as read.
+        is_only: whether the report is of this run alone.
     """
 
     path: Path
     name: str
     content: Mapping[str, Any]
     rows: tuple[Row, ...]
+    is_only: bool = True
 
     @property
     def folder(self) -> Path:
@@ -44,18 +45,21 @@ class Run:
 
     @property
     def step(self) -> int | None:
-        return self.content.get("step")
+        return self.content["step"]
 
     @property
-    def versions(self) -> Mapping[str, str]:
-        return self.content.get("versions", {})
+    def versions(self) -> list[str]:
+        return [f"{name} {version}" for name, version in self.content["versions"].items()]
 
     @property
-    def device(self) -> str:
-        """What it ran on, as far as it was recorded."""
-        devices = self.content.get("devices", {})
-        known = {"count", "kind"} <= set(devices)
-        return f"{devices['count']} × {devices['kind']}" if known else ""
+    def devices(self) -> list[str]:
+        """What it ran on: one entry, or none where it was not recorded."""
+        devices = self.content.get("devices")
+        return [f"{devices['count']} × {devices['kind']}"] if devices else []
+
+    def label(self, plan: str) -> str:
+        """The plan's name, after the run's where there are several."""
+        return plan if self.is_only else f"{self.name}/{plan}"
 
     @property
     def task_names(self) -> list[str]:
@@ -63,7 +67,7 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        """Without those that join others."""
+        """Without those that combine others."""
         return list(dict.fromkeys(row.task for row in self.rows if row.group != COMBINED))
 
     @property
@@ -92,6 +96,9 @@ class Run:
         """A field of the rows, mean over the tasks; 0 for a plan that did not run."""
         return float(np.mean(self._of(plan, field) or [0.0]))
 
+    def by_task(self, plan: str) -> dict[str, Row]:
+        return {row.task: row for row in self.rows if row.plan == plan}
+
     def tokens_kept(self, plan: str) -> float:
         return self.mean(plan, "visual_tokens_kept")
 
@@ -102,49 +109,15 @@ class Run:
         rows = [row for row in self.rows if row.plan == plan and row.group != COMBINED]
         return [getattr(row, field) for row in rows]
 
-    @cached_property
-    def kept(self) -> Mapping[str, Mapping[str, Any]]:
-        """By plan and task, how many tokens the questions kept (`kept.kept_tokens`); counted from
-        the predictions where the file does not say."""
-        if "kept_tokens" in self.content:
-            return self.content["kept_tokens"]
-        counted = {plan: self._count_kept(plan) for plan in self.model_plans}
-        return {plan: by_task for plan, by_task in counted.items() if by_task}
-
-    def _count_kept(self, plan: str) -> dict[str, Any]:
-        decode = self.content.get("plans", {}).get(plan, {}).get("decode") or {}
-        depth = self.content.get("config", {}).get("model", {}).get("llama", {}).get("depth")
-        fused = self._of(plan, "visual_tokens_fused")
-        if depth is None or not fused:
-            return {}
-        result = PlanResult(
-            plan,
-            (),
-            visual_tokens_fused=fused[0],
-            layers=tuple(decode.get("layers", ())),
-            depth=depth,
-        )
-        kept: dict[str, list[tuple[int, ...]]] = {}
-        for record in self.predictions(plan):
-            if not record.get("corrupt"):
-                kept.setdefault(record["task"], []).append(tuple(record["kept"]))
-        return {
-            task: {
-                "mean_over_layers": describe([layer_average(k, result=result) for k in counts]),
-                "cuts": [describe(cut) for cut in zip(*counts, strict=True)],
-            }
-            for task, counts in kept.items()
-        }
+    @property
+    def kept_tokens(self) -> Mapping[str, Mapping[str, Any]]:
+        """By plan and task, how many tokens the questions kept: `token_stats.kept_tokens`."""
+        return self.content.get("kept_tokens", {})
 
     def predictions(self, plan: str) -> list[dict[str, Any]]:
-        """The plan's answers, or nothing where none lie where the file says."""
+        """The plan's predictions; none where their file is missing."""
         path = self.content.get("predictions", {}).get(plan)
         return _read_lines(self.folder / path) if path else []
-
-    @property
-    def _is_newest(self) -> bool:
-        """Pictures lie beside the newest evaluation only."""
-        return self.path.name == EVAL_FILE
 
     @property
     def examples_folder(self) -> Path:
@@ -152,16 +125,11 @@ class Run:
 
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
-        """What `draw_examples` listed, of those whose picture is there."""
+        """What `write_examples` listed, if its picture exists; of a folder's newest evaluation."""
         path = self.examples_folder / EXAMPLES_FILE
-        has_any = self._is_newest and path.is_file()
+        has_any = self.path.name == EVAL_FILE and path.is_file()
         listed = json.loads(path.read_text(encoding="utf-8")) if has_any else []
         return [one for one in listed if (self.examples_folder / one["picture"]).is_file()]
-
-    @property
-    def kept_picture(self) -> Path | None:
-        path = self.folder / KEPT_FILE
-        return path if self._is_newest and path.is_file() else None
 
     @property
     def shares(self) -> dict[str, dict[str, float]]:
@@ -170,25 +138,23 @@ class Run:
 
     @property
     def shares_from(self) -> str:
-        """Where `shares` come from."""
+        """What `shares` are measured over."""
         return self._shares[1]
 
     @cached_property
     def _shares(self) -> tuple[dict[str, dict[str, float]], str]:
-        if "encoder_share" in self.content:
-            return self.content["encoder_share"], "over all images"
         if shares := self._shares_of_training():
-            return shares, f"of the last {SHARE_STEPS} logged steps of training"
+            return shares, f"over the last {SHARE_STEPS} logged steps of training"
         counts: dict[str, dict[str, int]] = {}
         for example in self.examples:
-            total = counts.setdefault(example.get("plan", "examples"), {})
+            total = counts.setdefault(example["plan"], {})
             for encoder, count in example["kept"].get("fusion", {}).items():
                 total[encoder] = total.get(encoder, 0) + count
         shares = {
             plan: {encoder: count / sum(total.values()) for encoder, count in total.items()}
             for plan, total in counts.items()
         }
-        return shares, f"of the {len(self.examples)} examples drawn below"
+        return shares, f"over the {len(self.examples)} examples drawn below"
 
     def _shares_of_training(self) -> dict[str, dict[str, float]]:
         steps: dict[str, list[dict[str, float]]] = {}
@@ -221,10 +187,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         places = [place.parent if place.name == EVAL_FILE else place for place in places]
         common = os.path.commonpath(places)
         names = [os.path.relpath(place, common) for place in places]
-    return [_read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
+    only = len(paths) == 1
+    return [_read_run(path, name=name, only=only) for path, name in zip(paths, names, strict=True)]
 
 
-def _read_run(path: Path, *, name: str) -> Run:
+def percent_of(part: float, whole: float) -> str:
+    """`part` as a percentage of `whole`, or a dash where that is 0."""
+    return f"{100 * part / whole:.0f} %" if whole else ABSENT
+
+
+def _read_run(path: Path, *, name: str, only: bool) -> Run:
     expected = "expected a file that evaluate.py wrote"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; {expected}.")
@@ -237,18 +209,15 @@ def _read_run(path: Path, *, name: str) -> Run:
         raise ConfigError(f"{path}: {expected}, got JSON without 'rows'.")
     if not rows:
         raise ConfigError(
-            f"{path}: all its tasks are answered for submission and none has a score; name "
-            f"evaluations with a scored task."
+            f"{path}: all its tasks are for submission, none has a score; name evaluations "
+            f"with a scored task."
         )
-    known = {field.name for field in dataclasses.fields(Row)}
     built = []
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ConfigError(f"{path}: rows[{i}]: {expected}, got {row!r}.")
-        # Later versions may say more of a row than this one knows.
-        fields = {key: value for key, value in row.items() if key in known}
-        built.append(build(Row, fields, where=f"{path}: rows[{i}]"))
-    return Run(path=path, name=name, content=content, rows=tuple(built))
+        built.append(build(Row, row, where=f"{path}: rows[{i}]"))
+    return Run(path=path, name=name, content=content, rows=tuple(built), is_only=only)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

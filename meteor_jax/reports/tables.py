@@ -1,12 +1,15 @@
-"""What an evaluation leaves behind: a table on the screen, eval.json, predictions, a picture."""
+"""What an evaluation shows: a table on the terminal and a chart of accuracy versus tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from meteor_jax.evaluation.metrics import Estimate, mean_estimate
 from meteor_jax.evaluation.results import COMBINED, Row, averages
@@ -20,23 +23,22 @@ CURVE_FILE = "accuracy_vs_tokens.png"
 def print_table(rows: Sequence[Row], *, console: Console | None = None) -> None:
     """The rows task by task, then every plan's mean over the tasks of a group and of all.
 
-    ± is half the width of a 95 % interval; eval.json has both ends. "kept" and "computed" are
-    visual tokens, means over the decoder's layers; GFLOPs are those computed.
+    Numbers are readable from 80 columns on. ± is half the width of a 95 % interval; eval.json has
+    both ends. "kept" and "computed" are visual tokens, means over the decoder's layers; GFLOPs are
+    those of the computed tokens; "ms" is wall time per question.
     """
     console = console or Console()
-    table = Table(header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("task", "plan"):  # these fold where a terminal is narrow; numbers never do
-        table.add_column(name, overflow="fold", min_width=5)
-    for name in ("score %", "vs full", "F1", "n", "kept", "computed", "GFLOPs", "ms"):
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task, plan", overflow="fold", min_width=10)  # the only column that wraps
+    for name in ("score %", "vs full", "F1", "kept", "computed", "GFLOPs", "ms"):
         table.add_column(name, justify="right", no_wrap=True)
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    for task in tasks:
+    for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]
-        for index, row in enumerate(of_task):
+        table.add_row(f"[bold]{task}[/bold]", f"n={of_task[0].n:,}")
+        for row in of_task:
             style = "dim" if row.plan in (BLIND, MAJORITY) else None
-            last = index == len(of_task) - 1
-            cells = _cells(row)
-            table.add_row(task if index == 0 else "", *cells, style=style, end_section=last)
+            table.add_row(Padding(Text(row.plan), (0, 0, 0, 2)), *_cells(row), style=style)
+        table.add_section()
     console.print(table)
     console.print(_mean_table(rows))
     corrupt = max((row.corrupt for row in rows if row.group != COMBINED), default=0)
@@ -53,7 +55,7 @@ def _mean_table(rows: Sequence[Row]) -> Table:
     means = averages(rows)
     names = dict.fromkeys(group for groups in means.values() for group in groups)
     groups = [*(name for name in names if name != "all"), "all"]
-    table = Table("mean % over tasks", header_style="bold", pad_edge=False)
+    table = Table("mean % over tasks", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for group in groups:
         table.add_column(group, justify="right")
     for plan, scores in means.items():
@@ -106,17 +108,23 @@ def _cells(row: Row) -> list[str]:
     if row.delta is not None:
         delta += f" ±{50 * (row.delta_high - row.delta_low):.1f}"
     measured = row.plan != MAJORITY
+    costs = (
+        row.visual_tokens_kept,
+        row.visual_tokens_computed,
+        1000 * row.tflops,
+        1000 * row.seconds,
+    )
     return [
-        row.plan,
         f"{_percent(row.score)} ±{50 * (row.high - row.low):.1f}",
         delta,
         "" if row.f1 is None else _percent(row.f1),
-        str(row.n),
-        f"{row.visual_tokens_kept:.1f}" if measured else "",
-        f"{row.visual_tokens_computed:.1f}" if measured else "",
-        f"{1000 * row.tflops:,.3g}" if measured else "",
-        f"{1000 * row.seconds:.1f}" if measured else "",
+        *(_number(cost) if measured else "" for cost in costs),
     ]
+
+
+def _number(value: float) -> str:
+    """Three digits, and none is lost before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _percent(share: float) -> str:

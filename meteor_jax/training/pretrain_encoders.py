@@ -33,7 +33,7 @@ import optax
 import orbax.checkpoint as ocp
 from absl import app, flags
 from ml_collections import config_flags
-from tqdm.auto import tqdm
+from rich.progress import TextColumn
 
 from meteor_jax.checkpoint import CheckpointError, find_step, open_checkpoints, write_config
 from meteor_jax.config import ConfigError
@@ -48,6 +48,7 @@ from meteor_jax.data.sources.reading_cells import (
 from meteor_jax.experiment.config import Experiment, load_experiment
 from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.progress import progress_bar, track
 from meteor_jax.training.logging.metrics import MetricsLog
 from meteor_jax.types import Array
 
@@ -75,7 +76,7 @@ def make_scenes(*, split: str, count: int, side: int, pages: bool) -> Scenes:
     classes = np.empty((count, side // CELL, side // CELL), np.uint8)
     colors = np.empty_like(classes)
     images = np.empty((count, side, side, 3), np.uint8)
-    for index in tqdm(range(count), desc=f"Drawing {split}", unit="image"):
+    for index in track(range(count), f"Drawing {split}"):
         page = pages and index // len(reading.SCENES) % 2
         make = reading.make_page if page else reading.make_picture
         picture = make(index, split=split, side=side)
@@ -131,14 +132,15 @@ def train_encoder(
     learner = first_learner(model, encoder, scenes=scenes, seed=seed)
     state, started = optimizer.init(learner), time.perf_counter()
     batches = _shuffled(scenes, batch_size=batch_size, seed=seed)
-    with tqdm(total=steps, desc=encoder, unit="step") as bar:
+    with progress_bar(TextColumn("{task.fields[numbers]}")) as bar:
+        task = bar.add_task(encoder, total=steps, numbers="")
         for number, batch in enumerate(itertools.islice(batches, steps), start=1):
             learner, state, loss, accuracy = step(learner, state, batch)
             if number % LOG_EVERY == 0 or number == steps:
                 row = {"step": number - 1, "loss": float(loss), "accuracy": float(accuracy)}
                 log.write_steps([row | {"seconds": time.perf_counter() - started}])
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, right {row['accuracy']:.1%}")
-                bar.update(number - bar.n)
+                numbers = f"loss {row['loss']:.3f}, right {row['accuracy']:.1%}"
+                bar.update(task, completed=number, numbers=numbers)
 
     find_hits = jax.jit(lambda *args: measure(*args)[1])
     parts = np.array_split(np.arange(len(test.images)), max(len(test.images) // batch_size, 1))

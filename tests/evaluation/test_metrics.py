@@ -139,6 +139,22 @@ def test_wilson_by_hand():
     assert wilson(0, 10)[0] == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(
+    ("num_right", "n", "ends"),
+    [
+        (0, 1, (0.0, 0.7934506856227626)),
+        (0, 10, (0.0, 0.2775327998628892)),
+        (1, 3, (0.06149194472039621, 0.7923403991979522)),
+        (50, 999, (0.038168635912072035, 0.06537859770829303)),
+        (6500, 12345, (0.5177144158367374, 0.5353269971722651)),
+        (999_999, 10**6, (0.9999943350881957, 0.9999998234754233)),
+    ],
+)
+def test_wilson_gives_the_ends_of_the_formula(num_right, n, ends):
+    """Written down from the closed formula, before scipy computed them."""
+    assert wilson(num_right, n) == pytest.approx(ends, rel=0, abs=1e-9)
+
+
 def test_interval_chooses_by_the_scores():
     assert interval([1, 0, 1, 1]) == wilson(3, 4)
     fractional = [0.2, 0.9, 0.5, 1.0, 0.0] * 40

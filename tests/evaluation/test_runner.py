@@ -143,7 +143,7 @@ def test_files_are_written(done, experiment):
     assert [example["plan"] for example in examples] == ["cut", "cut"]
     assert len({example["image_id"] for example in examples}) == 2
     for example in examples:
-        assert sum(example["kept"]["LLM cut 1"].values()) == 6
+        assert sum(example["kept"]["LLM step 1"].values()) == 6
         assert (workdir / "examples" / example["picture"]).stat().st_size > 5000
 
 

@@ -1,10 +1,7 @@
-import json
-
 import numpy as np
 import pytest
-from PIL import Image
 
-from meteor_jax.inference.draw import draw_examples, draw_kept_tokens, read_stages, shade
+from meteor_jax.inference.draw import draw_kept_tokens, read_stages, shade
 from meteor_jax.types import CutTrace, EncodeTrace, PruneTrace
 
 GRIDS = {"clip": 4, "convnext": 2, "pix2struct": 6}
@@ -39,72 +36,51 @@ def make_trace(num_images=3, *, seed=0, staged=True):
     )
 
 
+def kept(stage):
+    """By encoder, the numbers of the kept cells."""
+    return {name: np.flatnonzero(cells).tolist() for name, cells in stage.kept.items()}
+
+
 def test_stages_follow_an_image_through_the_model():
     trace = make_trace()
-    stages = read_stages(trace, encoders=tuple(GRIDS))
+    images = read_stages(trace, grids=GRIDS)
+    assert len(images) == 3
+    stages = images[1]
     titles = [stage.title for stage in stages]
-    assert titles == ["segment 1", "segment 2", "segment 3", "fusion", "LLM cut 1"]
-    assert set(stages[0].kept) == {"clip", "pix2struct"}  # ConvNeXt was not cut there
-    assert {name: len(kept[0]) for name, kept in stages[3].kept.items()} == {
+    assert titles == ["segment 1", "segment 2", "segment 3", "fusion", "LLM step 1"]
+    # ConvNeXt is not pruned inside.
+    assert kept(stages[0]) == {
+        name: trace.encode[name].kept[0][1].tolist() for name in ("clip", "pix2struct")
+    }
+    assert {name: len(cells) for name, cells in kept(stages[3]).items()} == {
         "clip": 5,
         "convnext": 2,
         "pix2struct": 7,
     }
-    last = stages[4].kept
     # The second image kept fused tokens 1 (clip), 6 (convnext), 7, 12 and 13 (pix2struct).
-    np.testing.assert_array_equal(last["clip"][1], trace.fused_raster[1, [1]])
-    np.testing.assert_array_equal(last["convnext"][1], trace.fused_raster[1, [6]])
-    np.testing.assert_array_equal(last["pix2struct"][1], trace.fused_raster[1, [7, 12, 13]])
-    assert [len(last[name][2]) for name in GRIDS] == [1, 0, 0]
+    cells = trace.fused_raster[1]
+    last = {"clip": [cells[1]], "convnext": [cells[6]], "pix2struct": cells[[7, 12, 13]].tolist()}
+    assert kept(stages[4]) == last
+    assert [len(kept(images[2][4])[name]) for name in GRIDS] == [1, 0, 0]
+    assert {name: cells.shape for name, cells in stages[3].kept.items()} == {
+        name: (side, side) for name, side in GRIDS.items()
+    }
 
 
 def test_shade_leaves_kept_cells_alone_and_fades_the_others():
     image = np.full((8, 8, 3), (200, 40, 10), np.uint8)
-    shaded = shade(image, np.array([0, 3]), grid=2)
+    shaded = shade(image, np.array([[True, False], [False, True]]))
     np.testing.assert_array_equal(shaded[:4, :4], image[:4, :4])
     np.testing.assert_array_equal(shaded[4:, 4:], image[4:, 4:])
     assert (shaded[:4, 4:].max(-1) < 110).all()
-    np.testing.assert_array_equal(shade(image, np.arange(4), grid=2), image)
+    np.testing.assert_array_equal(shade(image, np.ones((2, 2), bool)), image)
 
 
 @pytest.mark.parametrize("staged", [True, False])
-def test_draws_a_png(tmp_path, staged):
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    path = tmp_path / "kept.png"
-    draw_kept_tokens(images, ["a?", "b?", "c?"], make_trace(staged=staged), grids=GRIDS, path=path)
-    with Image.open(path) as picture:
-        assert min(picture.size) > 200
-        assert np.asarray(picture.convert("L")).std() > 5
-
-
-def test_questions_must_match_the_images(tmp_path):
-    images = np.zeros((3, 16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match="3 images, 1 questions"):
-        draw_kept_tokens(images, ["a?"], make_trace(), grids=GRIDS, path=tmp_path / "kept.png")
-
-
-def test_examples_are_a_picture_each_and_a_list(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    records = [
-        {
-            "task": "count",
-            "question": f"how many, {i}?",
-            "answer": "2",
-            "prediction": said,
-            "score": score,
-        }
-        for i, (said, score) in enumerate([("2", 1.0), ("3", 0.0), ("2", 1.0)])
-    ]
-    path = draw_examples(tmp_path / "examples", images, records, make_trace(), grids=GRIDS)
-    listed = json.loads(path.read_text())
-    assert [one["picture"] for one in listed] == ["00.png", "01.png", "02.png"]
-    assert listed[1] | records[1] == listed[1]
-    # The second image kept fused tokens 1 (clip), 6 (convnext), 7, 12 and 13 (pix2struct).
-    assert listed[1]["kept"]["LLM cut 1"] == {"clip": 1, "convnext": 1, "pix2struct": 3}
-    assert listed[2]["kept"]["fusion"] == {"clip": 5, "convnext": 2, "pix2struct": 7}
-    pixels = []
-    for one in listed:
-        with Image.open(path.parent / one["picture"]) as picture:
-            assert min(picture.size) > 200
-            pixels.append(np.asarray(picture.convert("L")))
-    assert (pixels[0] != pixels[1]).any()
+def test_a_picture_differs_by_what_was_kept(staged):
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    first, second, _ = read_stages(make_trace(staged=staged), grids=GRIDS)
+    pictures = [draw_kept_tokens(image, stages, caption="a?") for stages in (first, second)]
+    assert pictures[0].mode == "RGB" and min(pictures[0].size) > 200
+    assert pictures[0].size == pictures[1].size
+    assert (np.asarray(pictures[0]) != np.asarray(pictures[1])).any()

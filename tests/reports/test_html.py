@@ -7,17 +7,19 @@ import subprocess
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from meteor_jax.config import ConfigError
 from meteor_jax.evaluation.files import write_eval, write_predictions
 from meteor_jax.evaluation.results import Answer, PlanResult, majority, make_rows
 from meteor_jax.evaluation.tasks.registry import Question
 from meteor_jax.evaluation.token_stats import kept_tokens
-from meteor_jax.inference.draw import draw_examples
+from meteor_jax.evaluation.visualize import write_examples
+from meteor_jax.inference.draw import read_stages
 from meteor_jax.pruning.plan import DecodePlan, PrunePlan
 from meteor_jax.reports import paper
 from meteor_jax.reports.html import write_report
-from meteor_jax.reports.page import escape, render_page, table
+from meteor_jax.reports.page import Section, Table, write_page
 from meteor_jax.reports.runs import read_runs
 from tests.evaluation.fakes import COUNT, YES
 from tests.inference.test_draw import GRIDS, make_trace
@@ -49,14 +51,14 @@ def result(plan, right, **fields):
     return PlanResult(plan, answers, visual_tokens_fused=16, depth=4, seconds=0.002, **fields)
 
 
-def write_run(folder, *, examples=True, predictions=True, kept=True, only_full=False):
+def write_run(folder, *, examples=True, predictions=True, only_full=False):
     """What an evaluation leaves in its workdir."""
     folder.mkdir(parents=True)
     results = [result("full", [1, 1, 1, 0, 1, 1, 0, 1])]
     if not only_full:
         results += [result("meteor", [1, 0, 1, 0, 1, 1, 1, 1], layers=(1, 3)), majority(QUESTIONS)]
     rows = make_rows(QUESTIONS, results, tflops={r.plan: lambda *_: 2e-4 for r in results[:2]})
-    details = {"kept_tokens": kept_tokens(QUESTIONS, results)} if kept else {}
+    details = {"kept_tokens": kept_tokens(QUESTIONS, results) if not only_full else {}}
     if predictions:
         paths = [write_predictions(folder / "predictions/step_7", QUESTIONS, r) for r in results]
         details["predictions"] = {
@@ -69,7 +71,7 @@ def write_run(folder, *, examples=True, predictions=True, kept=True, only_full=F
         plans=[PLAN],
         step=7,
         details=details,
-        config={"model": {"llama": {"depth": 4}}},
+        config={},
     )
     if examples:
         images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
@@ -84,7 +86,8 @@ def write_run(folder, *, examples=True, predictions=True, kept=True, only_full=F
             }
             for prediction, score in (("2", 1.0), ("3", 0.0))
         ]
-        draw_examples(folder / "examples", images, records, make_trace(2), grids=GRIDS)
+        stages = read_stages(make_trace(2), grids=GRIDS)
+        write_examples(folder, images, records=records, stages=stages)
     return folder / "eval.json"
 
 
@@ -98,22 +101,27 @@ def whole(tmp_path_factory):
 def test_a_whole_run_gives_every_section(whole):
     text = whole.with_suffix(".md").read_text()
     assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [
+        "Summary",
         "Scores",
-        "Beside the paper",
-        "Accuracy against cost",
+        "Comparison with the paper",
+        "Accuracy versus cost",
         "Kept tokens",
-        "Which encoder the tokens come from",
+        "Tokens by encoder",
         "Examples",
-        "Right and wrong answers",
-        "How this was measured",
+        "Correct and incorrect answers",
+        "Method",
     ]
     lines = text.splitlines()
-    assert any(line.startswith("| meteor | 9.1 | 11.0 | 0.2 | 2.00 | **75.0** |") for line in lines)
-    assert "paper, full-size, other data" in text
+    assert any(line.startswith("| meteor | 9.1 | 11.0 | 0.2 | 2.00 | 75.0 |") for line in lines)
+    assert "'blind' is the text-only baseline" in text and "is the majority class" in text
     paper = "| METEOR (paper) | 242 | – | 24 % | 13.42 | 51 % |"
     assert any(line.startswith(paper) for line in lines)
-    assert "1 were right with full only, 1 with meteor only" in text
-    assert "### Right: how many" in text and "### Wrong: how many" in text
+    assert "1 are correct with full only and 1 with meteor only" in text
+    assert "### Correct: how many" in text and "### Incorrect: how many" in text
+    assert (
+        "- **meteor**: 75.0 % (+0.0 points versus full), with 57 % of the visual tokens kept"
+        in text
+    )
     for name in re.findall(r"\]\(([^)]+)\)", text):
         assert (whole.parent / name).stat().st_size > 1000
 
@@ -129,26 +137,14 @@ def test_the_page_stands_alone_and_shows_text_as_it_is(whole):
     assert len(set(ids := re.findall(r'\bid="([^"]+)"', page))) == len(ids)
 
 
-def test_kept_tokens_are_counted_from_predictions_where_the_file_does_not_say(tmp_path):
-    told = read_runs([write_run(tmp_path / "a", examples=False)])[0]
-    counted = read_runs([write_run(tmp_path / "b", examples=False, kept=False)])[0]
-    assert counted.kept == told.kept
-    assert told.kept["meteor"]["reading_count"]["cuts"][0]["mean"] == 5.5
-
-
 @pytest.mark.parametrize(
     ("less", "gone"),
     [
-        ({"examples": False}, {"Examples", "Which encoder the tokens come from"}),
-        ({"predictions": False}, {"Right and wrong answers"}),
+        ({"examples": False}, {"Examples", "Tokens by encoder"}),
+        ({"predictions": False}, {"Correct and incorrect answers"}),
         (
-            {"predictions": False, "kept": False, "examples": False, "only_full": True},
-            {
-                "Examples",
-                "Which encoder the tokens come from",
-                "Right and wrong answers",
-                "Kept tokens",
-            },
+            {"predictions": False, "examples": False, "only_full": True},
+            {"Examples", "Tokens by encoder", "Correct and incorrect answers", "Kept tokens"},
         ),
     ],
 )
@@ -165,7 +161,7 @@ def test_shares_come_from_training_and_else_from_the_examples(tmp_path):
     path = write_run(tmp_path / "run")
     run = read_runs([path])[0]
     assert run.shares == {"meteor": {"clip": 5 / 14, "convnext": 2 / 14, "pix2struct": 7 / 14}}
-    assert run.shares_from == "of the 2 examples drawn below"
+    assert run.shares_from == "over the 2 examples drawn below"
     lines = [
         {"step": step, "plan": "meteor", "fused_share/clip": share, "fused_share/sam": 1 - share}
         for step, share in enumerate([0.9] * 5 + [0.25] * 20)
@@ -188,9 +184,14 @@ def test_an_evaluation_that_was_kept_stands_beside_the_newest(tmp_path):
 
 def test_several_runs_stand_side_by_side(tmp_path):
     paths = [write_run(tmp_path / name / "run", examples=False) for name in ("a", "b")]
+    content = json.loads(paths[1].read_text())
+    content["rows"].reverse()  # the same tasks in another order
+    paths[1].write_text(json.dumps(content))
     text = write_report(paths, tmp_path / "out").with_suffix(".md").read_text()
     for name in ("a/run/full", "b/run/meteor"):
         assert name in text
+    assert "not comparable" not in text
+    assert re.search(r"\| mean \| reading_count \| reading_existence \|", text.replace("\\", ""))
     different = write_run(tmp_path / "c", examples=False)
     content = json.loads(different.read_text())
     content["rows"] = [row for row in content["rows"] if row["task"] == "reading_count"]
@@ -237,11 +238,22 @@ def test_our_tasks_are_found_in_the_papers_columns():
     assert all(len(row) == len(paper.COLUMNS) for row in paper.ROWS)
 
 
-def test_escaped_text_is_itself_again_on_the_page(tmp_path):
+def test_text_with_markup_is_shown_as_it_is(tmp_path):
     text = "a | b * c_d [e](f) <g> ~h~ &amp; \\i `j`"
-    page = render_page(table(["x"], [[escape(text)]]), title="t", folder=tmp_path)
-    cell = re.search(r"<td>(.*)</td>", page)[1]
-    assert cell == text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    sections = [Section(text, [text, {text: text}, Table(["x"], [[text]]), Section("y", [text])])]
+    page = write_page(tmp_path, sections, title=text)
+    shown = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert page.read_text().count(shown) == 8
+    cells = MarkdownIt("commonmark").enable("table").render((tmp_path / "report.md").read_text())
+    assert cells.count(shown) == 7 and f"<td>{shown}</td>" in cells
+    assert f"<h2>{shown}</h2>" in cells and f"<li><strong>{shown}</strong>: {shown}</li>" in cells
+
+
+def test_columns_of_numbers_are_aligned_right(tmp_path):
+    sections = [Section("s", [Table(["plan", "task", "ms"], [["a", "b", "1"]], text_columns=2)])]
+    page = write_page(tmp_path, sections, title="t").read_text()
+    assert '<tr><td>a</td><td>b</td><td class="number">1</td></tr>' in page
+    assert "|---|---|--:|" in (tmp_path / "report.md").read_text()
 
 
 def browse(page, folder):
@@ -266,7 +278,7 @@ def browse(page, folder):
 def test_a_browser_opens_the_page_without_a_complaint(whole, tmp_path):
     content, said, picture = browse(whole, tmp_path)
     assert "CONSOLE" not in said, said
-    assert "Beside the paper" in content and picture.stat().st_size > 20_000
+    assert "Comparison with the paper" in content and picture.stat().st_size > 20_000
     broken = tmp_path / "broken.html"
     broken.write_text("<script>console.error('no')</script>")
     assert "CONSOLE" in browse(broken, tmp_path)[1]

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -215,3 +216,34 @@ def test_the_table_shows_every_plan_and_average(rows):
     words = ("reading_count", "reading_all", "meteor", "majority", "mean % over tasks", "-25.0")
     for word in words:
         assert word in text
+
+
+def test_the_table_is_whole_at_80_columns(rows):
+    long = "fastv(layer=2,keep=192)"
+    big = [
+        dataclasses.replace(
+            row,
+            task="reading_existence_of_objects",
+            plan=long if row.plan == "meteor" else row.plan,
+            n=12_345,
+            visual_tokens_kept=576.25,
+            visual_tokens_computed=1024.0,
+            tflops=26.21,
+            seconds=1.2345,
+            f1=0.8251,
+            delta=-0.1234,
+            delta_low=-0.1834,
+            delta_high=-0.0634,
+        )
+        for row in rows
+        if row.task == "reading_existence"
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_table(big, console=console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    (full,) = [line for line in lines if "-12.3" in line and "full" in line]
+    assert full.split()[3:] == ["-12.3", "±6.0", "82.5", "576", "1,024", "26,210", "1,234"]
+    first = [re.sub(r"  .*", "", line.strip()) for line in lines]
+    for name in ("reading_existence_of_objects", long):  # they fold, nothing of them is lost
+        assert name in "".join(first)

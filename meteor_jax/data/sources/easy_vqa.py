@@ -12,9 +12,9 @@ from pathlib import Path
 
 import easy_vqa
 import tensorflow_datasets as tfds
-from tqdm.auto import tqdm
 
 from meteor_jax.data.sources.records import RecordBuilder, TaskSpec
+from meteor_jax.progress import track
 
 SOURCE = "easy-vqa"
 TASKS = (
@@ -46,7 +46,7 @@ class EasyVqa(RecordBuilder):
             asked[image_id].append(
                 {"task": task, "question": question, "answer": answer, "question_id": question_id}
             )
-        for image_id in tqdm(sorted(paths), desc=f"Preparing {SOURCE} {split}", unit="image"):
+        for image_id in track(sorted(paths), f"Preparing {SOURCE} {split}"):
             qa = asked[image_id]
             yield (
                 image_id,

@@ -29,7 +29,6 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
-from tqdm.auto import tqdm
 
 from meteor_jax.data.sources.conversations import (
     FAMILY,
@@ -41,6 +40,7 @@ from meteor_jax.data.sources.conversations import (
 )
 from meteor_jax.data.sources.records import prepare
 from meteor_jax.data.sources.registry import CorruptImage, check_image
+from meteor_jax.progress import progress_bar
 
 EXAMPLES_PER_SHARD = 1024
 START_FILE, SUMMARY_FILE, SKIPPED_FILE = "start.json", "summary.json", "skipped.jsonl"
@@ -131,8 +131,9 @@ def prepare_llava(
     serialize = _serializer()
     with (
         ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(order), desc=f"Preparing {FAMILY}:{name}", unit="example") as bar,
+        progress_bar() as bar,
     ):
+        examples = bar.add_task(f"Preparing {FAMILY}:{name}", total=len(order))
 
         def load(row: int) -> dict[str, Any] | Skipped:
             return _load(entries[row], row=row, images=images)
@@ -142,7 +143,7 @@ def prepare_llava(
             if not done[index]:
                 path = unfinished / f"shard-{index:05d}"
                 shards[index] = _write_shard(path, pool.map(load, rows), serialize=serialize)
-            bar.update(len(rows))
+            bar.advance(examples, len(rows))
     return _finish(folder, unfinished, shards, skip_bad=skip_bad)
 
 

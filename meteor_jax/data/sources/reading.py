@@ -16,11 +16,11 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm.auto import tqdm
 
 from meteor_jax.data.sources import reading_canvas as draw
 from meteor_jax.data.sources import reading_questions as questions
 from meteor_jax.data.sources.records import RecordBuilder, TaskSpec
+from meteor_jax.progress import track
 
 SOURCE = "reading"
 TASKS = (
@@ -271,8 +271,7 @@ class Reading(RecordBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
-        desc = f"Generating {SOURCE} {config.split}"
-        for index in tqdm(range(config.num_images), desc=desc, unit="image"):
+        for index in track(range(config.num_images), f"Generating {SOURCE} {config.split}"):
             picture = make_picture(
                 index, split=config.split, seed=config.seed, side=config.canvas_side
             )

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from meteor_jax.parallel.distributed import is_main_process
+from meteor_jax.progress import progress_bar
 
 
 class ProgressBar:
@@ -19,15 +20,10 @@ class ProgressBar:
     def __init__(self, *, total: int, first_step: int) -> None:
         self._console = Console(file=sys.stderr, quiet=not is_main_process())
         self._total = total
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
+        self._bar = progress_bar(
             TextColumn("{task.fields[numbers]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            enabled=self._console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=total, completed=first_step, numbers="")
 

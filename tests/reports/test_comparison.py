@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from meteor_jax.reports.paired_comparison import mean_difference, paired_comparison, seed_variance
+from meteor_jax.reports.comparison import mean_difference, paired_comparison, seed_variance
 from meteor_jax.reports.runs import read_runs
 from tests.reports.test_html import write_run
 
@@ -24,14 +24,19 @@ def test_no_difference_where_the_questions_are_not_the_same(scores):
     assert mean_difference(scores, {"a": {"1": 1.0}, "b": {"7": 0.5}}) == (None, 0)
 
 
+def table(section):
+    """By plan, the cells of the section's table."""
+    return {row[0]: list(row[1:]) for row in section.blocks[-1].rows}
+
+
 def test_every_plan_of_every_run_stands_against_the_first_full(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
-    lines = paired_comparison(runs).splitlines()
-    assert lines[0] == "## Against a/full"
-    assert "| a/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in lines
-    (meteor,) = [line for line in lines if line.startswith("| b/meteor")]
-    assert "| +0.0 |" in meteor and meteor.endswith("| 8 |")
-    assert not any("majority" in line for line in lines)
+    section = paired_comparison(runs)
+    assert section.title == "Paired comparison with a/full"
+    rows = table(section)
+    assert rows["a/full"] == ["16.0", "16.0", "75.0", "75.0", "–", "–", "–"]
+    assert rows["b/meteor"][-3] == "+0.0" and rows["b/meteor"][-1] == "8"
+    assert list(rows) == ["a/full", "a/meteor", "b/full", "b/meteor"]  # no baselines
 
 
 def test_without_predictions_or_a_second_run_there_is_nothing_to_say(tmp_path):
@@ -39,10 +44,10 @@ def test_without_predictions_or_a_second_run_there_is_nothing_to_say(tmp_path):
         write_run(tmp_path / name, examples=False, predictions=name == "whole")
         for name in ("bare", "whole")
     )
-    assert paired_comparison(read_runs([whole])) == ""
-    assert paired_comparison(read_runs([bare, whole])) == ""
-    text = paired_comparison(read_runs([whole, bare]))
-    assert "| bare/full | 16.0 | 16.0 | 75.0 | 75.0 | – | – | – |" in text
+    assert paired_comparison(read_runs([whole])) is None
+    assert paired_comparison(read_runs([bare, whole])) is None
+    rows = table(paired_comparison(read_runs([whole, bare])))
+    assert rows["bare/full"] == ["16.0", "16.0", "75.0", "75.0", "–", "–", "–"]
 
 
 def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):
@@ -51,22 +56,22 @@ def test_a_plan_of_several_runs_has_a_mean_and_a_spread(tmp_path):
         dataclasses.replace(row, score=row.score + 0.1) if row.plan == "meteor" else row
         for row in runs[1].rows
     )
-    repeated = [runs[0], dataclasses.replace(runs[1], rows=better)]
-    lines = seed_variance(repeated).splitlines()
-    assert "| full | 2 | 75.0 ± 0.0 | 75.0 ± 0.0 | – |" in lines
-    # 75 and 85: the deviation of a sample of two is 10 / √2.
-    assert "| meteor | 2 | 80.0 ± 7.1 | 80.0 ± 7.1 | +5.0 |" in lines
-    assert not any("majority" in line for line in lines)
+    section = seed_variance([runs[0], dataclasses.replace(runs[1], rows=better)])
+    # 75 and 85: the deviation of a sample of two is 10 / √2. No baselines.
+    assert table(section) == {
+        "full": ["2", "75.0 ± 0.0", "75.0 ± 0.0", "–"],
+        "meteor": ["2", "80.0 ± 7.1", "80.0 ± 7.1", "+5.0"],
+    }
 
 
 def test_one_training_evaluated_twice_is_no_repetition(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
     same = [dataclasses.replace(run, content=run.content | {"params": "abc"}) for run in runs]
-    assert seed_variance(same) == ""
+    assert seed_variance(same) is None
 
 
 def test_runs_of_one_training_each_or_of_other_tasks_are_no_repetition(tmp_path):
     runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b")])
     fewer = tuple(row for row in runs[1].rows if row.task == runs[1].tasks[0])
-    assert seed_variance(runs[:1]) == ""
-    assert seed_variance([runs[0], dataclasses.replace(runs[1], rows=fewer)]) == ""
+    assert seed_variance(runs[:1]) is None
+    assert seed_variance([runs[0], dataclasses.replace(runs[1], rows=fewer)]) is None
