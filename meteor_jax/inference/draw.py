@@ -85,8 +85,8 @@ def draw_kept_tokens(
         caption: below the image; line breaks are kept.
         title: above everything.
     """
-    # An encoder that the plan leaves out has no token in any stage.
-    encoders = list(dict.fromkeys(name for stage in stages for name in stage.kept))
+    # Later stages have all encoders in the model's order; one that the plan leaves out has none.
+    encoders = list(dict.fromkeys(name for stage in reversed(stages) for name in stage.kept))
     rows = max(len(encoders), 2)  # the image and its caption need the height of two
     width, height = PANEL_INCHES * (len(stages) + 2.9), PANEL_INCHES * 1.17 * rows + 1.1
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
