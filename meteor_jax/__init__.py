@@ -6,7 +6,7 @@ Names are imported when first used, so that `import meteor_jax` is quick.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Batch": "types",

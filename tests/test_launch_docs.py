@@ -84,8 +84,7 @@ def test_what_the_commands_name_exists():
         importlib.import_module(f"configs.{module}").get_config(name)
     for module in set(re.findall(r"python -m ([\w.]+)", everything)):
         assert importlib.util.find_spec(module), module
-    launcher = (ROOT / "train.py").read_text() + (
-        ROOT / "meteor_jax" / "parallel" / "distributed.py"
-    ).read_text()
+    sources = [ROOT / "train.py", *(ROOT / "meteor_jax").rglob("*.py")]
+    launcher = "\n".join(path.read_text() for path in sources)
     for flag in ("coordinator", "num_processes", "process_id", "config", "workdir"):
         assert f'"{flag}"' in launcher and f"--{flag}=" in everything

@@ -1,37 +1,38 @@
-"""The README's commands, on a run of a few steps."""
+"""The commands of the README and of its guides, on a run of a few steps."""
 
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.documents import README, ROOT, commands
+
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+GUIDES = (README, ROOT / "docs/training.md", ROOT / "docs/pruning.md")
 SHORT = (
-    "--config.train.pretrain.steps=2 --config.train.finetune.steps=2 --config.train.log_every=1 "
-    "--config.train.finetune.batch_size=4 --config.train.pretrain.batch_size=4 "
-    "--config.eval.num_questions=8 --config.train.finetune.plans=\"('meteor',)\""
+    "--config.train.pretrain.steps=2",
+    "--config.train.finetune.steps=2",
+    "--config.train.log_every=1",
+    "--config.train.finetune.batch_size=4",
+    "--config.train.pretrain.batch_size=4",
+    "--config.eval.num_questions=8",
+    "--config.train.finetune.plans=('meteor',)",
 )
 
 
-def run(command: str, *, cwd: Path, extra: str = "") -> str:
-    words = shlex.split(command + " " + extra)
-    assert words[0] == "python"
+def find(*parts: str) -> list[str]:
+    """The first command of the guides with all of these words in it."""
+    return next(words for words in commands(*GUIDES) if all(part in words for part in parts))
+
+
+def run(words, *, cwd, extra=()):
+    program = {"python": [], "meteor": ["-m", "meteor_jax.cli"]}[words[0]]
     done = subprocess.run(
-        [sys.executable, *words[1:]],
+        [sys.executable, *program, *words[1:], *extra],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -49,9 +50,9 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for name in ("train.py", "evaluate.py", "configs", "meteor_jax"):
         (folder / name).symlink_to(ROOT / name)
-    install, train = COMMANDS[0].split(" && ")
-    assert install == "pip install -r requirements.txt"
-    run(train, cwd=folder, extra=SHORT)
+    first = re.search(r"```bash\n(.*)\n```", README.read_text())[1]
+    assert first.startswith("pip install -r requirements.txt && python train.py ")
+    run(commands(README)[0], cwd=folder, extra=SHORT)
     return folder
 
 
@@ -64,46 +65,36 @@ def test_training_leaves_what_the_readme_says(workspace):
 
 
 @pytest.mark.parametrize(
-    ("word", "extra", "expected"),
+    ("words", "extra", "expected"),
     [
-        ("evaluate.py", "--num_questions=8", "meteor"),
-        ("tools.calibrate", "", "meteor"),
-        ("models.cost", "", "meteor"),
-        ("tools.sweep_prune_layers", "--num_images=4", "by chance"),
+        (("evaluate.py", "--checkpoint=runs/tiny"), ("--num_questions=8",), "mean % over tasks"),
+        (("evaluate.py", "--tasks=all"), ("--num_questions=8",), "fastv"),
+        (("calibrate",), (), "meteor"),
+        (("flops",), (), "meteor"),
+        (("sweep-layers",), ("--num_images=4",), "random"),
     ],
+    ids=lambda value: value[0] if isinstance(value, tuple) and value else None,
 )
-def test_the_other_commands_run(workspace, word, extra, expected):
-    (command,) = (line for line in COMMANDS if word in line)
-    assert expected in run(command, cwd=workspace, extra=extra)
+def test_the_other_commands_run(workspace, words, extra, expected):
+    assert expected in run(find(*words), cwd=workspace, extra=extra)
+
+
+def test_the_python_example_runs(workspace):
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert "fastv" in run(["python", "-c", example], cwd=workspace)
 
 
 def test_the_study_runs(workspace):
-    (encoders,) = (line for line in COMMANDS if "tools.pretrain_encoders" in line)
-    (train,) = (line for line in COMMANDS if "train.py --config=configs/small.py" in line)
-    said = run(encoders, cwd=workspace, extra="--steps=2 --num_images=32")
+    said = run(find("pretrain-encoders"), cwd=workspace, extra=("--steps=2", "--num_images=32"))
     assert "pix2struct sees" in said
-    few = '--config.data.num_images="(32, 32)" --config.eval.num_images=16'
-    run(train, cwd=workspace, extra=f"{SHORT} {few}")
+    few = ("--config.data.num_images=(32, 32)", "--config.eval.num_images=16")
+    run(find("train.py", "--config=configs/small.py"), cwd=workspace, extra=(*SHORT, *few))
     rows = json.loads((workspace / "runs/small/eval.json").read_text())["rows"]
     assert {"reading_digits", "easyvqa_yesno"} <= {row["task"] for row in rows}
-
-
-def test_every_command_is_known_to_this_test():
-    known = (
-        "pip install",
-        "train.py",
-        "evaluate.py",
-        "tools.calibrate",
-        "models.cost",
-        "tools.pretrain_encoders",
-        "tools.sweep_prune_layers",
-    )
-    assert all(any(word in command for word in known) for command in COMMANDS)
 
 
 def test_the_public_names_exist():
     import meteor_jax
 
-    (line,) = re.findall(r"from meteor_jax import (.*)", README)
-    for name in [*line.split(", "), *meteor_jax.__all__]:
+    for name in meteor_jax.__all__:
         assert getattr(meteor_jax, name)

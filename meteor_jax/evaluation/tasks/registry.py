@@ -13,12 +13,31 @@ import numpy as np
 from meteor_jax.config import ConfigError, suggest
 from meteor_jax.data.sources.records import TaskSpec
 from meteor_jax.data.sources.registry import TASKS, open_source
-from meteor_jax.evaluation.tasks.benchmarks.datasets import FOLDERS
+from meteor_jax.evaluation.tasks.benchmarks.datasets import FOLDERS, Folder
 from meteor_jax.evaluation.tasks.benchmarks.parquet import ParquetSource, open_folder
 from meteor_jax.evaluation.tasks.benchmarks.prompts import Item
 from meteor_jax.evaluation.tasks.benchmarks.registry import BENCHMARKS, GROUPS, Benchmark
+from meteor_jax.evaluation.tasks.scoring.registry import SCORERS
 
 REGISTRY: dict[str, TaskSpec] = TASKS | {name: row.task for name, row in BENCHMARKS.items()}
+
+
+def register_benchmark(folder: Folder, benchmark: Benchmark) -> None:
+    """Adds a benchmark that is evaluated by its own name (CONTRIBUTING.md has an example).
+
+    Raises:
+        ConfigError: for a name that is taken, or a metric that does not exist.
+    """
+    task = benchmark.task
+    if task.name in REGISTRY or FOLDERS.get(folder.name, folder) != folder:
+        raise ConfigError(f"task '{task.name}' or folder '{folder.name}' exists; rename yours.")
+    if task.metric not in SCORERS:
+        raise ConfigError(
+            f"task '{task.name}': no metric '{task.metric}'.{suggest(task.metric, SCORERS)}"
+        )
+    FOLDERS[folder.name] = folder
+    BENCHMARKS[task.name] = benchmark
+    REGISTRY[task.name] = task
 
 
 @dataclasses.dataclass(frozen=True)

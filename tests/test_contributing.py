@@ -1,0 +1,58 @@
+"""The walk-throughs of CONTRIBUTING.md, each executed and then used as its section says."""
+
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from meteor_jax.config import ConfigError
+from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.tasks import registry
+from meteor_jax.experiment.config import load_experiment
+from tests.documents import ROOT
+from tests.evaluation.random_model import config, make_params, png
+from tests.evaluation.tasks.benchmark_fixtures import IMAGE
+
+
+def code(heading: str) -> str:
+    """The Python block below a heading of CONTRIBUTING.md."""
+    _, _, rest = (ROOT / "CONTRIBUTING.md").read_text().partition(f"\n## {heading}\n")
+    (block,) = re.findall(r"```python[^\n]*\n(.*?)```", rest.split("\n## ")[0], flags=re.DOTALL)
+    return block
+
+
+@pytest.fixture
+def restored():
+    """Registries, which are as before after the test."""
+    registries = []
+    yield lambda registry: registries.append((registry, dict(registry)))
+    for registered, before in registries:
+        registered.clear()
+        registered.update(before)
+
+
+def test_add_a_benchmark(tmp_path, restored):
+    for registered in (registry.FOLDERS, registry.BENCHMARKS, registry.REGISTRY):
+        restored(registered)
+    example = code("Add a benchmark")
+    exec(compile(example, "my_benchmark.py", "exec"), {})
+    with pytest.raises(ConfigError, match="exists; rename"):
+        exec(example, {})
+
+    experiment = load_experiment(config(tmp_path))
+    params = make_params(experiment)
+    options = {"tasks": ("counting",), "workdir": tmp_path / "run", "display": "quiet"}
+    with pytest.raises(ConfigError, match="hf download example/Counting"):
+        evaluate_checkpoint(experiment, params, **options)
+    rows = [
+        {"question": "How many?", "number": i, "image": {"bytes": png(i), "path": f"{i}.png"}}
+        for i in range(3)
+    ]
+    schema = pa.schema([("question", pa.string()), ("number", pa.int64()), ("image", IMAGE)])
+    (tmp_path / "Counting").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "Counting/test-0.parquet")
+    (row,) = (
+        row for row in evaluate_checkpoint(experiment, params, **options) if row.plan == "full"
+    )
+    assert row.task == "counting" and row.n == 3
