@@ -9,18 +9,17 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from meteor_jax.models.eagle.cost import count_traced
+from meteor_jax.models.flops import count_jaxpr
 
 
 def count_executed(function: Callable[..., Any], *args: Any) -> float:
-    """As `count_traced`, but of this run. Conditionals inside loops or calls count by the largest
-    branch."""
+    """Operations of this run. Conditionals inside loops or calls count by the largest branch."""
     closed = jax.make_jaxpr(function)(*args)
     conditionals = [eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "cond"]
     taken = _values_of([eqn.invars[0] for eqn in conditionals], closed, jax.tree.leaves(args))
-    total = count_traced(function, *args)
+    total = count_jaxpr(closed.jaxpr).total
     for equation, index in zip(conditionals, taken, strict=True):
-        costs = [_count(branch) for branch in equation.params["branches"]]
+        costs = [count_jaxpr(branch.jaxpr).total for branch in equation.params["branches"]]
         total += costs[int(index)] - max(costs)
     return total
 
@@ -32,8 +31,3 @@ def _values_of(atoms: list[Any], closed: core.ClosedJaxpr, args: list[Any]) -> l
         outvars=atoms, debug_info=closed.jaxpr.debug_info.with_unknown_names()
     )
     return jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts)))(*args)
-
-
-def _count(branch: core.ClosedJaxpr) -> float:
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in branch.in_avals]
-    return count_traced(core.jaxpr_as_fun(branch), *shapes)

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.models.eagle.cost import count_cost, count_traced
-from meteor_jax.models.encoders.convnext import model as convnext
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IMAGE_TOKEN
 from tests import tiny_model as tiny
@@ -130,30 +128,6 @@ def test_two_images_and_text_alone_share_a_batch():
     assert kept[0] == 0 and 0 < kept[1] < kept[2]
     one = tiny.forward(tiny.params(), batch, plan=tiny.plan(tiny.METEOR))
     np.testing.assert_allclose(out.logits[:2], one.logits[:2], atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "full",
-        "stage 1",
-        "pool(keep=20)",
-        "fastv(layer=2, keep=7)",
-        "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.budget=fixed)",
-        "meteor(encode=(26, 22, 30), fuse=20, fuse.similarity=max_cosine, fuse.num_iterations=3)",
-    ],
-)
-def test_the_counted_cost_is_that_of_the_traced_program(text, monkeypatch):
-    monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
-    plan, batch = tiny.plan(tiny.PLANS.get(text, text)), tiny.row(tiny.make_batch(), 0)
-
-    def program(params, batch):
-        visual = tiny.encode.__wrapped__(params, batch.images, plan=plan).tokens
-        return tiny.prefill.__wrapped__(params, visual, batch, plan=plan, max_new_tokens=0)
-
-    head = 2 * tiny.CONFIG.llama.width * tiny.VOCAB
-    traced = count_traced(program, tiny.params(), batch) - head
-    assert traced == count_cost(tiny.CONFIG, plan, text_tokens=tiny.TEXT_LENGTH).total_flops
 
 
 def test_gradients_are_finite_and_reach_every_part():

@@ -17,9 +17,10 @@ from meteor_jax.experiment.plans import MAJORITY
 
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
-# TFLOPs of a question, as it was computed: of the mean places of its text, visual tokens computed
-# after each cut, and images that it has places for; and of the rows of its batch.
-QuestionCost = Callable[[float, tuple[float, ...], float, int], float]
+# TFLOPs of a question, as it was computed: of the places of its text, visual tokens computed after
+# each cut (a mean over questions that are alike in the rest), images that it has places for, and
+# rows of its batch.
+QuestionCost = Callable[[int, tuple[float, ...], int, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,19 +247,15 @@ def _visual_tokens(
 
 
 def _mean_tflops(answers: Sequence[Answer], tflops: QuestionCost) -> float:
-    """Mean over questions; those of other batch sizes, asked before, cost what they did there."""
-    by_rows: dict[int, list[Answer]] = {}
+    """Mean over questions, each as in the batch that it was part of."""
+    shapes: dict[tuple[int, int, int], list[tuple[float, ...]]] = {}
     for answer in answers:
-        by_rows.setdefault(answer.rows, []).append(answer)
-    total = 0.0
-    for rows, alike in by_rows.items():
-        total += len(alike) * tflops(
-            float(np.mean([answer.prompt_length for answer in alike])),
-            _means([answer.computed for answer in alike]),
-            float(np.mean(list(map(_num_places, alike)))),
-            rows,
-        )
-    return total / len(answers)
+        shape = answer.prompt_length, _num_places(answer), answer.rows
+        shapes.setdefault(shape, []).append(answer.computed)
+    return sum(
+        len(computed) * tflops(length, _means(computed), images, rows)
+        for (length, images, rows), computed in shapes.items()
+    ) / len(answers)
 
 
 def _make_row(

@@ -222,12 +222,12 @@ def _prepare(
 
 def _tflops(config: MeteorConfig, plan: PrunePlan) -> QuestionCost:
     def tflops(
-        prompt_length: float, computed: tuple[float, ...], num_images: float, rows: int
+        prompt_length: int, computed: tuple[float, ...], num_images: int, rows: int
     ) -> float:
         cost = count_cost(
             config,
             plan,
-            text_tokens=round(prompt_length),
+            text_tokens=prompt_length,
             computed=computed or None,
             num_images=num_images,
             rows=rows,

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import Experiment, StageConfig
 from meteor_jax.inference.layout import param_dtype, param_shapes
-from meteor_jax.models.eagle.cost import count_traced
 from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.flops import trace_flops
 from meteor_jax.models.layers.attention import attention_kernel
 from meteor_jax.models.layers.platform import compiling_for
 from meteor_jax.parallel.mesh import BATCH_AXES, check_batch_size
@@ -28,7 +28,6 @@ from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.init import placeholder_ranks
-from meteor_jax.training.loss import all_logits_at_once
 from meteor_jax.training.optimizer import make_optimizer, split_trainable
 from meteor_jax.training.state import init_params, make_state
 from meteor_jax.training.step import make_train_step
@@ -96,20 +95,14 @@ def build_program(request: Request, mesh: Mesh, *, platform: str) -> Program:
 def count_flops(request: Request, mesh: Mesh, *, platform: str) -> tuple[float, float]:
     """Operations of all devices together, with and without what remat computes again.
 
-    The programs are traced anew: the counter does not see into custom kernels, and jit keeps what
-    it has traced.
+    The program is built and traced once more: the counter does not see into custom kernels, and
+    jit keeps what it has traced.
     """
-    plain = dataclasses.replace(request, experiment=with_remat(request.experiment, "none"))
-
-    def count(request: Request) -> float:
+    with attention_kernel("xla"):
         program = build_program(request, mesh, platform=platform)
         with tracing_for(platform, mesh):
-            return count_traced(program.function, *program.args)
-
-    with attention_kernel("xla"):
-        flops = count(request)
-        with all_logits_at_once():
-            return flops, count(plain)
+            flops, _ = trace_flops(program.function, *program.args)
+    return flops.total, flops.needed
 
 
 @contextlib.contextmanager

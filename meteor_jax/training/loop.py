@@ -212,14 +212,8 @@ def train(
                     state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
                 )
                 flops = {
-                    name: train_step_flops(
-                        experiment.model,
-                        plan,
-                        batch=shapes,
-                        params=state.params,
-                        trainable=stage.config.trainable,
-                    )
-                    for name, plan in plans.items()
+                    name: train_step_flops(run_step, state, shapes)
+                    for name, run_step in steps.items()
                 }
                 held_out = None
                 if settings.held_out_every:

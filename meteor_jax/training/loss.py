@@ -5,10 +5,8 @@ B rows, T text tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +23,6 @@ from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
 # float32 logits that a device holds at a time; a backward pass holds two or three such arrays. Less
 # would cost time: every part of the tokens reads the whole head and adds to its whole gradient.
 LOGIT_BYTES = 512 << 20
-_LIMIT: contextvars.ContextVar[float | None] = contextvars.ContextVar("limit", default=None)
 
 Head = Callable[[Any, Array], Array]
 
@@ -37,16 +34,6 @@ class TokenLoss:
     loss: Array
     correct: Array
     count: Array
-
-
-@contextlib.contextmanager
-def all_logits_at_once() -> Iterator[None]:
-    """Losses traced in this context compute no logits twice, for counting operations."""
-    token = _LIMIT.set(math.inf)
-    try:
-        yield
-    finally:
-        _LIMIT.reset(token)
 
 
 def batch_loss(
@@ -95,8 +82,7 @@ def hidden_loss(head: Head, params: Any, x: Array, labels: Array) -> TokenLoss:
     vocabulary = jax.eval_shape(head, params, x[:, :1]).shape[-1]
     columns = vocabulary / math.gcd(vocabulary, mesh.shape.get("tensor", 1))
     num_bytes = x.shape[0] // shards * x.shape[1] * columns * 4
-    limit = LOGIT_BYTES if _LIMIT.get() is None else _LIMIT.get()
-    num_chunks = min(math.ceil(num_bytes / limit), x.shape[1])
+    num_chunks = min(math.ceil(num_bytes / LOGIT_BYTES), x.shape[1])
     if num_chunks <= 1:
         return _sums(head(params, x), labels)
     if shards == 1:

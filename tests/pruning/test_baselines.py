@@ -8,18 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.models.eagle.cost import (
-    count_cost,
-    count_traced,
-    encoder_flops,
-    encoder_score_flops,
-    resize_flops,
-)
-from meteor_jax.models.encoders.convnext import model as convnext
+from meteor_jax.models.encoders.clip.model import Clip, ClipConfig
+from meteor_jax.models.encoders.eva02.model import Eva02, Eva02Config
+from meteor_jax.models.encoders.sam.model import Sam, SamConfig
+from meteor_jax.models.flops import counted_forms, trace_flops
 from meteor_jax.pruning.plan import EncodePlan, PrunePlan
 from meteor_jax.types import IMAGE_TOKEN
 from tests import tiny_model as tiny
-from tests.models.eagle import test_cost as full_size
 
 SPARSEVLM = "sparsevlm(layers=(1, 2, 3), keep=(24, 12, 6))"
 PLANS = (SPARSEVLM, "visionzip(keep=14)", "divprune(keep=14)", "dart(layer=2, keep=11)")
@@ -101,36 +96,22 @@ def test_two_images_get_two_budgets(text):
     )
 
 
-@pytest.mark.parametrize("text", PLANS)
-def test_the_counted_cost_is_that_of_the_traced_program(text, monkeypatch):
-    monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)  # a form that is counted
-    plan, batch = tiny.plan(text), tiny.row(tiny.make_batch(), 0)
-
-    def program(params, batch):
-        visual = tiny.encode.__wrapped__(params, batch.images, plan=plan).tokens
-        return tiny.prefill.__wrapped__(params, visual, batch, plan=plan, max_new_tokens=0)
-
-    head = 2 * tiny.CONFIG.llama.width * tiny.VOCAB
-    traced = count_traced(program, tiny.params(), batch) - head
-    assert traced == count_cost(tiny.CONFIG, plan, text_tokens=tiny.TEXT_LENGTH).total_flops
-
-
-@pytest.mark.parametrize("name", ["convnext", "sam", "eva02"])
-def test_merging_is_counted_in_windowed_encoders_too(name, monkeypatch):
-    monkeypatch.setattr(convnext, "depthwise", convnext.depthwise_conv)
-    model = full_size.MODELS[name]
-    config = model.config
-    plan = EncodePlan(keep=(0, 0, 320), assignment="tokens", merged=0.25)
-    cuts = plan.encoder_cuts({name: config})[name]
+@pytest.mark.parametrize("encoder", [Clip(ClipConfig()), Sam(SamConfig()), Eva02(Eva02Config())])
+def test_merging_counts_as_what_pruning_computes(encoder):
+    """The likeness of each dropped token to those that gather the dropped, and their sums."""
+    criteria = ("mean_token",) * 3  # without products of its own
+    plan = EncodePlan(keep=(0, 0, 320), assignment="tokens", criteria=criteria, merged=0.25)
+    cuts = plan.encoder_cuts({"encoder": encoder.config})["encoder"]
     assert cuts[-1].merged == 80
-    image = jax.ShapeDtypeStruct((1, 1024, 1024, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    encode = functools.partial(model.apply, cuts=cuts)
-    assert jax.eval_shape(encode, variables, image).x.shape == (1, 320, config.width)
-    counted = encoder_flops(config, cuts) + encoder_score_flops(config, cuts)
-    if name == "eva02":
-        counted += resize_flops(config.position_side, config.grid, channels=config.width)
-    assert count_traced(encode, variables, image) == counted
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(encoder.init, jax.random.key(0), image)
+    with counted_forms():
+        encode = functools.partial(encoder.apply, cuts=cuts)
+        flops, output = trace_flops(encode, variables, image)
+    assert output.x.shape == (1, 320, encoder.config.width)
+    scores = flops.grouped(lambda scope: "scores" if "scores" in scope.split("/") else "")["scores"]
+    width = output.features[-1].shape[-1]
+    assert scores == 2 * 2 * (encoder.config.num_tokens - 320) * 80 * width
 
 
 def test_visionzip_shares_its_budget_by_tokens_and_gathers_the_rest():

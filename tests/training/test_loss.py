@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meteor_jax.models.layers.stack import constrain
 from meteor_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from meteor_jax.training import loss
-from meteor_jax.training.loss import all_logits_at_once, hidden_loss, token_loss
+from meteor_jax.training.loss import hidden_loss, token_loss
 from meteor_jax.types import IGNORE_LABEL
 from tests.compiled import collectives
 
@@ -50,8 +50,7 @@ def test_loss_is_of_the_next_token():
 def test_parts_sum_up_to_the_whole(monkeypatch, sizes):
     inputs = make_inputs()
     whole = token_loss(head(inputs[0], inputs[1]), inputs[2])
-    with all_logits_at_once():
-        expected = loss_and_gradients(*inputs)
+    expected = loss_and_gradients(*inputs)  # all logits at once
     for name in ("loss", "correct", "count"):
         np.testing.assert_allclose(getattr(expected[0][1], name), getattr(whole, name), rtol=1e-6)
     # Three places at a time, the last of them with a place less.

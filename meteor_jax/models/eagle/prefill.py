@@ -119,18 +119,19 @@ def run_segments(
             cuts.append(_trace_of_none(cuts, segment.sequence, row))
             continue
         start, stop = bounds[drops.index(cut) + 1 :][:2]
-        segment, trace = _cut_and_run(
-            llama,
-            variables,
-            segment,
-            plan=plan,
-            cut=cut,
-            start=start,
-            stop=stop,
-            row=row,
-            num_images=num_images,
-            raters=raters,
-        )
+        with jax.named_scope(f"prune_{cut}"):
+            segment, trace = _cut_and_run(
+                llama,
+                variables,
+                segment,
+                plan=plan,
+                cut=cut,
+                start=start,
+                stop=stop,
+                row=row,
+                num_images=num_images,
+                raters=raters,
+            )
         cuts.append(trace)
         longest = segment.k.shape[2]
         lengths = plan.cache_lengths(cut, available=row.available)
@@ -322,21 +323,21 @@ def _run_packed(
 
     def run(size: int) -> tuple[Array, ...]:
         size = min(size, x.shape[1])
-        out = llama.apply(
-            variables,
-            x[:, :size],
-            (cos[:, :size], sin[:, :size]),
-            start=start,
-            stop=stop,
-            layout=layout and layout.shrink(size),
-            method="run",
-        )
+        with jax.named_scope(f"entries_{size}"):
+            out = llama.apply(
+                variables,
+                x[:, :size],
+                (cos[:, :size], sin[:, :size]),
+                start=start,
+                stop=stop,
+                layout=layout and layout.shrink(size),
+                method="run",
+            )
         k, v = out.extras
         states = (_pad(array, x.shape[1], axis=1) for array in (out.x, out.last_input))
         return *states, _pad(k, longest, axis=2), _pad(v, longest, axis=2)
 
-    with jax.named_scope("totals"):
-        x, last_input, k, v = jax.lax.switch(index, [lambda size=size: run(size) for size in sizes])
+    x, last_input, k, v = jax.lax.switch(index, [lambda size=size: run(size) for size in sizes])
     if layout is not None:
         x, last_input = layout.to_rows(x), layout.to_rows(last_input)
     return Segment(sequence.replace(x=x), last_input=last_input, k=k, v=v)

@@ -26,12 +26,13 @@ from meteor_jax.inference.generate import (
     trim,
 )
 from meteor_jax.inference.layout import cast_matrices
-from meteor_jax.models.eagle.cost import Cost, count_cost, count_traced
+from meteor_jax.models.eagle.cost import Cost, count_cost
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.ops.budgets import fit_edges, fit_scale
 from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import TrainState, init_params, make_state
 from meteor_jax.training.step import make_train_step
@@ -333,7 +334,7 @@ def compile_train(
         stage=stage,
         state_shardings=jax.tree.map(lambda leaf: leaf.sharding, states[form]),
     )
-    flops = count_traced(step, states[form], inputs)
+    flops = train_step_flops(step, states[form], inputs)
     step = compiler.compile(step, states[form], inputs)
 
     def run() -> dict[str, float]:
