@@ -38,7 +38,7 @@ from meteor_jax.inference.calibrate import (
 from meteor_jax.inference.engine.predictor import check_fits
 from meteor_jax.inference.layout import during_training, inference_mesh, param_shapes
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
-from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.family import Family, build_model
 from meteor_jax.parallel.distributed import (
     DataShard,
     define_process_flags,
@@ -70,7 +70,7 @@ class Run:
 
     experiment: Experiment
     workdir: Path
-    model: Meteor
+    model: Family
     tokenizer: Tokenizer
     records: Sequence[Sequence[Any]]
 
@@ -97,9 +97,9 @@ class Run:
             }
         for where, names in asked.items():
             plans = self._plans(names, Calibration())
-            for plan in self._plans(names, placeholder_ranks(experiment.model, plans=plans)):
+            for plan in self._plans(names, placeholder_ranks(self.model, plans=plans)):
                 try:
-                    check_fits(self.model, shapes, plan=plan)
+                    check_fits(self.model.module, shapes, plan=plan)
                 except ValueError as error:
                     raise ConfigError(f"{where}: plan '{plan.name}': {error}") from error
         nothing = Calibration()
@@ -144,14 +144,16 @@ class Run:
         asked.append(self.experiment.eval.plans)
         plans = [plan for names in asked for plan in self._plans(names, Calibration())]
         images = self.calibration_batch().images
-        calibration = Calibration(ranks=calibrate_ranks(self.model, params, images, plans=plans))
+        calibration = Calibration(
+            ranks=calibrate_ranks(self.model.module, params, images, plans=plans)
+        )
         self._warn_of_full_ranks(params, plans, calibration)
         return calibration
 
     def _warn_of_full_ranks(
         self, params: Any, plans: Sequence[PrunePlan], calibration: Calibration
     ) -> None:
-        shapes = feature_shapes(self.model, params)
+        shapes = feature_shapes(self.model.module, params)
         for line in full_rank_warnings(plans, calibration=calibration, shapes=shapes):
             if is_main_process():
                 logging.warning("%s", line)
@@ -180,7 +182,7 @@ class Run:
         if needs_measuring(to_measure, calibration):
             before = calibration
             calibration = calibrate_plans(
-                self.model,
+                self.model.module,
                 params,
                 batch=self.calibration_batch(),
                 calibration=calibration,
@@ -221,10 +223,11 @@ def main(argv: list[str]) -> int:
         profile = parse_range(PROFILE.value) if PROFILE.value else range(0)
         check_request(experiment, source_dir=workdir)
         start_from_flags(enable_preemption=True)
+        model = build_model(experiment.model)
         inherit = [
             Path(source) / TOKENIZER_FOLDER
             for source in experiment.init_from
-            if "llama" in parts_in(source)
+            if model.tokenizer_part in parts_in(source)
         ]
         with main_process_first("data and tokenizer"):
             records = pipeline.open_sources(experiment.data)
@@ -234,12 +237,8 @@ def main(argv: list[str]) -> int:
                 texts=lambda: pipeline.training_texts(records),
                 inherit=inherit,
             )
-        if tokenizer.vocab_size > experiment.model.llama.vocab_size:
-            raise ConfigError(
-                f"model.llama.vocab_size={experiment.model.llama.vocab_size} is less than the "
-                f"tokenizer's {tokenizer.vocab_size} pieces; raise it."
-            )
-        run = Run(experiment, workdir, Meteor(experiment.model), tokenizer, records)
+        model.check_vocabulary(tokenizer.vocab_size)
+        run = Run(experiment, workdir, model, tokenizer, records)
         run.check()
     except (ValueError, OSError) as error:
         return fail(error, code=2)

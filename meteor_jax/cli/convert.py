@@ -18,7 +18,7 @@ from absl import logging
 from rich.console import Console
 
 from meteor_jax.convert.exporting import export_checkpoint
-from meteor_jax.convert.formats import FORMATS
+from meteor_jax.convert.formats import all_formats
 from meteor_jax.convert.loading import AS_IS, DTYPES, convert_checkpoint
 from meteor_jax.convert.sources import ConversionError
 
@@ -43,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, required=True, help="what is written; it must not exist yet"
     )
     result.add_argument(
-        "--format", choices=FORMATS, help="what --source is (default: recognised)", metavar="NAME"
+        "--format",
+        choices=all_formats(),
+        help="what --source is (default: recognised)",
+        metavar="NAME",
     )
     result.add_argument(
         "--dtype",
@@ -74,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="with --to-torch: the most that one file holds (default: 2GB)",
     )
-    result.epilog = f"formats: {', '.join(FORMATS)}. docs/convert.md says more."
+    result.epilog = f"formats: {', '.join(all_formats())}. docs/convert.md says more."
     return result
 
 

@@ -26,12 +26,9 @@ from meteor_jax.checkpoint import (
 )
 from meteor_jax.config import ConfigError, build
 from meteor_jax.convert.loading import AS_IS, copy_tokenizer
-from meteor_jax.convert.matching import param_shapes, tables_of
-from meteor_jax.convert.rules import Rule
-from meteor_jax.convert.sizes import TOWERS
-from meteor_jax.convert.sources import ConversionError
 from meteor_jax.convert.writing import whole_or_nothing
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.conversion import Conversion, ConversionError, Rule
+from meteor_jax.models.family import ModelConfig, get_family
 from meteor_jax.progress import progress_bar
 
 GIGABYTE = 10**9
@@ -90,7 +87,7 @@ class _Checkpoint:
         source: what the conversion noted; empty for one that was trained.
     """
 
-    config: MeteorConfig
+    config: ModelConfig
     folder: Path
     shapes: dict[str, Any]
     unused: dict[str, Any]
@@ -104,14 +101,17 @@ class _Checkpoint:
     @property
     def rules(self) -> list[Rule]:
         """One parameter after the other."""
-        rules = tables_of(self.config, tuple(self.shapes)).rules
-        return [rule for rule in rules if not rule.whole]
+        return list(self.conversion.table(self.config, tuple(self.shapes)).rules)
+
+    @property
+    def conversion(self) -> Conversion:
+        return get_family(self.config.family).conversion
 
     def tensor_names(self) -> list[str]:
         """All that the folder will hold; of an EAGLE checkpoint, what it held before."""
         names = dict.fromkeys(name for rule in self.rules for name, _ in rule.expand())
         names |= dict.fromkeys(self.unused)
-        if self.source.get("part") == "eagle":
+        if self.source.get("part") == self.conversion.whole:
             return [name for name in names if name in self.dtypes]
         return list(names)
 
@@ -121,13 +121,13 @@ class _Checkpoint:
             path: leaf.shape
             for path, leaf in flax.traverse_util.flatten_dict(self.shapes, sep="/").items()
         }
-        want = param_shapes(self.config, tuple(self.shapes))
+        want = self.conversion.param_shapes(self.config, tuple(self.shapes))
         problems = [
             f"{path}: config {want.get(path, 'has none')}, checkpoint {have.get(path, 'has none')}"
             for path in sorted(have.keys() | want.keys())
             if have.get(path) != want.get(path)
         ]
-        if self.source.get("part") == "eagle":
+        if self.source.get("part") == self.conversion.whole:
             lost = self.dtypes.keys() - set(self.tensor_names())
             problems += [f"{name}: it was kept aside and is not there" for name in sorted(lost)]
         if problems:
@@ -178,9 +178,9 @@ class _Checkpoint:
 
     def torch_config(self) -> dict[str, Any]:
         """config.json as it came with the whole model, or written anew."""
-        if self.source.get("part") in ("eagle", "llama") and self.source["config"]:
-            return self.source["config"]
-        return eagle_config_json(self.config)
+        return self.conversion.config_json(
+            self.config, part=self.source.get("part", ""), source=self.source.get("config", {})
+        )
 
 
 def _open(workdir: Path) -> _Checkpoint:
@@ -199,14 +199,15 @@ def _open(workdir: Path) -> _Checkpoint:
         folder = Path(checkpoints.directory) / str(step) / item
         shapes = _structs(metadata[item].tree)
     values = json.loads((workdir / CONFIG_FILE).read_text())["model"]
-    config = build(MeteorConfig, values, where="model")
-    split = [name for name in shapes if name.startswith("projector_")]
-    if split:
+    config = build(ModelConfig, values, where="model")
+    found = _Checkpoint(config, folder, shapes, unused, source)
+    slices = sorted({rule.target.split("/")[0] for rule in found.rules if rule.whole})
+    if slices:
         raise ConfigError(
-            f"{workdir} has {', '.join(split)}: METEOR's projectors have no place in an EAGLE "
-            "checkpoint, whose one projector takes all channels."
+            f"{workdir} has {', '.join(slices)}: these are slices of one tensor, and what was "
+            "trained of each cannot be put together again; convert one with a single projector."
         )
-    return _Checkpoint(config, folder, shapes, unused, source)
+    return found
 
 
 def _structs(tree: Any) -> dict[str, Any]:
@@ -264,31 +265,3 @@ class _Shards:
             places |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
         (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def eagle_config_json(config: MeteorConfig) -> dict[str, Any]:
-    """What EAGLE's code must be told of a model."""
-    llama, theirs = config.llama, {ours: name for name, ours in TOWERS.items()}
-    sizes = dict.fromkeys(config.encoders, config.image_size) | {"clip": 448}
-    return {
-        "architectures": ["EagleLlamaForCausalLM"],
-        "model_type": "eagle_llama",
-        "hidden_act": "silu",
-        "hidden_size": llama.width,
-        "intermediate_size": llama.mlp_dim,
-        "max_position_embeddings": llama.max_positions,
-        "num_attention_heads": llama.num_heads,
-        "num_hidden_layers": llama.depth,
-        "num_key_value_heads": llama.num_kv_heads,
-        "rms_norm_eps": llama.norm_eps,
-        "rope_theta": llama.rope_theta,
-        "tie_word_embeddings": llama.tie_embeddings,
-        "vocab_size": llama.vocab_size,
-        "mm_hidden_size": sum(config.encoder(name).width for name in config.encoders),
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_tower": ";".join(f"{theirs[n]}-{sizes[n]}" for n in config.encoders),
-        "image_aspect_ratio": "pad",
-        "tokenizer_model_max_length": 2048,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -17,14 +18,13 @@ import numpy as np
 from rich.console import Console
 
 from meteor_jax.checkpoint import TOKENIZER_FOLDER, write_config
-from meteor_jax.config import ConfigError
+from meteor_jax.config import ConfigError, build
 from meteor_jax.convert.formats import recognise, rename
-from meteor_jax.convert.matching import Match, match, param_shapes, parts_of, report, tables_of
-from meteor_jax.convert.rules import Rule
-from meteor_jax.convert.sizes import build_config, model_fields
-from meteor_jax.convert.sources import ConversionError, Entry, Source, open_source
+from meteor_jax.convert.matching import Match, match, report
+from meteor_jax.convert.sources import Entry, Source, open_source
 from meteor_jax.convert.writing import Piece, StreamedArray, whole_or_nothing, write_checkpoint
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.conversion import ConversionError, Fields, Rule
+from meteor_jax.models.family import ModelConfig
 from meteor_jax.progress import progress_bar
 
 AS_IS = "as-is"
@@ -50,12 +50,12 @@ def convert_checkpoint(
     overrides: Sequence[str] = (),
     split_projector: bool = False,
     console: Console | None = None,
-) -> MeteorConfig:
+) -> ModelConfig:
     """Writes the workdir `output` from the checkpoint at `source_path`, and returns its config.
 
     Args:
-        source_path: a folder or a file; see `formats.FORMATS`.
-        format_name: a key of `FORMATS`; None recognises it.
+        source_path: a folder or a file; see `formats.all_formats`.
+        format_name: a key of `all_formats()`; None recognises it.
         dtype: of the parameters, out of `DTYPES`; "as-is" leaves each as it is.
         overrides: fields of the config, such as "clip.num_heads=2".
         split_projector: gives each encoder its own projector, from slices of EAGLE's single one.
@@ -86,19 +86,18 @@ def _convert(
     overrides: Sequence[str],
     split_projector: bool,
     console: Console | None,
-) -> MeteorConfig:
-    form = recognise(source, name=format_name)
+) -> ModelConfig:
+    family, form = recognise(source, name=format_name)
+    conversion = family.conversion
     names = rename(source.entries, form)
     tensors = {new: source.entries[old].shape for new, old in names.names.items()}
-    fields = model_fields(form.part, shapes=tensors, config=source.config)
+    fields = conversion.fields(form.part, shapes=tensors, config=source.config)
     if split_projector:
-        if form.part not in ("eagle", "projector"):
-            raise ConfigError(f"--split-projector: {source.folder} holds no EAGLE projector.")
-        fields["fusion"] = "post"
-    config = build_config(fields, overrides)
-    parts = parts_of(config, form.part)
-    shapes = param_shapes(config, parts)
-    found = match(tensors, tables_of(config, parts), shapes)
+        fields = conversion.split_projector(form.part, fields)
+    config = build_config(family.config_class, fields, overrides)
+    parts = conversion.parts(config, form.part)
+    shapes = conversion.param_shapes(config, parts)
+    found = match(tensors, conversion.table(config, parts), shapes)
     unknown = [f"unknown: {name} {source.entries[name].shape}" for name in names.unknown]
     problems = [*source.problems, *names.problems, *unknown, *found.problems]
     if problems:
@@ -129,13 +128,44 @@ def _convert(
     write_config(folder, document)
     copy_tokenizer(source.folder, folder / TOKENIZER_FOLDER)
     if console is not None:
-        report(found, ignored=names.ignored, encoders=config.encoders, console=console)
+        part_of = functools.partial(conversion.part_of, config)
+        report(found, ignored=names.ignored, part_of=part_of, console=console)
     return config
 
 
-def config_document(config: MeteorConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+def build_config(cls: type, fields: Fields, overrides: Sequence[str] = ()) -> Any:
+    """The config `cls` of a family, with `--set` texts such as "clip.num_heads=2" on top.
+
+    Raises:
+        ConfigError: an override without "=", of a field that does not exist or of another type.
+    """
+    values = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()
+    }
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected FIELD=VALUE, such as clip.num_heads=2.")
+        *groups, name = path.strip().split(".")
+        inner = values
+        for group in groups:
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--set {text}: '{group}' has no fields.")
+        inner[name] = _literal(value.strip())
+    return build(cls, values, where="--set")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def config_document(config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The model's config as JSON: what the checkpoint holds, and what differs from the default."""
-    values, default = dataclasses.asdict(config), dataclasses.asdict(MeteorConfig())
+    values, default = dataclasses.asdict(config), dataclasses.asdict(type(config)())
     return {
         name: value for name, value in values.items() if name in fields or value != default[name]
     }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from meteor_jax.config import ConfigError
+from meteor_jax.models.conversion import ConversionError
 
 SAFETENSORS, TORCH = ".safetensors", (".bin", ".pth", ".pt")
 CONFIG_FILE = "config.json"
@@ -34,15 +34,6 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-
-
-class ConversionError(ConfigError):
-    """A checkpoint that cannot be converted; `problems` has one line for each thing wrong."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        count = f"{len(problems)} problems:\n  " if len(problems) > 1 else ""
-        super().__init__(count + "\n  ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)

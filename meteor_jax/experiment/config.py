@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 from meteor_jax.config import ConfigError, build
 from meteor_jax.data.pipeline import DataConfig
 from meteor_jax.experiment.eval_config import EvalConfig
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.family import ModelConfig
 from meteor_jax.parallel.mesh import MeshConfig
 
 
@@ -146,7 +146,7 @@ class Experiment:
         seed: of the parameters' start and, added to `data.seed`, of the order of the data.
     """
 
-    model: MeteorConfig
+    model: ModelConfig
     data: DataConfig
     train: TrainConfig
     plans: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -15,18 +15,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import Experiment
 from meteor_jax.inference.engine.data_shards import broadcast
-from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.models.family import Family, ShardingRules, build_model
 from meteor_jax.parallel.chips import find_chip
 from meteor_jax.parallel.mesh import AXES, MeshConfig, make_mesh, num_slices, regroup
 from meteor_jax.parallel.rules import parameter_shardings
-from meteor_jax.training.state import init_params
-from meteor_jax.types import Batch
 
 # Of a device's memory, what parameters may take; caches and activations have the rest.
 COMFORTABLE = 0.5
@@ -47,11 +44,12 @@ def param_shapes(experiment: Experiment, *, mesh: Mesh, dtype: str = "float32") 
     Args:
         dtype: of matrices; everything else is float32, as it is in training.
     """
-    shapes = _shapes(experiment.model, dtype)
+    model = build_model(experiment.model)
+    shapes = _shapes(model, dtype)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
-        parameter_shardings(shapes, mesh),
+        parameter_shardings(shapes, mesh, rules=model.sharding_rules),
     )
 
 
@@ -98,7 +96,8 @@ def during_training(params: Any, experiment: Experiment, *, mesh: Mesh) -> tuple
     except ConfigError as error:
         raise ConfigError(f"eval.{error}") from error
     dtype = param_dtype(experiment)
-    wanted = parameter_shardings(params, target)
+    rules = build_model(experiment.model).sharding_rules
+    wanted = parameter_shardings(params, target, rules=rules)
     like = cast_matrices(jax.eval_shape(lambda: params), dtype)
     same = jax.tree.map(
         lambda leaf, shape, sharding: (
@@ -119,22 +118,28 @@ def during_training(params: Any, experiment: Experiment, *, mesh: Mesh) -> tuple
 
 
 def choose_mesh(
-    shapes: Any, *, num_devices: int, slices: int, num_kv_heads: int, memory_bytes: float | None
+    shapes: Any,
+    *,
+    num_devices: int,
+    slices: int,
+    tensor_divisor: int,
+    memory_bytes: float | None,
+    rules: ShardingRules = (),
 ) -> MeshConfig:
     """The mesh with the fewest parts of a layer whose parameters fit a device comfortably.
 
-    Parts divide the devices of a slice, and the kv heads, so that the cache divides with them.
+    Parts divide the devices of a slice, and the family's `tensor_divisor`.
     Where even the most parts need more, it is those.
 
     Args:
         shapes: parameters, as ShapeDtypeStructs in the dtype that they are held in.
         memory_bytes: a device's, for inference; None, where it is not known, copies them.
     """
-    most = math.gcd(num_devices // slices, num_kv_heads)
+    most = math.gcd(num_devices // slices, tensor_divisor)
     for tensor in (parts for parts in range(1, most + 1) if most % parts == 0):
         config = MeshConfig(data=num_devices // tensor, fsdp=1, tensor=tensor)
         mesh = AbstractMesh((config.data, 1, tensor), AXES)
-        held = _device_bytes(shapes, parameter_shardings(shapes, mesh))
+        held = _device_bytes(shapes, parameter_shardings(shapes, mesh, rules=rules))
         if memory_bytes is None or held <= COMFORTABLE * memory_bytes:
             break
     return config
@@ -146,12 +151,13 @@ def _mesh_config(
     asked, devices = experiment.eval.mesh, list(devices)
     if asked != "auto":
         return asked
-    memory = _memory_bytes(devices)
+    memory, model = _memory_bytes(devices), build_model(experiment.model)
     return choose_mesh(
-        _shapes(experiment.model, param_dtype(experiment)),
+        _shapes(model, param_dtype(experiment)),
         num_devices=len(devices),
         slices=num_slices(devices),
-        num_kv_heads=experiment.model.llama.num_kv_heads,
+        tensor_divisor=model.tensor_divisor,
+        rules=model.sharding_rules,
         memory_bytes=None if memory is None else memory - resident_bytes,
     )
 
@@ -174,12 +180,6 @@ def _device_bytes(tree: Any, shardings: Any) -> float:
 
 
 @functools.cache
-def _shapes(config: MeteorConfig, dtype: str) -> Any:
-    image = jax.ShapeDtypeStruct((1, 1, config.image_size, config.image_size, 3), np.uint8)
-    text = jax.ShapeDtypeStruct((1, 8), np.int32)
-    row = jax.ShapeDtypeStruct((1,), np.int32)
-    flags = jax.ShapeDtypeStruct((1, 8), np.bool_)
-    valid = jax.ShapeDtypeStruct((1, 1), np.bool_)
-    batch = Batch(image, valid, text, flags, text, row)
-    shapes = jax.eval_shape(lambda batch: init_params(Meteor(config), batch, seed=0), batch)
-    return cast_matrices(shapes, dtype)
+def _shapes(model: Family, dtype: str) -> Any:
+    init = functools.partial(model.init_params, seed=0)
+    return cast_matrices(jax.eval_shape(init, model.inputs_spec(1)), dtype)

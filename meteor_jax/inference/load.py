@@ -20,6 +20,7 @@ from meteor_jax.checkpoint import (
 )
 from meteor_jax.experiment.config import Experiment, load_experiment
 from meteor_jax.inference.layout import param_dtype, param_shapes
+from meteor_jax.models.family import build_model
 from meteor_jax.training.checkpoint_compat import check_model
 
 
@@ -61,8 +62,8 @@ def load_params(
         CheckpointError: no such checkpoint, or one that does not fit the experiment.
     """
     like = param_shapes(experiment, mesh=mesh, dtype=param_dtype(experiment))
-    check = functools.partial(check_model, model=experiment.model)
-    unpadded = experiment.model.llama.unpadded_shapes
+    model = build_model(experiment.model)
+    check, unpadded = functools.partial(check_model, model=model), model.unpadded_shapes
     if not init_from:
         step = find_step(folder, step=step)
         return restore_params(folder, like, step=step, check=check, unpadded=unpadded), step

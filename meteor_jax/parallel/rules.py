@@ -1,5 +1,7 @@
 """How arrays are split over a mesh: path rules for parameters, and batches.
 
+Rules for layers that many models have stand here, others with their family.
+
 Models pin activations with `models.layers.stack.constrain`, which is in force under
 `jax.set_mesh(mesh)`.
 """
@@ -13,41 +15,45 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meteor_jax.models.family import ShardingRules
 from meteor_jax.parallel.mesh import BATCH_AXES
 
 # (path pattern, how the last dimensions are split); the first match wins. Dimensions in front of
 # those named, such as the stacked layers, stay whole. Kernels are [in, out].
-PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+GENERIC_RULES: ShardingRules = (
     (r"(bias|scale)$", ()),
     (r"(query|key|value|qkv|gate|up|fc1|head)/kernel$", ("fsdp", "tensor")),
-    (r"(out|down|fc2|neck)/kernel$", ("tensor", "fsdp")),
-    (r"llama/embedding/embedding$", ("tensor", "fsdp")),
-    (r"(stem|downsample\d+|patch_embedding|depthwise)/kernel$", ("fsdp",)),
+    (r"(out|down|fc2)/kernel$", ("tensor", "fsdp")),
+    (r"embedding/embedding$", ("tensor", "fsdp")),
+    (r"patch_embedding/kernel$", ("fsdp",)),
     (r"_embedding$", ("fsdp",)),
-    (r"/tables/", ("fsdp", None)),
-    (r"relative_(window|global)/", ()),  # small
 )
 
 
-def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(
+    path: str, shape: Sequence[int], mesh: Mesh, *, rules: ShardingRules = ()
+) -> PartitionSpec:
     """How the parameter at `path` ("llama/blocks/…") is split.
 
     An axis that does not divide its dimension splits the rule's other one, if that is free; else
     the dimension stays whole, so that small models run on any mesh.
+
+    Args:
+        rules: of the family; they come before the generic ones.
 
     Raises:
         ValueError: if no rule matches a parameter of two or more dimensions.
     """
     if len(shape) < 2:
         return PartitionSpec()
-    for pattern, axes in PARAMETER_RULES:
+    for pattern, axes in (*rules, *GENERIC_RULES):
         if re.search(pattern, path):
             axes = axes[-len(shape) :]
             split = _split(shape[len(shape) - len(axes) :], axes, mesh)
             return PartitionSpec(*(None,) * (len(shape) - len(axes)), *split)
     raise ValueError(
-        f"no sharding rule matches parameter {path} {tuple(shape)}: add one to "
-        "meteor_jax.parallel.rules.PARAMETER_RULES."
+        f"no sharding rule matches parameter {path} {tuple(shape)}: add one to the family's "
+        "sharding_rules."
     )
 
 
@@ -71,15 +77,16 @@ def _split(
     return tuple(placed)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs).
+def parameter_shardings(tree: Any, mesh: Mesh, *, rules: ShardingRules = ()) -> Any:
+    """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs), by the family's
+    `rules`.
 
     Works for anything that holds parameters under their own paths: a whole train state too.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh, rules=rules))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 

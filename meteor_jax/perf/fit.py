@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from meteor_jax.config import ConfigError
 from meteor_jax.inference.layout import param_dtype
+from meteor_jax.models.family import build_model
 from meteor_jax.parallel.chips import Chip, find_chip
 from meteor_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, num_slices
 from meteor_jax.perf.programs import (
@@ -180,7 +181,7 @@ def alternatives(request: Request, mesh: Mesh) -> Iterator[Alternative]:
     inference, where parameters stay put, every layer over more devices."""
     sizes = MeshConfig(**{axis: mesh.shape[axis] for axis in AXES})
     slices = num_slices(mesh.devices.flat)
-    heads = request.experiment.model.llama.num_kv_heads
+    heads = build_model(request.experiment.model).tensor_divisor
     if request.program != "train":
         most = math.gcd(mesh.size // slices, heads)
         for tensor in range(sizes.tensor + 1, most + 1):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import Experiment, StageConfig
 from meteor_jax.inference.layout import param_dtype, param_shapes
-from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.family import build_model
 from meteor_jax.models.flops import trace_flops
 from meteor_jax.models.layers.attention import attention_kernel
 from meteor_jax.models.layers.platform import compiling_for
@@ -29,7 +29,7 @@ from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.init import placeholder_ranks
 from meteor_jax.training.optimizer import make_optimizer, split_trainable
-from meteor_jax.training.state import init_params, make_state
+from meteor_jax.training.state import make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import Batch, DecodeCache
 
@@ -113,13 +113,8 @@ def tracing_for(platform: str, mesh: Mesh) -> Iterator[None]:
 
 
 def with_remat(experiment: Experiment, remat: str) -> Experiment:
-    """`experiment` with one remat policy in every encoder and in the decoder."""
-    model = experiment.model
-    parts = {
-        name: dataclasses.replace(getattr(model, name), remat=remat)
-        for name in (*model.encoders, "llama")
-    }
-    return dataclasses.replace(experiment, model=dataclasses.replace(model, **parts))
+    """`experiment` with one remat policy in every part of the model."""
+    return dataclasses.replace(experiment, model=build_model(experiment.model).with_remat(remat))
 
 
 def device_bytes(tree: Any) -> int:
@@ -145,14 +140,17 @@ def _train(request: Request, mesh: Mesh) -> Program:
         where=f"train.{request.stage}.batch_size / grad_accum_steps",
     )
     plan = _plan(request)
-    model, optimizer = Meteor(experiment.model), make_optimizer(stage)
-    text_length = stage.text_length or experiment.data.text_length
-    apart = experiment.data.turns_of(stage.kind) == "apart"
-    batch = _batch(experiment, rows=stage.batch_size, text_length=text_length, apart=apart)
+    model, optimizer = build_model(experiment.model), make_optimizer(stage)
+    batch = model.inputs_spec(
+        stage.batch_size,
+        text_length=stage.text_length or experiment.data.text_length,
+        max_images=experiment.data.max_images,
+        segments=experiment.data.turns_of(stage.kind) == "apart",
+    )
 
     def fresh(batch: Batch) -> Any:
         return make_state(
-            init_params(model, batch, seed=0),
+            model.init_params(batch, seed=0),
             optimizer=optimizer,
             trainable=stage.trainable,
             rng=jax.random.PRNGKey(0),
@@ -160,14 +158,13 @@ def _train(request: Request, mesh: Mesh) -> Program:
         )
 
     state = jax.eval_shape(fresh, batch)
-    shardings = parameter_shardings(state, mesh)
+    shardings = parameter_shardings(state, mesh, rules=model.sharding_rules)
     state = with_shardings(state, shardings)
     step = make_train_step(
         model,
         optimizer=optimizer,
         plan=plan,
         stage=stage,
-        encoders=experiment.model.active_encoders(plan),
         ema_decay=experiment.train.ema_decay,
         state_shardings=shardings,
     )
@@ -196,7 +193,7 @@ def _extend(request: Request, mesh: Mesh) -> Program:
         prefill, params, batch.images, batch.image_valid, batch.tokens, batch.text_valid
     )[1]
     shardings = _cache_shardings(cache, mesh)
-    model = Meteor(request.experiment.model)
+    model = build_model(request.experiment.model).module
 
     def extend(params: Any, cache: DecodeCache, tokens: Any) -> Any:
         extended = model.apply({"params": params}, cache, tokens, method="extend")
@@ -215,8 +212,9 @@ def _inference(request: Request, mesh: Mesh) -> tuple[Any, Batch, Callable[..., 
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     rows = request.rows or math.ceil(settings.batch_size / shards) * shards
     check_batch_size(rows, mesh, where="rows")
-    model, plan = Meteor(experiment.model), _plan(request)
-    batch = _batch(experiment, rows=rows, text_length=experiment.data.text_length)
+    family, plan = build_model(experiment.model), _plan(request)
+    model, data = family.module, experiment.data
+    batch = family.inputs_spec(rows, text_length=data.text_length, max_images=data.max_images)
     params = param_shapes(experiment, mesh=mesh, dtype=param_dtype(experiment))
 
     def prefill(params: Any, images: Any, image_valid: Any, tokens: Any, text_valid: Any) -> Any:
@@ -245,27 +243,10 @@ def _plan(request: Request) -> PrunePlan:
     text = request.plan or request.stage_config.plans[0]
     plan = parse_plan(text, library=request.experiment.plans)
     stand_in = dataclasses.replace(
-        placeholder_ranks(request.experiment.model, plans=[plan]),
+        placeholder_ranks(build_model(request.experiment.model), plans=[plan]),
         scales={plan.name: (1.0,) * len(plan.decode.layers)} if plan.decode else {},
     )
     return plan.calibrated(stand_in).calibrated(request.calibration)
-
-
-def _batch(experiment: Experiment, *, rows: int, text_length: int, apart: bool = False) -> Batch:
-    size, images = experiment.model.image_size, experiment.data.max_images
-
-    def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-    return Batch(
-        images=struct((images, size, size, 3), jnp.uint8),
-        image_valid=struct((images,), jnp.bool_),
-        tokens=struct((text_length,), jnp.int32),
-        text_valid=struct((text_length,), jnp.bool_),
-        labels=struct((text_length,), jnp.int32),
-        example_id=struct((), jnp.int32),
-        turn=struct((text_length,), jnp.int32) if apart else None,
-    )
 
 
 def _by_rows(tree: Any, mesh: Mesh) -> Any:

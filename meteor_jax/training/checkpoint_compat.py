@@ -13,7 +13,7 @@ from typing import Any
 from meteor_jax.checkpoint import CONFIG_FILE, CheckpointError
 from meteor_jax.config import ConfigError, build
 from meteor_jax.experiment.config import Experiment, load_experiment
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.family import Family, ModelConfig, build_model
 
 # How a model is computed or began, not what it is.
 IGNORED_FIELDS_MODEL = (
@@ -38,7 +38,7 @@ DATA_OF_STAGE = ("kind", "template", "text_length", "batch_size")
 def check_model(
     document: Mapping[str, Any],
     *,
-    model: MeteorConfig,
+    model: Family,
     source: str | Path,
     parts: Collection[str] | None = None,
 ) -> None:
@@ -53,28 +53,25 @@ def check_model(
         CheckpointError: naming the first fields that differ, both values and what to do.
     """
     try:
-        saved = build(MeteorConfig, document["model"])
+        saved = build_model(build(ModelConfig, document["model"]))
     except (KeyError, ConfigError):
         return
-    names = parts if parts is not None else (*model.encoders, "llama")
+    names = model.parts if parts is None else parts
     free = IGNORED_FIELDS_PARTS if parts is not None else IGNORED_FIELDS_MODEL
     found = [
         difference
         for name in names
-        if hasattr(model, name)
+        if name in model.parts and name in saved.parts
         for difference in _differences(
-            getattr(saved, name), getattr(model, name), where=f"model.{name}", free=free
+            saved.parts[name], model.parts[name], where=f"model.{name}", free=free
         )
     ]
-    joined = () if parts is not None else ("encoders", "fusion", "image_size")
-    if parts is not None and "projector" in parts:  # its input is their channels, one by one
-        joined = ("encoders", "fusion")
-    if parts is None and model.fusion == "pre":
-        joined += ("grid",)
+    shared = ("family",) if type(saved) is not type(model) else model.shared_fields(parts)
     found += [
-        f"model.{name}: checkpoint {getattr(saved, name)}, config {getattr(model, name)}"
-        for name in joined
-        if getattr(saved, name) != getattr(model, name)
+        f"model.{name}: checkpoint {getattr(saved.config, name)}, config "
+        f"{getattr(model.config, name)}"
+        for name in shared
+        if getattr(saved.config, name) != getattr(model.config, name)
     ]
     if found:
         raise _another_config(
@@ -95,7 +92,7 @@ def resumed_stage(
     Raises:
         CheckpointError: if the model, the data or the stages so far are others.
     """
-    check_model(document, model=experiment.model, source=workdir)
+    check_model(document, model=build_model(experiment.model), source=workdir)
     try:
         saved = load_experiment(document)
     except ConfigError:

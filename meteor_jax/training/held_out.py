@@ -6,20 +6,20 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from meteor_jax.models.family import Family
 from meteor_jax.parallel.rules import shard_batch
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.training.loss import TokenLoss, batch_loss
-from meteor_jax.types import Batch
+from meteor_jax.types import Array, Batch
+
+Sums = tuple[Array, Array]  # of the loss and of its targets
 
 
 class HeldOutLoss:
-    """`held_out/loss/<plan>`: cross-entropy, mean over the supervised tokens of fixed batches.
+    """`held_out/loss/<plan>`: the loss, mean over the targets of fixed batches.
 
     Args:
         plans: by name, as trained.
@@ -27,13 +27,13 @@ class HeldOutLoss:
     """
 
     def __init__(
-        self, model: nn.Module, plans: Mapping[str, PrunePlan], batches: Sequence[Batch], mesh: Mesh
+        self, model: Family, plans: Mapping[str, PrunePlan], batches: Sequence[Batch], mesh: Mesh
     ) -> None:
         self._batches, self._mesh = batches, mesh
 
-        def add(params: Any, total: TokenLoss, batch: Batch, *, plan: PrunePlan) -> TokenLoss:
-            sums, _ = batch_loss(model, params, batch, plan=plan, rng=jax.random.PRNGKey(0))
-            return jax.tree.map(jnp.add, total, sums)
+        def add(params: Any, total: Sums, batch: Batch, *, plan: PrunePlan) -> Sums:
+            sums = model.loss(params, batch, plan=plan, rng=jax.random.PRNGKey(0))
+            return total[0] + sums.loss, total[1] + sums.count
 
         self._add = {
             name: jax.jit(functools.partial(add, plan=plan)) for name, plan in plans.items()
@@ -43,9 +43,9 @@ class HeldOutLoss:
         """The losses with `params`, which lie on the mesh."""
         losses = {}
         for name, add in self._add.items():
-            total = TokenLoss(*(np.zeros((), np.float32),) * 3)
+            total = (np.zeros((), np.float32),) * 2
             for batch in self._batches:
                 # One batch at a time, or all of them would wait on the device.
                 total = jax.block_until_ready(add(params, total, shard_batch(batch, self._mesh)))
-            losses[f"held_out/loss/{name}"] = float(total.loss) / max(float(total.count), 1.0)
+            losses[f"held_out/loss/{name}"] = float(total[0]) / max(float(total[1]), 1.0)
         return losses

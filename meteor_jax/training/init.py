@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,19 +15,19 @@ from jax.sharding import Mesh
 from meteor_jax import checkpoint
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import Experiment, Stage
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.family import Family, build_model
 from meteor_jax.parallel.mesh import check_batch_size
 from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration, PrunePlan
 from meteor_jax.training.checkpoint_compat import check_model
 from meteor_jax.training.optimizer import check_patterns, join_params, split_trainable
-from meteor_jax.training.state import TrainState, init_params, make_state
+from meteor_jax.training.state import TrainState, make_state
 from meteor_jax.training.step import TrainStep, make_train_step
 from meteor_jax.types import Batch
 
 
-def placeholder_ranks(model: MeteorConfig, *, plans: Iterable[PrunePlan]) -> Calibration:
+def placeholder_ranks(model: Family, *, plans: Iterable[PrunePlan]) -> Calibration:
     """Ranks that stand for those that `plans` measure: with any, the budgets are the same."""
     ranks = dict.fromkeys(model.encoders, (1.0, 1.0, 1.0))
     kinds = (str(plan.encode.rank_kind) for plan in plans if plan.encode is not None)
@@ -52,7 +51,7 @@ def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibra
 def init_or_restore_state(
     experiment: Experiment,
     *,
-    model: nn.Module,
+    model: Family,
     stage: Stage,
     optimizer: optax.GradientTransformation,
     batch: Batch,
@@ -79,7 +78,7 @@ def init_or_restore_state(
         )
 
     def fresh_params() -> Any:
-        return init_params(model, _zeros(batch), seed=experiment.seed)
+        return model.init_params(_zeros(batch), seed=experiment.seed)
 
     try:
         like = jax.eval_shape(lambda: with_params(fresh_params()))
@@ -90,7 +89,7 @@ def init_or_restore_state(
     _check_whole_run(
         experiment, model=model, params=like.params, batch=batch, calibration=calibration
     )
-    shardings = parameter_shardings(like, mesh)
+    shardings = parameter_shardings(like, mesh, rules=model.sharding_rules)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         like,
@@ -98,12 +97,12 @@ def init_or_restore_state(
     )
     if saved.latest_step() is not None:
         return checkpoint.restore(saved, like)
-    check = functools.partial(check_model, model=experiment.model)
+    check = functools.partial(check_model, model=build_model(experiment.model))
     restored = checkpoint.restore_parts(
         experiment.init_from,
         like.params,
         check=check,
-        unpadded=experiment.model.llama.unpadded_shapes,
+        unpadded=model.unpadded_shapes,
     )
 
     def begin(restored: dict[str, Any]) -> TrainState:
@@ -114,12 +113,12 @@ def init_or_restore_state(
 
 
 def reinit_params(
-    state: TrainState, *, patterns: tuple[str, ...], model: nn.Module, batch: Batch, seed: int
+    state: TrainState, *, patterns: tuple[str, ...], model: Family, batch: Batch, seed: int
 ) -> TrainState:
     """`state` with the parameters that `patterns` find as they were before the first step."""
 
     def begin(params: dict[str, Any]) -> dict[str, Any]:
-        again, _ = split_trainable(init_params(model, _zeros(batch), seed=seed), patterns)
+        again, _ = split_trainable(model.init_params(_zeros(batch), seed=seed), patterns)
         _, kept = split_trainable(params, patterns)
         return join_params(again, kept)
 
@@ -148,14 +147,12 @@ def make_steps(
     experiment: Experiment,
     plans: Mapping[str, PrunePlan],
     *,
-    model: nn.Module,
+    model: Family,
     stage: Stage,
     optimizer: optax.GradientTransformation,
     state_shardings: TrainState,
 ) -> dict[str, TrainStep]:
     """A train step for each plan."""
-    # Channels that are joined have no encoder of their own.
-    post = experiment.model.fusion == "post"
     return {
         name: make_train_step(
             model,
@@ -163,7 +160,6 @@ def make_steps(
             plan=plan,
             stage=stage.config,
             stage_start=stage.start,
-            encoders=experiment.model.active_encoders(plan) if post else (),
             ema_decay=experiment.train.ema_decay,
             state_shardings=state_shardings,
         )
@@ -172,7 +168,7 @@ def make_steps(
 
 
 def _check_whole_run(
-    experiment: Experiment, *, model: nn.Module, params: Any, batch: Any, calibration: Calibration
+    experiment: Experiment, *, model: Family, params: Any, batch: Any, calibration: Calibration
 ) -> None:
     """Meets what is wrong with a later stage (patterns, budgets) before the first one has run."""
     paths = [
@@ -190,11 +186,10 @@ def _check_whole_run(
         groups = tuple(pattern for pattern, _ in config.lr_multipliers)
         check_patterns(groups, paths, where=f"{where}.lr_multipliers")
         if config.before == "calibrate_ranks":
-            calibration = placeholder_ranks(experiment.model, plans=all_plans)
+            calibration = placeholder_ranks(model, plans=all_plans)
         for name, plan in training_plans(experiment, stage, calibration).items():
+            loss = functools.partial(model.loss, plan=plan, rng=jax.random.PRNGKey(0))
             try:
-                jax.eval_shape(
-                    lambda p, b, plan=plan: model.apply({"params": p}, b, plan=plan), params, batch
-                )
+                jax.eval_shape(loss, params, batch)
             except ValueError as error:
                 raise ConfigError(f"{where}: plan '{name}': {error}") from error

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 
 from meteor_jax import checkpoint
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import Experiment, Stage
+from meteor_jax.models.family import Family
 from meteor_jax.parallel.chips import find_chip
 from meteor_jax.parallel.distributed import (
     DataShard,
@@ -77,7 +77,7 @@ class TrainResult:
 def train(
     experiment: Experiment,
     *,
-    model: nn.Module,
+    model: Family,
     open_data: OpenData,
     workdir: Path,
     config: Mapping[str, Any],
@@ -184,7 +184,11 @@ def train(
                         bar.say(f"resumed at step {first_step} of {stages[-1].stop} in {workdir}")
                 else:
                     state = start_stage(
-                        state, optimizer=optimizer, trainable=stage.config.trainable, mesh=mesh
+                        state,
+                        optimizer=optimizer,
+                        trainable=stage.config.trainable,
+                        mesh=mesh,
+                        rules=model.sharding_rules,
                     )
                 # A checkpoint at the very beginning of a stage was written after this.
                 if begins and stage.config.reinit:

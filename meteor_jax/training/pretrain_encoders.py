@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ from meteor_jax.data.sources.reading_cells import (
 )
 from meteor_jax.experiment.config import Experiment, load_experiment
 from meteor_jax.experiment.flags import parse_flags
-from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.family import build_model
 from meteor_jax.progress import progress_bar, track
 from meteor_jax.training.logging.metrics import MetricsLog
 from meteor_jax.types import Array
@@ -95,7 +96,7 @@ class Learner:
 
 
 def train_encoder(
-    model: Meteor,
+    model: nn.Module,
     encoder: str,
     *,
     scenes: Scenes,
@@ -152,7 +153,7 @@ def train_encoder(
     } | {"colours": float(color_hits[test.colors != NOTHING].mean())}
 
 
-def first_learner(model: Meteor, encoder: str, *, scenes: Scenes, seed: int) -> Learner:
+def first_learner(model: nn.Module, encoder: str, *, scenes: Scenes, seed: int) -> Learner:
     """Fresh parameters.
 
     Raises:
@@ -176,7 +177,7 @@ def first_learner(model: Meteor, encoder: str, *, scenes: Scenes, seed: int) -> 
 
 
 def loss_and_accuracy(
-    learner: Learner, batch: Scenes, *, model: Meteor, encoder: str
+    learner: Learner, batch: Scenes, *, model: nn.Module, encoder: str
 ) -> tuple[Array, tuple[Array, Array]]:
     """The weighted cross-entropy of a batch's cells, their classes' plus their colours', and
     which of both are right: bool[I, C, C]."""
@@ -226,7 +227,8 @@ def pretrain(
     Raises:
         ValueError: pictures of a size that the reading set has not, or too few of them.
     """
-    model = Meteor(experiment.model)
+    family = build_model(experiment.model)
+    model = family.module
     side = experiment.model.image_size
     if num_images < batch_size:
         raise ConfigError(f"num_images={num_images} do not fill one batch of {batch_size}.")
@@ -234,7 +236,7 @@ def pretrain(
     if side % CELL:
         raise ConfigError(f"model.image_size={side}: expected a multiple of {CELL} pixels.")
     missing = {}
-    for name in experiment.model.encoders:
+    for name in family.encoders:
         if _is_finished(workdir / name):
             print(f"{name} is there already: {workdir / name}")
         else:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from meteor_jax.models.family import ShardingRules
 from meteor_jax.parallel.rules import parameter_shardings
-from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.optimizer import split_trainable
-from meteor_jax.types import Array, Batch
+from meteor_jax.types import Array
 
 
 @flax.struct.dataclass
@@ -54,19 +53,15 @@ def make_state(
     )
 
 
-def init_params(model: nn.Module, batch: Batch, *, seed: int) -> dict[str, Any]:
-    """Fresh parameters for batches shaped like `batch`; the tree is the same for every plan."""
-    return model.init(jax.random.PRNGKey(seed), batch, plan=PrunePlan())["params"]
-
-
 def start_stage(
     state: TrainState,
     *,
     optimizer: optax.GradientTransformation,
     trainable: tuple[str, ...],
     mesh: Mesh,
+    rules: ShardingRules,
 ) -> TrainState:
-    """`state` with the fresh optimizer state of a new stage."""
+    """`state` with the fresh optimizer state of a new stage, split by the family's `rules`."""
     params, _ = split_trainable(state.params, trainable)
-    shardings = parameter_shardings(jax.eval_shape(optimizer.init, params), mesh)
+    shardings = parameter_shardings(jax.eval_shape(optimizer.init, params), mesh, rules=rules)
     return state.replace(opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params))

@@ -8,8 +8,8 @@ import pytest
 
 from meteor_jax.checkpoint import restore_params
 from meteor_jax.convert.loading import convert_checkpoint
-from meteor_jax.convert.matching import param_shapes, parts_of
 from meteor_jax.inference.generate import generate
+from meteor_jax.models.eagle.conversion import EagleConversion
 from meteor_jax.models.eagle.fusion import to_common_grid
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.pruning.baselines import parse_plan
@@ -18,6 +18,7 @@ from tests.convert import eagle_tiny
 
 TOLERANCE = 2e-4  # of the largest magnitude
 FULL = PrunePlan()
+CONVERSION = EagleConversion()
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eagle")
     source = eagle_tiny.write_eagle(folder / "source", eagle_tiny.weights())
     config = convert_checkpoint(source, folder / "out", overrides=eagle_tiny.OVERRIDES)
-    shapes = param_shapes(config, parts_of(config, "eagle"))
+    shapes = CONVERSION.param_shapes(config, CONVERSION.parts(config, "eagle"))
     like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     params = restore_params(folder / "out", flax.traverse_util.unflatten_dict(like, sep="/"))
     return Meteor(config), jax.tree.map(jnp.asarray, params)

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meteor_jax.convert.formats import FORMATS, rename
-from meteor_jax.convert.matching import match, param_shapes, parts_of, tables_of
-from meteor_jax.convert.sizes import build_config, model_fields
-from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.convert.formats import rename
+from meteor_jax.convert.loading import build_config
+from meteor_jax.convert.matching import match
+from meteor_jax.models.eagle.conversion import EagleConversion
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.eagle.presets import eagle_config
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Batch
 from tests.convert.eagle_tiny import GOLDEN
 
+CONVERSION = EagleConversion()
 # As config.json of the Vicuna-7B models has them; the towers' sizes are not in it.
 CONFIG = {
     "model_type": "eagle_llama",
@@ -71,17 +73,22 @@ def full(request):
     """Name, tensors, config and parameter shapes of one model."""
     model = request.param
     tensors = listed(model)
-    fields = model_fields(
+    fields = CONVERSION.fields(
         "eagle", shapes=tensors, config=CONFIG | {"mm_vision_tower": TOWERS[model]}
     )
-    config = build_config(fields, ["dtype=bfloat16"])
-    return model, tensors, config, param_shapes(config, parts_of(config, "eagle"))
+    config = build_config(MeteorConfig, fields, ["dtype=bfloat16"])
+    return (
+        model,
+        tensors,
+        config,
+        CONVERSION.param_shapes(config, CONVERSION.parts(config, "eagle")),
+    )
 
 
 def test_the_list_is_whole(full):
     model, tensors, *_ = full
     assert len(tensors) == COUNTS[model]
-    assert set(rename(tensors, FORMATS["eagle"]).names) == set(tensors)
+    assert set(rename(tensors, CONVERSION.formats["eagle"]).names) == set(tensors)
 
 
 def test_sizes_from_the_shapes_are_the_released_ones(full):
@@ -91,7 +98,7 @@ def test_sizes_from_the_shapes_are_the_released_ones(full):
 
 def test_every_tensor_has_its_place(full):
     _, tensors, config, shapes = full
-    found = match(tensors, tables_of(config, parts_of(config, "eagle")), shapes)
+    found = match(tensors, CONVERSION.table(config, CONVERSION.parts(config, "eagle")), shapes)
     assert not found.problems
     assert not found.computed
     loaded = [load.name for load in found.loads]
@@ -102,7 +109,7 @@ def test_every_tensor_has_its_place(full):
 
 def test_every_parameter_comes_from_tensors_of_its_size(full):
     _, tensors, config, shapes = full
-    rules = tables_of(config, parts_of(config, "eagle")).rules
+    rules = CONVERSION.table(config, CONVERSION.parts(config, "eagle")).rules
     assert {rule.target for rule in rules} == set(shapes)
     assert len(rules) == len(shapes)
     for rule in rules:

@@ -19,6 +19,7 @@ from meteor_jax.checkpoint import open_checkpoints, write_config
 from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.inference.layout import param_shapes
+from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.parallel.distributed import start_processes
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings
@@ -129,7 +130,9 @@ def evaluate(data_dir, workdir, *, mesh=None):
         whole = jax.device_get(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
 
-    params = jax.tree.map(place, params, parameter_shardings(params, mesh))
+    params = jax.tree.map(
+        place, params, parameter_shardings(params, mesh, rules=Eagle.sharding_rules)
+    )
     with jax.set_mesh(mesh):
         return evaluate_checkpoint(experiment, params, workdir=workdir, **options)
 

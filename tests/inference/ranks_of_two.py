@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from meteor_jax.inference import ranks as measuring
+from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.parallel.distributed import start_processes
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings
@@ -31,7 +32,9 @@ def main(port, process):
     def place(leaf, sharding):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
-    params = jax.tree.map(place, whole, parameter_shardings(whole, mesh))
+    params = jax.tree.map(
+        place, whole, parameter_shardings(whole, mesh, rules=Eagle.sharding_rules)
+    )
     with jax.set_mesh(mesh):
         ranks = measuring.calibrate_ranks(tiny.MODEL, params, images)
     print(json.dumps([len(counts), ranks]))

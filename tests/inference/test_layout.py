@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.inference import layout
+from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.parallel.chips import CHIPS, GIB
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings
@@ -101,7 +102,7 @@ def test_layers_are_split_as_far_as_memory_asks_for(gib, devices, slices, kv_hea
         one_matrix(gib),
         num_devices=devices,
         slices=slices,
-        num_kv_heads=kv_heads,
+        tensor_divisor=kv_heads,
         memory_bytes=CHIPS["TPU v5 lite"].memory_bytes,
     )
     assert chosen == MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
@@ -109,7 +110,7 @@ def test_layers_are_split_as_far_as_memory_asks_for(gib, devices, slices, kv_hea
 
 def test_parameters_are_copied_where_the_memory_is_not_known():
     chosen = layout.choose_mesh(
-        one_matrix(999), num_devices=8, slices=1, num_kv_heads=8, memory_bytes=None
+        one_matrix(999), num_devices=8, slices=1, tensor_divisor=8, memory_bytes=None
     )
     assert chosen == MeshConfig(data=8, fsdp=1, tensor=1)
 
@@ -245,5 +246,7 @@ def test_shardings_follow_the_rules():
     experiment = make_experiment(mesh="tensor=8")
     mesh = layout.inference_mesh(experiment, devices=jax.devices()[:8])
     shapes = layout.param_shapes(experiment, mesh=mesh)
-    assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == parameter_shardings(shapes, mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == parameter_shardings(
+        shapes, mesh, rules=Eagle.sharding_rules
+    )
     assert shapes["llama"]["head"]["kernel"].sharding.spec == P("fsdp", "tensor")

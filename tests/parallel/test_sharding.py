@@ -17,16 +17,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meteor_jax.config import build
 from meteor_jax.experiment.config import StageConfig
 from meteor_jax.models.decoders.llama.model import LlamaConfig
+from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.eagle.presets import eagle_config
 from meteor_jax.models.encoders.clip.model import ClipConfig
 from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
+from meteor_jax.models.family import build_model
 from meteor_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings, shard_batch
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration
 from meteor_jax.training.optimizer import make_optimizer
-from meteor_jax.training.state import init_params, make_state
+from meteor_jax.training.state import make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, VisualTokens
 from tests.compiled import collectives
@@ -87,13 +89,16 @@ def make_batch(seed, *, side=32):
     )
 
 
+RULES = Eagle.sharding_rules
+
+
 def mesh_of(sizes):
     return make_mesh(MeshConfig(*sizes), devices=jax.devices()[: math.prod(sizes)])
 
 
 def fresh_state(model, batch, *, use_ema=False):
     return make_state(
-        init_params(model, batch, seed=0),
+        model.init_params(batch, seed=0),
         optimizer=make_optimizer(STAGE),
         trainable=STAGE.trainable,
         rng=jax.random.PRNGKey(0),
@@ -103,17 +108,16 @@ def fresh_state(model, batch, *, use_ema=False):
 
 def train_step(config, shardings):
     return make_train_step(
-        Meteor(config),
+        build_model(config),
         optimizer=make_optimizer(STAGE),
         plan=PLANS[config],
         stage=STAGE,
-        encoders=config.encoders,
         state_shardings=shardings,
     )
 
 
 def place(tree, mesh):
-    return jax.device_put(tree, parameter_shardings(tree, mesh))
+    return jax.device_put(tree, parameter_shardings(tree, mesh, rules=RULES))
 
 
 def losses(config, *, sizes):
@@ -122,7 +126,7 @@ def losses(config, *, sizes):
     state = place(initial_state(config), mesh)
     found = []
     with jax.set_mesh(mesh):
-        step = train_step(config, parameter_shardings(state, mesh))
+        step = train_step(config, parameter_shardings(state, mesh, rules=RULES))
         for seed in range(STEPS):
             state, metrics = step(state, shard_batch(make_batch(seed), mesh))
             found.append(float(metrics["loss"]))
@@ -131,7 +135,7 @@ def losses(config, *, sizes):
 
 @functools.cache
 def initial_state(config):
-    return jax.device_get(jax.jit(lambda: fresh_state(Meteor(config), make_batch(0)))())
+    return jax.device_get(jax.jit(lambda: fresh_state(build_model(config), make_batch(0)))())
 
 
 @functools.cache
@@ -226,8 +230,8 @@ def constraints(text):
 def lowered_step(mesh):
     """The train step's StableHLO, from shapes alone."""
     batch = make_batch(0)
-    state = jax.eval_shape(lambda: fresh_state(Meteor(ONE), batch))
-    shardings = parameter_shardings(state, mesh)
+    state = jax.eval_shape(lambda: fresh_state(build_model(ONE), batch))
+    shardings = parameter_shardings(state, mesh, rules=RULES)
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def with_sharding(leaf, sharding):
@@ -261,11 +265,11 @@ def test_lowered_program_holds_its_constraints():
 
 def test_encoding_under_meteor_gathers_nothing_but_parameters():
     model, mesh, batch = Meteor(ONE), mesh_of((1, 8, 1)), make_batch(0)
-    params = jax.eval_shape(lambda: init_params(model, batch, seed=0))
+    params = jax.eval_shape(lambda: build_model(ONE).init_params(batch, seed=0))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
-        parameter_shardings(params, mesh),
+        parameter_shardings(params, mesh, rules=RULES),
     )
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     images = jax.ShapeDtypeStruct((2 * ROWS, 32, 32, 3), np.uint8, sharding=rows)
@@ -287,12 +291,12 @@ def test_encoding_under_meteor_gathers_nothing_but_parameters():
 @pytest.mark.parametrize(("name", "fusion"), [("x4_7b", "post"), ("x5_7b", "pre")])
 def test_nothing_of_size_is_whole_on_every_device(name, fusion):
     """No parameter, moment of the optimizer or moving average above 1 MB."""
-    model = Meteor(eagle_config(name, fusion=fusion))
+    model = build_model(eagle_config(name, fusion=fusion))
     one_row = jax.tree.map(lambda leaf: leaf[1:2], make_batch(0, side=1024))
     state = jax.eval_shape(lambda: fresh_state(model, one_row, use_ema=True))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 8e9
     for sizes in ((1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 256, 1)):
-        shardings = parameter_shardings(state, jax.sharding.AbstractMesh(sizes, AXES))
+        shardings = parameter_shardings(state, jax.sharding.AbstractMesh(sizes, AXES), rules=RULES)
         leaves = jax.tree_util.tree_leaves_with_path(state)
         whole = [
             jax.tree_util.keystr(path)

@@ -7,11 +7,11 @@ import pytest
 
 from meteor_jax.experiment.config import StageConfig
 from meteor_jax.models.eagle.cost import count_cost
-from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.family import build_model
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.optimizer import make_optimizer
-from meteor_jax.training.state import init_params, make_state
+from meteor_jax.training.state import make_state
 from meteor_jax.training.step import make_train_step
 from tests import tiny_model as tiny
 
@@ -21,14 +21,14 @@ HEAD = 2 * tiny.TEXT_LENGTH * tiny.CONFIG.llama.width * tiny.VOCAB
 def count(config=tiny.CONFIG, *, trainable=(".*",), **options):
     stage = StageConfig(steps=1, trainable=trainable, **options)
     model, batch, optimizer = (
-        Meteor(config),
+        build_model(config),
         tiny.make_batch(lengths=(12,) * 4, with_image=(True,) * 4),
         make_optimizer(stage),
     )
 
     def fresh(batch):
         return make_state(
-            init_params(model, batch, seed=0),
+            model.init_params(batch, seed=0),
             optimizer=optimizer,
             trainable=trainable,
             rng=jax.random.PRNGKey(0),

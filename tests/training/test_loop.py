@@ -227,7 +227,7 @@ def read_steps_if_any(workdir):
 
 def test_checkpoint_of_another_config(tmp_path):
     run(tmp_path, make_experiment())
-    wider = tiny_run.TinyModel(width=12)
+    wider = tiny_run.TinyFamily(width=12)
     message = r"params/clip/fc1/bias: checkpoint \(8,\), config \(12,\); .* and \d+ more\. Use the"
     with pytest.raises(ConfigError, match=message) as error:
         run(tmp_path, make_experiment(), model=wider)

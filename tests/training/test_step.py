@@ -10,15 +10,15 @@ from flax.traverse_util import flatten_dict
 
 from meteor_jax.config import build
 from meteor_jax.experiment.config import StageConfig
-from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.family import build_model
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.training.init import make_steps
 from meteor_jax.training.optimizer import make_optimizer, make_schedule
-from meteor_jax.training.state import init_params, make_state
+from meteor_jax.training.state import make_state
 from meteor_jax.training.step import make_train_step
 from tests import tiny_model
 from tests.training import tiny_run
-from tests.training.tiny_run import TinyModel, make_batch, make_experiment
+from tests.training.tiny_run import TinyFamily, make_batch, make_experiment
 
 FULL = parse_plan("full")
 
@@ -36,11 +36,11 @@ def make_stage(**fields):
 
 def begin(stage, *, ema_decay=0.0):
     """(step, state) for a stage of the tiny model."""
-    model, optimizer = TinyModel(), make_optimizer(stage)
+    model, optimizer = TinyFamily(), make_optimizer(stage)
 
     def fresh():
         return make_state(
-            init_params(model, make_batch(0), seed=0),
+            model.init_params(make_batch(0), seed=0),
             optimizer=optimizer,
             trainable=stage.trainable,
             rng=jax.random.PRNGKey(0),
@@ -52,7 +52,6 @@ def begin(stage, *, ema_decay=0.0):
         optimizer=optimizer,
         plan=FULL,
         stage=stage,
-        encoders=("clip", "pix2struct"),
         ema_decay=ema_decay,
     )
     return step, jax.jit(fresh)()
@@ -156,12 +155,12 @@ def test_metrics():
 def test_shares_are_of_the_encoders_that_ran(fusion, plan, shares):
     """Of the real model: the tokens are numbered by the encoders that ran, not by all there are."""
     config = dataclasses.replace(tiny_model.CONFIG, fusion=fusion)
-    model, batch = Meteor(config), tiny_model.make_batch()
+    model, batch = build_model(config), tiny_model.make_batch()
     stage = make_stage()
     optimizer = make_optimizer(stage)
     state = jax.eval_shape(
         lambda: make_state(
-            init_params(model, batch, seed=0),
+            model.init_params(batch, seed=0),
             optimizer=optimizer,
             trainable=stage.trainable,
             rng=jax.random.PRNGKey(0),
@@ -206,13 +205,13 @@ def test_no_step_holds_the_logits_of_all_tokens(monkeypatch):
     stage, batch = make_stage(batch_size=rows), make_batch(0, rows=rows)
     state = jax.eval_shape(
         lambda: make_state(
-            init_params(TinyModel(), batch, seed=0),
+            TinyFamily().init_params(batch, seed=0),
             optimizer=make_optimizer(stage),
             trainable=stage.trainable,
             rng=jax.random.PRNGKey(0),
             use_ema=False,
         )
     )
-    step = make_train_step(TinyModel(), optimizer=make_optimizer(stage), plan=FULL, stage=stage)
+    step = make_train_step(TinyFamily(), optimizer=make_optimizer(stage), plan=FULL, stage=stage)
     temporary = step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 0.5 * rows * length * vocabulary * 4

@@ -3,6 +3,7 @@
 Run as `python -m tests.training.tiny_run WORKDIR [KILL_AT_STEP]`.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import numpy as np
 from meteor_jax.config import build
 from meteor_jax.data.pipeline import DataConfig
 from meteor_jax.experiment.config import Experiment, TrainConfig
+from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.models.eagle.model import MeteorConfig
 from meteor_jax.models.eagle.outputs import Forward, HiddenStates
 from meteor_jax.pruning.plan import Calibration
@@ -87,6 +89,21 @@ class TinyModel(nn.Module):
         return {"llama": {"head": params["llama"]["head"]}}
 
 
+CONFIG = MeteorConfig(encoders=("clip", "pix2struct"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyFamily(Eagle):
+    """EAGLE's losses and rules around `TinyModel`."""
+
+    config: MeteorConfig = CONFIG
+    width: int = WIDTH
+
+    @property
+    def module(self):
+        return TinyModel(self.width)
+
+
 def make_experiment(*, plans=None, **train_fields):
     """`train_fields` replace those of `TrainConfig`; a dict replaces fields of a stage."""
     stage = {"batch_size": 8, "learning_rate": 1e-2, "plans": ("full",)}
@@ -100,7 +117,7 @@ def make_experiment(*, plans=None, **train_fields):
     for name, value in train_fields.items():
         values[name] = values[name] | value if isinstance(value, dict) else value
     return Experiment(
-        model=MeteorConfig(encoders=("clip", "pix2struct")),
+        model=CONFIG,
         data=DataConfig(sources=("easy-vqa",), held_out=8),
         train=build(TrainConfig, values, where="train"),
         plans=PLANS | (plans or {}),
@@ -141,7 +158,7 @@ def open_held_out(stage, *, shard):
 def run(workdir, experiment, **options):
     """Trains on one device, unless told otherwise."""
     options = {
-        "model": TinyModel(),
+        "model": TinyFamily(),
         "open_data": open_data,
         "open_held_out": open_held_out,
         "calibrate": lambda params: Calibration(ranks={"energy 0.99": RANKS}),

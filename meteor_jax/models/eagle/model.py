@@ -25,11 +25,13 @@ from meteor_jax.models.eagle.fusion import (
 from meteor_jax.models.eagle.outputs import Encoded, Extended, Forward, HiddenStates, Prefilled
 from meteor_jax.models.eagle.prefill import SegmentRun, new_position, run_segments
 from meteor_jax.models.eagle.projector import Projector
-from meteor_jax.models.encoders.clip.model import Clip, ClipConfig
-from meteor_jax.models.encoders.convnext.model import ConvNext, ConvNextConfig
-from meteor_jax.models.encoders.eva02.model import Eva02, Eva02Config
-from meteor_jax.models.encoders.pix2struct.model import Pix2Struct, Pix2StructConfig
-from meteor_jax.models.encoders.sam.model import Sam, SamConfig
+from meteor_jax.models.encoders.clip.model import ClipConfig
+from meteor_jax.models.encoders.convnext.model import ConvNextConfig
+from meteor_jax.models.encoders.eva02.model import Eva02Config
+from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
+from meteor_jax.models.encoders.registry import ENCODERS
+from meteor_jax.models.encoders.sam.model import SamConfig
+from meteor_jax.models.family import ModelConfig
 from meteor_jax.models.layers.remat import remat_policy
 from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD
 from meteor_jax.models.layers.stack import constrain
@@ -38,17 +40,9 @@ from meteor_jax.pruning.fuse import Span, fuse, position_redundancy
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, Batch, DecodeCache, EncodeTrace, PruneTrace, VisualTokens
 
-ENCODERS = {
-    "clip": Clip,
-    "convnext": ConvNext,
-    "sam": Sam,
-    "eva02": Eva02,
-    "pix2struct": Pix2Struct,
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class MeteorConfig:
+class MeteorConfig(ModelConfig):
     """Which encoders, which decoder, and how they are joined.
 
     Attributes:
@@ -60,6 +54,7 @@ class MeteorConfig:
         dtype: of the computation; parameters are float32.
     """
 
+    family: Literal["eagle"] = "eagle"
     encoders: tuple[str, ...] = ("clip", "convnext", "pix2struct")
     clip: ClipConfig = ClipConfig()
     convnext: ConvNextConfig = ConvNextConfig()
@@ -113,7 +108,7 @@ class Meteor(nn.Module):
         dtype = jnp.dtype(config.dtype)
         width = config.llama.width
         for name in config.encoders:
-            setattr(self, name, ENCODERS[name](config.encoder(name), dtype))
+            setattr(self, name, ENCODERS[name].module(config.encoder(name), dtype))
             if config.fusion == "post":
                 setattr(self, f"projector_{name}", Projector(width, dtype))
         if config.fusion == "pre":

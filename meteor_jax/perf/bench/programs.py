@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,14 +28,14 @@ from meteor_jax.inference.generate import (
 )
 from meteor_jax.inference.layout import cast_matrices
 from meteor_jax.models.eagle.cost import Cost, count_cost
-from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.models.family import ModelConfig, build_model
 from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.ops.budgets import fit_edges, fit_scale
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.optimizer import make_optimizer
-from meteor_jax.training.state import TrainState, init_params, make_state
+from meteor_jax.training.state import TrainState, make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, VisualTokens
 
@@ -74,14 +75,14 @@ class Inference(Programs):
     decode_bytes: int
 
 
-def form_of(model: MeteorConfig, plan: PrunePlan) -> MeteorConfig:
+def form_of(model: ModelConfig, plan: PrunePlan) -> ModelConfig:
     """The model that `plan` runs in: METEOR's form, a projector an encoder, where it cuts inside
     the encoders; else the config's own."""
     return dataclasses.replace(model, fusion="post") if plan.encode else model
 
 
 def make_inputs(
-    model: MeteorConfig, *, batch: int, text_tokens: int, mesh: Mesh | None = None
+    model: ModelConfig, *, batch: int, text_tokens: int, mesh: Mesh | None = None
 ) -> Batch:
     """Noise as images and as text, by rows on `mesh` or on the default device: half of the text,
     an image, the other half, which is what training learns."""
@@ -104,9 +105,9 @@ def make_inputs(
 
 
 def make_params(
-    models: Iterable[MeteorConfig], *, dtype: str, mesh: Mesh | None = None, seed: int = 0
+    models: Iterable[ModelConfig], *, dtype: str, mesh: Mesh | None = None, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Random parameters by `MeteorConfig.fusion`, made where they lie on `mesh`, or on the default
+    """Random parameters by `ModelConfig.fusion`, made where they lie on `mesh`, or on the default
     device; matrices in `dtype`. What the forms share is the same arrays."""
     made: dict[str, dict[str, Any]] = {}
     shared: dict[str, Any] = {}
@@ -129,7 +130,7 @@ def make_params(
 def _init(
     batch: Batch,
     *,
-    model: MeteorConfig,
+    model: ModelConfig,
     dtype: str,
     mesh: Mesh | None,
     seed: int,
@@ -137,22 +138,23 @@ def _init(
 ) -> dict[str, Any]:
     """Parameters but those `without`. The compiler leaves out the forward pass, whose input is an
     argument because constants would be computed with."""
-    params = init_params(Meteor(model), batch, seed=seed)
+    params = build_model(model).init_params(batch, seed=seed)
     own = {name: tree for name, tree in params.items() if name not in without}
     own = cast_matrices(own, dtype)
     if mesh is None:
         return own
-    return jax.lax.with_sharding_constraint(own, parameter_shardings(own, mesh))
+    shardings = parameter_shardings(own, mesh, rules=build_model(model).sharding_rules)
+    return jax.lax.with_sharding_constraint(own, shardings)
 
 
 def compile_inference(
-    model: MeteorConfig, params: Any, inputs: Batch, *, plan: PrunePlan, new_tokens: int
+    model: ModelConfig, params: Any, inputs: Batch, *, plan: PrunePlan, new_tokens: int
 ) -> Inference:
     """Encoding, prefill, and decoding of `new_tokens` tokens, the first of which prefill gives.
 
     λ of an adaptive plan is set so that the mean of K over these rows is the plan's `keep`.
     """
-    meteor = Meteor(model)
+    meteor = build_model(model).module
     apply = functools.partial(meteor.apply, plan=plan)
 
     @functools.partial(jax.jit, keep_unused=True)
@@ -215,7 +217,7 @@ class Generation:
 
 def compile_generation(
     compiler: Compiler,
-    meteor: Meteor,
+    meteor: nn.Module,
     params: Any,
     visual: VisualTokens,
     inputs: Batch,
@@ -257,12 +259,12 @@ def compile_generation(
 
 
 def _with_scale(
-    model: MeteorConfig, params: Any, visual: VisualTokens, inputs: Batch, *, plan: PrunePlan
+    model: ModelConfig, params: Any, visual: VisualTokens, inputs: Batch, *, plan: PrunePlan
 ) -> PrunePlan:
     """`plan` with the λ that meets its `keep` when every earlier cut does."""
     fixed = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, budget="fixed"))
     started = start(
-        Meteor(model),
+        build_model(model).module,
         params,
         visual,
         image_valid=inputs.image_valid,
@@ -295,7 +297,7 @@ def _with_scale(
 
 
 def train_states(
-    models: Iterable[MeteorConfig], *, stage: StageConfig, mesh: Mesh
+    models: Iterable[ModelConfig], *, stage: StageConfig, mesh: Mesh
 ) -> dict[str, TrainState]:
     """A fresh state by form, float32 and on `mesh` as training has it."""
 
@@ -308,17 +310,17 @@ def train_states(
             use_ema=False,
         )
 
-    params = make_params(models, dtype="float32", mesh=mesh)
-    return {
-        fusion: jax.jit(
-            fresh, out_shardings=parameter_shardings(jax.eval_shape(fresh, tree), mesh)
-        )(tree)
-        for fusion, tree in params.items()
-    }
+    models = list(models)
+    rules = build_model(models[0]).sharding_rules
+    params, states = make_params(models, dtype="float32", mesh=mesh), {}
+    for fusion, tree in params.items():
+        shardings = parameter_shardings(jax.eval_shape(fresh, tree), mesh, rules=rules)
+        states[fusion] = jax.jit(fresh, out_shardings=shardings)(tree)
+    return states
 
 
 def compile_train(
-    model: MeteorConfig,
+    model: ModelConfig,
     states: dict[str, TrainState],
     inputs: Batch,
     *,
@@ -328,7 +330,7 @@ def compile_train(
     """A training step, part "train"; plans of one form take turns on one state."""
     compiler, form = Compiler(), model.fusion
     step = make_train_step(
-        Meteor(model),
+        build_model(model),
         optimizer=make_optimizer(stage),
         plan=plan,
         stage=stage,

@@ -32,8 +32,9 @@ from rich.table import Table
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.experiment.flags import parse_flags
-from meteor_jax.models.eagle.model import ENCODERS, Meteor, MeteorConfig
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.eagle.projector import Projector
+from meteor_jax.models.encoders.registry import ENCODERS
 from meteor_jax.perf.bench import torch_models as theirs_of
 from meteor_jax.perf.bench.measure import interleave, versions
 from meteor_jax.perf.bench.programs import (
@@ -101,7 +102,7 @@ def _row(name: str, dtype: str, seconds: dict[str, list[dict[str, float]]]) -> d
 
 def _our_encoder(model: MeteorConfig, name: str) -> dict[str, Callable[[], Any]]:
     config = model.encoder(name)
-    module = ENCODERS[name](config, jnp.dtype(model.dtype))
+    module = ENCODERS[name].module(config, jnp.dtype(model.dtype))
     images = _noise((1, config.image_size, config.image_size, 3), model.dtype)
     return {name: _applied(module, images, read=lambda output: output.x)}
 

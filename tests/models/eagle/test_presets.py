@@ -11,6 +11,7 @@ from configs.eagle import get_config
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.models.eagle.cost import count_cost
+from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.models.eagle.presets import MODELS, eagle_config
 from meteor_jax.models.encoders.convnext import model as convnext
@@ -92,7 +93,9 @@ def test_nothing_of_size_lies_whole_on_every_device(fusion):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     params = shapes(eagle_config("x5_7b", fusion=fusion))
     for leaf, sharding in zip(
-        jax.tree.leaves(params), jax.tree.leaves(parameter_shardings(params, mesh)), strict=True
+        jax.tree.leaves(params),
+        jax.tree.leaves(parameter_shardings(params, mesh, rules=Eagle.sharding_rules)),
+        strict=True,
     ):
         one_layer = leaf.shape[1:] if len(leaf.shape) == 3 else leaf.shape
         if 4 * math.prod(one_layer) > 2**20:

@@ -24,6 +24,7 @@ from meteor_jax.types import Array
 EPSILON = 1e-5
 STEM = 4  # side of the stem's patches
 KERNEL = 7  # side of the depthwise kernel
+SHARDING_RULES = ((r"(stem|downsample\d+|depthwise)/kernel$", ("fsdp",)),)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from meteor_jax.types import Array
 
 EPSILON = 1e-6
 ROTARY_BASE = 10000.0
+SHARDING_RULES = ((r"/tables/", ("fsdp", None)),)
 
 
 @dataclass(frozen=True)

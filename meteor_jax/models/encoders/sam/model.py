@@ -42,6 +42,10 @@ from meteor_jax.types import Array
 EPSILON = 1e-6
 GROUP = 2  # side of the squares of tokens that come out as one
 SCALE = 1.0  # queries are scaled before their relative positions are joined to them
+SHARDING_RULES = (
+    (r"neck/kernel$", ("tensor", "fsdp")),
+    (r"relative_(window|global)/", ()),  # small
+)
 
 
 @dataclass(frozen=True)

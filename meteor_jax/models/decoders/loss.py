@@ -9,17 +9,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from meteor_jax.parallel.mesh import BATCH_AXES
-from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
+from meteor_jax.types import IGNORE_LABEL, Array
 
+BATCH_AXES = ("data", "fsdp")  # of the mesh, as in parallel.mesh
 # float32 logits that a device holds at a time; a backward pass holds two or three such arrays. Less
 # would cost time: every part of the tokens reads the whole head and adds to its whole gradient.
 LOGIT_BYTES = 512 << 20
@@ -34,20 +32,6 @@ class TokenLoss:
     loss: Array
     correct: Array
     count: Array
-
-
-def batch_loss(
-    model: nn.Module, params: dict[str, Any], batch: Batch, *, plan: PrunePlan, rng: Array
-) -> tuple[TokenLoss, PruneTrace]:
-    """The loss of a forward pass over `batch`, and what `plan` kept in it."""
-    hidden = model.apply(
-        {"params": params}, batch, plan=plan, rngs={"dropout": rng}, method="hidden_states"
-    )
-
-    def head(params: Any, x: Array) -> Array:
-        return model.apply({"params": params}, x, method="logits")
-
-    return hidden_loss(head, model.head_params(params), hidden.x, batch.labels), hidden.trace
 
 
 def token_loss(logits: Array, labels: Array) -> TokenLoss:

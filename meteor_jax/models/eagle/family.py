@@ -1,0 +1,107 @@
+"""EAGLE and METEOR as a family: text out of encoders, projectors and a decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from meteor_jax.config import ConfigError
+from meteor_jax.models.decoders.loss import hidden_loss
+from meteor_jax.models.eagle.conversion import EagleConversion
+from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.models.encoders.registry import ENCODERS
+from meteor_jax.models.family import Family, LossSums, Mean, register_family
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
+
+
+@register_family("eagle")
+@dataclasses.dataclass(frozen=True)
+class Eagle(Family):
+    """Everything that the rooms above `models/` ask of a `Meteor`."""
+
+    config: MeteorConfig
+
+    config_class = MeteorConfig
+    conversion = EagleConversion()
+    output = "text"
+    sharding_rules = tuple(rule for encoder in ENCODERS.values() for rule in encoder.rules)
+    tokenizer_part = "llama"
+
+    @functools.cached_property
+    def module(self) -> Meteor:
+        return Meteor(self.config)
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        encoders = {name: self.config.encoder(name) for name in self.config.encoders}
+        return encoders | {"llama": self.config.llama}
+
+    def shared_fields(self, parts: Sequence[str] | None) -> tuple[str, ...]:
+        if parts is None:
+            grid = ("grid",) if self.config.fusion == "pre" else ()
+            return ("encoders", "fusion", "image_size", *grid)
+        # The single projector's input is the encoders' channels, one by one.
+        return ("encoders", "fusion") if "projector" in parts else ()
+
+    def loss(self, params: Any, batch: Batch, *, plan: PrunePlan, rng: Array) -> LossSums:
+        """Next-token cross-entropy over the supervised tokens; see `hidden_loss`."""
+        module = self.module
+        hidden = module.apply(
+            {"params": params}, batch, plan=plan, rngs={"dropout": rng}, method="hidden_states"
+        )
+
+        def head(params: Any, x: Array) -> Array:
+            return module.apply({"params": params}, x, method="logits")
+
+        sums = hidden_loss(head, module.head_params(params), hidden.x, batch.labels)
+        tokens, means = self._count(hidden.trace, batch, plan=plan)
+        return LossSums(sums.loss, sums.correct, sums.count, tokens=tokens, means=means)
+
+    def num_targets(self, batch: Batch) -> Array:
+        return jnp.sum(batch.labels[:, 1:] != IGNORE_LABEL)
+
+    def check_vocabulary(self, size: int) -> None:
+        if size > self.config.llama.vocab_size:
+            raise ConfigError(
+                f"model.llama.vocab_size={self.config.llama.vocab_size} is less than the "
+                f"tokenizer's {size} pieces; raise it."
+            )
+
+    @property
+    def unpadded_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.config.llama.unpadded_shapes
+
+    @property
+    def tensor_divisor(self) -> int:
+        return self.config.llama.num_kv_heads
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return tuple(self.config.encoders)
+
+    def with_remat(self, policy: str) -> MeteorConfig:
+        parts = {name: dataclasses.replace(part, remat=policy) for name, part in self.parts.items()}
+        return dataclasses.replace(self.config, **parts)
+
+    def _count(
+        self, trace: PruneTrace, batch: Batch, *, plan: PrunePlan
+    ) -> tuple[Array, dict[str, Mean]]:
+        """Tokens that enter the LLM, and each encoder's share of an image's tokens."""
+        valid = batch.image_valid.reshape(-1)
+        num_images = jnp.sum(valid).astype(jnp.float32)
+        # An image's mark is no token.
+        text = jnp.sum(batch.text_valid) - jnp.sum(batch.image_valid)
+        tokens = text + num_images * trace.fused_encoder.shape[1]
+        means = {}
+        # Channels that are joined have no encoder of their own.
+        names = self.config.active_encoders(plan) if self.config.fusion == "post" else ()
+        for index, name in enumerate(names):
+            share = jnp.mean(trace.fused_encoder == index, axis=1)
+            total = jnp.sum(jnp.where(valid, share, 0.0))
+            means[f"fused_share/{name}"] = Mean(total, num_images)
+        return tokens, means

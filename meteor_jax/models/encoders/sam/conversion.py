@@ -1,0 +1,106 @@
+"""The tensors of SAM's image encoder, under the names of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from meteor_jax.models.conversion import (
+    BATCH_OF_ONE,
+    Fields,
+    Format,
+    PartConversion,
+    Rule,
+    Shapes,
+    Table,
+    check_activation,
+    convolution,
+    heads,
+    known,
+    linear,
+    norm,
+    stacked,
+    vision_config,
+)
+from meteor_jax.models.encoders.sam.model import SamConfig
+
+FORMATS = {
+    "sam": Format(
+        part="sam",
+        model_types=("sam", "sam_vision_model"),
+        mark=r"(vision_encoder\.)?layers\.\d+\.attn\.rel_pos_h",
+        renames=(
+            (
+                r"(?:vision_encoder\.)?(pos_embed|patch_embed\..*|layers\..*|"
+                r"neck\.(?:conv1|layer_norm1)\..*)",
+                r"\1",
+            ),
+        ),
+        ignored=(
+            (r"(vision_encoder\.)?neck\.(conv2|layer_norm2)\..*", "second half of SAM's own neck"),
+            (r"(prompt_encoder|mask_decoder|shared_image_embedding)\..*", "segmentation decoder"),
+        ),
+    ),
+}
+
+
+def table(config: SamConfig) -> Table:
+    """SAM's image encoder with EAGLE's neck, which is the first half of SAM's own."""
+    block = [
+        *norm("layer_norm1", "norm1"),
+        *linear("attn.qkv", "attention/qkv"),
+        *linear("attn.proj", "attention/out"),
+        *norm("layer_norm2", "norm2"),
+        *linear("mlp.lin1", "mlp/fc1"),
+        *linear("mlp.lin2", "mlp/fc2"),
+    ]
+    rules = [
+        Rule("pos_embed", "position_embedding", BATCH_OF_ONE),
+        *convolution("patch_embed.projection", "patch_embedding", patch=config.patch_size),
+        *stacked(block, source="layers.{i}", layers=range(config.depth)),
+        *convolution("neck.conv1", "neck", patch=1, bias=False),
+        *norm("neck.layer_norm1", "neck_norm"),
+    ]
+    relative = [Rule("attn.rel_pos_h", "height"), Rule("attn.rel_pos_w", "width")]
+    windowed = [i for i in range(config.depth) if i not in config.global_blocks]
+    for name, layers in (("window", windowed), ("global", config.global_blocks)):
+        rules += stacked(relative, source="layers.{i}", target=f"relative_{name}", layers=layers)
+    return Table(tuple(rules))
+
+
+def sizes(found: Shapes) -> Fields:
+    width, patch = (found.size("patch_embed.projection.weight", axis) for axis in (0, 2))
+    grid = found.size("pos_embed", 1)
+    table = r"layers\.(\d+)\.attn\.rel_pos_h"
+    depth = found.count(r"layers\.(\d+)\.(?:attn|layer_norm|mlp)")
+    whole = 2 * (grid or 0) - 1  # rows of a table for the whole grid
+    windowed = found.where(table, lambda shape: shape[0] != whole)
+    rows = windowed and found.size(f"layers.{windowed[0]}.attn.rel_pos_h")
+    head_dim = found.first(table, 1)
+    return {
+        "image_size": patch and grid and patch * grid,
+        "patch_size": patch,
+        "block_width": width,
+        "depth": depth,
+        "num_heads": width // head_dim if width and head_dim else heads(width),
+        "mlp_dim": found.first(r"layers\.\d+\.mlp\.lin1\.weight"),
+        "window": (rows + 1) // 2 if rows else None,
+        "global_blocks": found.where(table, lambda shape: shape[0] == whole) if depth else None,
+        "neck_width": found.size("neck.conv1.weight"),
+    }
+
+
+def stated(config: Mapping[str, Any]) -> Fields:
+    vision = vision_config(config)
+    check_activation(vision, "gelu")
+    blocks = vision.get("global_attn_indexes")
+    return known(
+        {
+            "num_heads": vision.get("num_attention_heads"),
+            "window": vision.get("window_size"),
+            "global_blocks": blocks and tuple(blocks),
+        }
+    )
+
+
+CONVERSION = PartConversion(formats=FORMATS, table=table, sizes=sizes, stated=stated)
