@@ -104,8 +104,8 @@ class Run:
                     raise ConfigError(f"{where}: plan '{plan.name}': {error}") from error
         nothing = Calibration()
         plans = [plan for names in asked.values() for plan in self._plans(names, nothing)]
-        before = {stage.config.before for stage in experiment.train.stages()}
-        if "calibrate_ranks" in before or needs_measuring(plans, nothing):
+        asked_for = any(stage.config.calibrate_before for stage in experiment.train.stages())
+        if asked_for or needs_measuring(plans, nothing):
             self.calibration_batch()
 
     def open_data(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]:
@@ -127,7 +127,7 @@ class Run:
         return {
             "config": data,
             "tokenizer": self.tokenizer,
-            "kind": config.kind,
+            "task": config.task,
             "template": config.template,
             "records": self.records,
             "batch_size": config.batch_size // shard.count,

@@ -52,7 +52,7 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
     config.init_from = (*(f"{CONVERTED}/{encoder}" for encoder in model.encoders), decoder)
     config.data = {
         "sources": (CAPTIONS, CONVERSATIONS),
-        "kinds": ("caption", "questions"),
+        "tasks": ("captioning", "instruction"),
         "held_out": HELD_OUT,
         "image_size": model.image_size,
         "text_length": 1024,
@@ -70,19 +70,19 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
         "pretrain": stage
         | _one_epoch(CAPTIONS)
         | {
-            "kind": "caption",
+            "task": "captioning",
             "template": "plain",
             "trainable": ("projector",),
             "learning_rate": 1e-3,
             "text_length": 256,
-            "before": "calibrate_ranks" if is_meteor else "nothing",
+            "calibrate_before": is_meteor,
         },
         # EAGLE's 2,048 places hold the 1,024 tokens of an image too. Here they are all text, so
         # nothing is cut that EAGLE keeps; 1025 leaves rows with an image exactly EAGLE's.
         "finetune": stage
         | _one_epoch(CONVERSATIONS)
         | {
-            "kind": "questions",
+            "task": "instruction",
             "template": template_of(model_name),
             "learning_rate": 2e-5,
             "text_length": 2048,

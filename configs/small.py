@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     config.train = {
         "pretrain": stage
         | {
-            "kind": "caption",
+            "task": "captioning",
             "template": "plain_eos",
             "text_length": 64,
             "steps": 2400,
@@ -101,11 +101,11 @@ def get_config() -> ConfigDict:
         },
         "finetune": stage
         | {
-            "kind": "questions",
+            "task": "instruction",
             "template": "qa",
             "steps": 5000,
             "plans": plans,
-            "before": "calibrate_ranks",
+            "calibrate_before": True,
         },
         "log_every": 20,
         "checkpoint_every": 250,

@@ -66,20 +66,20 @@ def get_config() -> ConfigDict:
         "text_length": 104,
         "questions_per_image": 8,
         "tokenizer": "bpe:384",
-        "turns": "apart",
+        "attention": "independent_qa",
     }
     stage = {"batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.05, "weight_decay": 0.01}
     config.train = {
         "pretrain": stage
-        | {"kind": "caption", "template": "plain_eos", "text_length": 16, "steps": 400},
+        | {"task": "captioning", "template": "plain_eos", "text_length": 16, "steps": 400},
         "finetune": stage
         | {
-            "kind": "questions",
+            "task": "instruction",
             "template": "qa",
             "steps": 650,
             "plans": ("full", "meteor"),
             "reinit": ("^llama/", "^projector"),
-            "before": "calibrate_ranks",
+            "calibrate_before": True,
         },
         "log_every": 10,
         "checkpoint_every": 500,

@@ -59,7 +59,7 @@ def read(folder: Path) -> None:
         batches = make_train_iterator(
             config,
             tokenizer=ByteTokenizer(),
-            kind="questions",
+            task="instruction",
             batch_size=BATCH_SIZE,
             records=open_sources(config),
         )

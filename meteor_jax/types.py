@@ -30,9 +30,9 @@ class Batch:
         labels: int32[B, T]; `labels[t] == tokens[t]` where token t is to be predicted (from what
             stands before it), `IGNORE_LABEL` elsewhere.
         example_id: int32[B]; the row in its data source, for error messages and predictions.
-        turn: int32[B, T]; 0 for what every turn sees, which comes first, then the number of the
-            turn, which sees that and itself, at the positions that it would have alone. None
-            where every token sees all before it.
+        segment_ids: int32[B, T]; 0 for what all questions of a row see, which comes first, then
+            the number of the question, whose tokens see segment 0 and their own segment, at the
+            positions that they would have alone. None where every token sees all before it.
     """
 
     images: Array
@@ -41,7 +41,7 @@ class Batch:
     text_valid: Array
     labels: Array
     example_id: Array
-    turn: Array | None = None
+    segment_ids: Array | None = None
 
 
 @flax.struct.dataclass
@@ -79,7 +79,7 @@ class Sequence:
         slot: int32[B, S]; place in the row of text tokens, which for a visual token is that of
             its `IMAGE_TOKEN`; it never decreases along the valid entries.
         visual: int32[B, S]; index into the row's M·N visual tokens, −1 for a text token.
-        turn: int32[B, S] or None, as in `Batch`.
+        segment_ids: int32[B, S] or None, as in `Batch`.
     """
 
     x: Array
@@ -87,7 +87,7 @@ class Sequence:
     valid: Array
     slot: Array
     visual: Array
-    turn: Array | None = None
+    segment_ids: Array | None = None
 
     @property
     def is_visual(self) -> Array:

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from meteor_jax.config import suggest
 from meteor_jax.data.templates import get_template
 
-Kind = Literal["caption", "questions"]
-Turns = Literal["together", "apart"]
+Task = Literal["captioning", "instruction"]
+Attention = Literal["causal", "independent_qa"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +19,17 @@ class DataConfig:
     Fields:
         sources: names of data sources (see `sources.open_source`), mixed by `weights` (equal
             where empty).
-        kinds: of stages that each source serves; empty, or "any" for one, serves all.
+        tasks: that each source is for; empty, or "any" for one, is for both.
         num_images: images of each source's training split; empty, or None for one, takes all.
         held_out: the last so many records of each source never train.
         image_size: pixels a side. text_length: T, an image counts as one token.
         questions_per_image: turns at most in a training conversation, where a source has
             questions; a source of conversations gives them whole.
-        turns: of such a conversation: "together", each sees those before it (LLaVA); "apart", each
-            sees the images alone, as if it were the only one (Molmo, arXiv:2409.17146, section 3),
-            which is how evaluation asks. Where an earlier answer tells a later one, only "apart"
-            has to look. Splash attention does not take its mask, so TPUs run XLA's.
+        attention: among the questions of such a conversation: "causal", each sees those before it
+            (LLaVA); "independent_qa", each sees the images alone, as if it were the only one
+            (Molmo, arXiv:2409.17146, section 3), which is how evaluation asks. With "causal",
+            earlier answers can leak later ones. Splash attention does not take the mask of
+            "independent_qa", so TPUs run XLA's.
         max_images: of one row; an example with more is skipped.
         tokenizer: "byte", "bpe:SIZE" or a folder. template: see `templates.TEMPLATES`.
         caption_question: what asks for a caption, in templates that keep the question.
@@ -43,13 +44,13 @@ class DataConfig:
 
     sources: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    kinds: tuple[Literal["caption", "questions", "any"], ...] = ()
+    tasks: tuple[Literal["captioning", "instruction", "any"], ...] = ()
     num_images: tuple[int | None, ...] = ()
     held_out: int = 0
     image_size: int = 64
     text_length: int = 256
     questions_per_image: int = 8
-    turns: Turns = "together"
+    attention: Attention = "causal"
     max_images: int = 1
     tokenizer: str = "byte"
     template: str = "qa"
@@ -63,13 +64,12 @@ class DataConfig:
 
     def __post_init__(self):
         get_template(self.template)
-        if self.turns not in get_args(Turns):
-            raise ValueError(
-                f"turns: no such way '{self.turns}'.{suggest(self.turns, get_args(Turns))}"
-            )
+        if self.attention not in get_args(Attention):
+            hint = suggest(self.attention, get_args(Attention))
+            raise ValueError(f"attention: no mode '{self.attention}'.{hint}")
         if not self.sources:
             raise ValueError("sources: expected at least one name.")
-        for name in ("weights", "kinds", "num_images"):
+        for name in ("weights", "tasks", "num_images"):
             given = getattr(self, name)
             if given and len(given) != len(self.sources):
                 raise ValueError(
@@ -84,6 +84,6 @@ class DataConfig:
         if self.held_out < 0:
             raise ValueError(f"held_out: expected at least 0, got {self.held_out}.")
 
-    def turns_of(self, kind: Kind) -> Turns:
-        """How the turns of a stage's rows stand: a caption is alone in its row, and unmasked."""
-        return "together" if kind == "caption" else self.turns
+    def attention_of(self, task: Task) -> Attention:
+        """The attention of a stage's rows: a caption is alone in its row, so it is causal."""
+        return "causal" if task == "captioning" else self.attention

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from meteor_jax.data.config import DataConfig, Kind, Turns
+from meteor_jax.data.config import Attention, DataConfig, Task
 from meteor_jax.data.sources import registry as sources
 from meteor_jax.data.sources.conversations import place_images
 from meteor_jax.data.templates import (
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row before it is padded: `images` are uint8[H, W, 3], lists hold at most T ids; `turn`
-    is None where all of them see each other."""
+    """One row before it is padded: `images` are uint8[H, W, 3], lists hold at most T ids;
+    `segment_ids` is None where attention is causal."""
 
     images: tuple[np.ndarray, ...]
     tokens: list[int]
     labels: list[int]
     example_id: int
-    turn: list[int] | None = None
+    segment_ids: list[int] | None = None
 
 
 class ExampleTooLong(ValueError):
@@ -58,31 +58,32 @@ def pack_questions(
     template: Template,
     tokenizer: Tokenizer,
     text_length: int,
-    turns: Turns = "together",
+    attention: Attention = "causal",
 ) -> Rendered:
     """A conversation of the first `max_turns` of `pairs` that fit whole, in their order.
 
-    With turns "apart" each is written as the first of a conversation is, and what that begins
-    with, up to the last image, stands once.
+    With attention "independent_qa" each is written as the first of a conversation is, and what
+    that begins with, up to the last image, stands once.
 
     Raises:
         ExampleTooLong: not even one does.
     """
     if not pairs:
         raise ExampleTooLong("it has no questions.")
-    tokens, labels, numbers, shortest, count = [], [], [], None, 0
+    independent = attention == "independent_qa"
+    tokens, labels, segment_ids, shortest, count = [], [], [], None, 0
     for question, answer in pairs:
-        first = count == 0 or turns == "apart"
+        first = count == 0 or independent
         if first:
             question = with_images(question, num_images, template=template)
         turn = render_turn(question, answer, first=first, template=template, tokenizer=tokenizer)
-        shared = _num_shared(turn.tokens) if turns == "apart" else 0
+        shared = _num_shared(turn.tokens) if independent else 0
         start = shared if count else 0
         length = len(turn.tokens) - start
         if len(tokens) + length <= text_length:
             count += 1
             tokens, labels = tokens + turn.tokens[start:], labels + turn.labels[start:]
-            numbers += [0] * (shared - start) + [count] * (len(turn.tokens) - shared)
+            segment_ids += [0] * (shared - start) + [count] * (len(turn.tokens) - shared)
         elif count == 0:
             shortest = length if shortest is None else min(shortest, length)
         if count == max_turns:
@@ -92,7 +93,7 @@ def pack_questions(
             f"the shortest of {len(pairs)} questions with its answer takes {shortest} tokens, "
             f"text_length is {text_length}; raise text_length or shorten the answers."
         )
-    return Rendered(tokens, labels, numbers if turns == "apart" else None)
+    return Rendered(tokens, labels, segment_ids if independent else None)
 
 
 def _num_shared(tokens: Sequence[int]) -> int:
@@ -160,7 +161,7 @@ class ExampleMaker:
     config: DataConfig
     tokenizer: Tokenizer
     template: Template
-    kind: Kind
+    task: Task
     reader: RecordReader
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
@@ -174,13 +175,13 @@ class ExampleMaker:
         except (sources.CorruptImage, ExampleTooLong) as error:
             logger.error("example %d skipped: %s", record["image_id"], error)
             return self.skipped()
-        return Example(images, text.tokens, text.labels, record["image_id"], text.turn)
+        return Example(images, text.tokens, text.labels, record["image_id"], text.segment_ids)
 
     def skipped(self) -> Example:
         return Example((), [self.tokenizer.pad_id], [IGNORE_LABEL], SKIPPED_ID)
 
     def _text(self, record: Record, rng: np.random.Generator) -> Rendered:
-        if self.kind == "caption":
+        if self.task == "captioning":
             pairs = [(self.config.caption_question, record["caption"])]
         else:
             order = rng.permutation(len(record["qa"]))
@@ -192,7 +193,7 @@ class ExampleMaker:
             template=self.template,
             tokenizer=self.tokenizer,
             text_length=self.config.text_length,
-            turns=self.config.turns,
+            attention=self.config.attention,
         )
 
     def _conversation(self, record: Record) -> Rendered:

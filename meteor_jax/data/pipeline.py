@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from meteor_jax.config import suggest
-from meteor_jax.data.config import DataConfig, Kind, Turns
+from meteor_jax.data.config import Attention, DataConfig, Task
 from meteor_jax.data.examples import Example, ExampleMaker, Record, RecordReader
 from meteor_jax.data.sources import registry as sources
 from meteor_jax.data.templates import (
@@ -112,7 +112,7 @@ def make_train_iterator(
     config: DataConfig,
     *,
     tokenizer: Tokenizer,
-    kind: Kind,
+    task: Task,
     batch_size: int,
     template: str | None = None,
     process_index: int = 0,
@@ -136,8 +136,8 @@ def make_train_iterator(
     an image counting as all of its own, in the middle of it if need be.)
 
     Args:
-        kind: "caption" or "questions": a conversation of up to `questions_per_image` turns,
-            chosen and ordered anew every epoch; turns that do not fit whole are left out.
+        task: "captioning", or "instruction": a conversation of up to `questions_per_image` turns,
+            chosen and ordered again every epoch; turns that do not fit whole are left out.
             Sources of conversations give these as they stand for either.
         batch_size: rows of this process.
         template: of this stage; the config's where None.
@@ -145,12 +145,12 @@ def make_train_iterator(
         start_batch: begins there, as if so many batches had been taken.
 
     Raises:
-        ValueError: an unknown kind or template, questions in a template that drops them, a kind
-            that no source serves, or a source with nothing beside what is held out.
+        ValueError: an unknown task or template, questions in a template that drops them, a task
+            that no source is for, or a source with nothing beside what is held out.
     """
-    make_example = _example_maker(config, tokenizer, kind, template, records)
+    make_example = _example_maker(config, tokenizer, task, template, records)
     collate_rows = _Collate(make_example.config, tokenizer.pad_id)
-    served = sources_for(config, kind)
+    served = sources_for(config, task)
     # grain looks into whatever passes through it, so only indices do until the example is made.
     streams = []
     for index in served:
@@ -223,14 +223,14 @@ def make_held_out_batches(
     config: DataConfig,
     *,
     tokenizer: Tokenizer,
-    kind: Kind,
+    task: Task,
     batch_size: int,
     template: str | None = None,
     process_index: int = 0,
     process_count: int = 1,
     records: Sequence[Sequence[Record]] | None = None,
 ) -> list[Batch]:
-    """This process's rows of the `held_out` records of every source that serves `kind`.
+    """This process's rows of the `held_out` records of every source that is for `task`.
 
     Always the same rows, and with as many rows a step the same whole batches however many
     processes there are. The last batch is filled up with rows as skipped examples have them.
@@ -239,9 +239,9 @@ def make_held_out_batches(
         batch_size: rows of this process. The rest as in `make_train_iterator`, which raises the
             same.
     """
-    make_example = _example_maker(config, tokenizer, kind, template, records)
+    make_example = _example_maker(config, tokenizer, task, template, records)
     collate_rows = _Collate(make_example.config, tokenizer.pad_id)
-    served = sources_for(config, kind)
+    served = sources_for(config, task)
     rows = [row for index in served for row in make_example.reader.held_out(index)]
     step, batches = batch_size * process_count, []
     for start in range(0, len(rows), step):
@@ -255,27 +255,27 @@ def make_held_out_batches(
 def _example_maker(
     config: DataConfig,
     tokenizer: Tokenizer,
-    kind: Kind,
+    task: Task,
     template: str | None,
     records: Sequence[Sequence[Record]] | None,
 ) -> ExampleMaker:
     name = template or config.template
     layout = get_template(name)
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind: no such kind '{kind}'.{suggest(kind, get_args(Kind))}")
-    if kind == "questions" and not layout.keeps_question:
+    if task not in get_args(Task):
+        raise ValueError(f"task: no such task '{task}'.{suggest(task, get_args(Task))}")
+    if task == "instruction" and not layout.keeps_question:
         raise ValueError(f"template: '{name}' drops questions, use it for captions only.")
-    config = dataclasses.replace(config, turns=config.turns_of(kind))
+    config = dataclasses.replace(config, attention=config.attention_of(task))
     reader = RecordReader(config, tuple(open_sources(config) if records is None else records))
-    return ExampleMaker(config, tokenizer, layout, kind, reader)
+    return ExampleMaker(config, tokenizer, layout, task, reader)
 
 
-def sources_for(config: DataConfig, kind: Kind) -> list[int]:
-    """The numbers of the sources that serve a kind."""
-    kinds = config.kinds or ("any",) * len(config.sources)
-    found = [index for index, name in enumerate(kinds) if name in (kind, "any")]
+def sources_for(config: DataConfig, task: Task) -> list[int]:
+    """The numbers of the sources for a task."""
+    tasks = config.tasks or ("any",) * len(config.sources)
+    found = [index for index, name in enumerate(tasks) if name in (task, "any")]
     if not found:
-        raise ValueError(f"kinds: no source serves '{kind}', they serve {', '.join(kinds)}.")
+        raise ValueError(f"tasks: no source is for '{task}', they are for {', '.join(tasks)}.")
     return found
 
 
@@ -286,12 +286,12 @@ def collate(
     image_size: int,
     text_length: int,
     pad_id: int,
-    turns: Turns = "together",
+    attention: Attention = "causal",
 ) -> Batch:
     """Pads examples of 0 to `max_images` images to one `Batch` of NumPy arrays.
 
-    With turns "apart" the batch says which turn a token belongs to; an example that does not is
-    one conversation.
+    With attention "independent_qa" the batch has `segment_ids`; an example that has none is one
+    conversation.
 
     Raises:
         ValueError: an example with more images or more tokens than there is room for, or whose
@@ -301,7 +301,7 @@ def collate(
     images = np.zeros((rows, max_images, image_size, image_size, 3), np.uint8)
     image_valid = np.zeros((rows, max_images), bool)
     labels = np.full((rows, text_length), IGNORE_LABEL, np.int32)
-    turn = np.zeros((rows, text_length), np.int32)
+    segment_ids = np.zeros((rows, text_length), np.int32)
     for row, example in enumerate(examples):
         num_images = Rendered(example.tokens, example.labels).num_images
         if num_images != len(example.images) or num_images > max_images:
@@ -313,8 +313,8 @@ def collate(
             images[row, :num_images] = example.images
             image_valid[row, :num_images] = True
         labels[row, : len(example.labels)] = example.labels[:text_length]
-        if example.turn is not None:
-            turn[row, : len(example.turn)] = example.turn[:text_length]
+        if example.segment_ids is not None:
+            segment_ids[row, : len(example.segment_ids)] = example.segment_ids[:text_length]
     tokens, text_valid = _pad_rows(
         [example.tokens for example in examples],
         text_length=text_length,
@@ -328,7 +328,7 @@ def collate(
         text_valid=text_valid,
         labels=labels,
         example_id=np.array([example.example_id for example in examples], np.int32),
-        turn=turn if turns == "apart" else None,
+        segment_ids=segment_ids if attention == "independent_qa" else None,
     )
 
 
@@ -394,5 +394,5 @@ class _Collate:
             image_size=self.config.image_size,
             text_length=self.config.text_length,
             pad_id=self.pad_id,
-            turns=self.config.turns,
+            attention=self.config.attention,
         )

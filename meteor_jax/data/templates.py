@@ -79,12 +79,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Ids with `IMAGE_TOKEN` at each image's place, labels and turns as `Batch` has them; `turn` is
-    None where all ids see each other."""
+    """Ids with `IMAGE_TOKEN` at each image's place, labels and segments as in `Batch`."""
 
     tokens: list[int]
     labels: list[int]
-    turn: list[int] | None = None
+    segment_ids: list[int] | None = None
 
     @property
     def num_images(self) -> int:

@@ -20,7 +20,7 @@ class StageConfig:
     """One stage of training: what is shown, what learns, and how.
 
     Attributes:
-        kind: "caption" (an image and its caption) or "questions" (a conversation of many turns).
+        task: "captioning" (an image and its caption) or "instruction" (a conversation).
         template: how a conversation becomes text; see `data.templates`.
         text_length: text places of a row; 0 takes `data.text_length`.
         plans: names of plans, taken in turn step by step by the same parameters.
@@ -36,11 +36,11 @@ class StageConfig:
         reinit: patterns; parameters whose path holds one of them are initialised again at the
             beginning of the stage; all others keep what the stage before taught them.
         grad_clip: largest global norm of the gradient; 0 does not clip.
-        before: what is done before the stage's first step: "calibrate_ranks" measures the ranks
-            that rank-guided plans need, with the parameters as they are then.
+        calibrate_before: measures the ranks that rank-guided plans need before the stage's first
+            step, with the parameters as they are then.
     """
 
-    kind: Literal["caption", "questions"] = "questions"
+    task: Literal["captioning", "instruction"] = "instruction"
     template: str = "qa"
     text_length: int = 0
     plans: tuple[str, ...] = ("full",)
@@ -56,7 +56,7 @@ class StageConfig:
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     grad_clip: float = 1.0
-    before: Literal["nothing", "calibrate_ranks"] = "nothing"
+    calibrate_before: bool = False
 
     def __post_init__(self) -> None:
         if self.grad_accum_steps < 1 or self.batch_size % self.grad_accum_steps:
@@ -86,7 +86,7 @@ class TrainConfig:
         held_out_batches: how many batches, at most, are measured.
     """
 
-    pretrain: StageConfig = StageConfig(kind="caption")
+    pretrain: StageConfig = StageConfig(task="captioning")
     finetune: StageConfig = StageConfig()
     ema_decay: float = 0.0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -147,7 +147,7 @@ class Family(abc.ABC):
             text_valid=struct(jnp.bool_, text_length),
             labels=struct(jnp.int32, text_length),
             example_id=struct(jnp.int32),
-            turn=struct(jnp.int32, text_length) if segments else None,
+            segment_ids=struct(jnp.int32, text_length) if segments else None,
         )
 
     def init_params(self, batch: Batch, *, seed: int) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _train(request: Request, mesh: Mesh) -> Program:
         stage.batch_size,
         text_length=stage.text_length or experiment.data.text_length,
         max_images=experiment.data.max_images,
-        segments=experiment.data.turns_of(stage.kind) == "apart",
+        segments=experiment.data.attention_of(stage.task) == "independent_qa",
     )
 
     def fresh(batch: Batch) -> Any:

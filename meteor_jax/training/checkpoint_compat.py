@@ -32,7 +32,7 @@ IGNORED_FIELDS_PARTS = (
     "rope_theta",
 )
 IGNORED_FIELDS_DATA = ("num_workers", "prefetch", "record_cache_size", "data_dir")
-DATA_OF_STAGE = ("kind", "template", "text_length", "batch_size")
+DATA_OF_STAGE = ("task", "template", "text_length", "batch_size")
 
 
 def check_model(

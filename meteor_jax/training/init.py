@@ -44,8 +44,8 @@ def check_stage(stage: Stage, experiment: Experiment, *, mesh: Mesh, can_calibra
     )
     for name in config.plans:
         parse_plan(name, library=experiment.plans)
-    if config.before == "calibrate_ranks" and not can_calibrate:
-        raise ConfigError(f"{where}.before: calibrate_ranks needs a model whose ranks can be had.")
+    if config.calibrate_before and not can_calibrate:
+        raise ConfigError(f"{where}.calibrate_before: this model has no feature ranks to measure.")
 
 
 def init_or_restore_state(
@@ -185,7 +185,7 @@ def _check_whole_run(
         check_patterns(config.reinit, paths, where=f"{where}.reinit")
         groups = tuple(pattern for pattern, _ in config.lr_multipliers)
         check_patterns(groups, paths, where=f"{where}.lr_multipliers")
-        if config.before == "calibrate_ranks":
+        if config.calibrate_before:
             calibration = placeholder_ranks(model, plans=all_plans)
         for name, plan in training_plans(experiment, stage, calibration).items():
             loss = functools.partial(model.loss, plan=plan, rng=jax.random.PRNGKey(0))

@@ -97,7 +97,7 @@ def train(
         config: recorded in the checkpoints.
         open_held_out: must be given where the config asks for a held-out loss.
         evaluate: called every `eval_every` steps and at the end.
-        calibrate: given the parameters, measures what a stage's `before` asks for.
+        calibrate: given the parameters, measures the ranks that `calibrate_before` asks for.
         profile: steps to trace into `workdir`/profile.
         devices: to train on; all by default.
 
@@ -201,7 +201,7 @@ def train(
                         batch=shapes,
                         seed=experiment.seed,
                     )
-                if stage.config.before == "calibrate_ranks" and begins:
+                if stage.config.calibrate_before and begins:
                     calibration = calibrate(state.params)
                     if is_main_process():
                         calibration.save(workdir / checkpoint.CALIBRATION_FILE)

@@ -11,7 +11,7 @@ from meteor_jax.types import IMAGE_TOKEN
 TOKENIZER = ByteTokenizer()
 
 
-def _pack(pairs, text_length, max_turns=9, num_images=1, turns="together"):
+def _pack(pairs, text_length, max_turns=9, num_images=1, attention="causal"):
     return pack_questions(
         pairs,
         num_images=num_images,
@@ -19,7 +19,7 @@ def _pack(pairs, text_length, max_turns=9, num_images=1, turns="together"):
         template=get_template("vicuna_v1"),
         tokenizer=TOKENIZER,
         text_length=text_length,
-        turns=turns,
+        attention=attention,
     )
 
 
@@ -35,12 +35,12 @@ def test_turns_apart_are_each_written_as_the_only_one():
     alone = [_whole([pair]) for pair in pairs[1:]]
     shared = alone[0].tokens.index(IMAGE_TOKEN) + 1
     length = sum(len(text.tokens) for text in alone) - shared
-    packed = _pack(pairs, length, turns="apart")
+    packed = _pack(pairs, length, attention="independent_qa")
     assert packed.tokens == alone[0].tokens + alone[1].tokens[shared:]
     assert packed.labels == alone[0].labels + alone[1].labels[shared:]
     counts = [shared, *(len(text.tokens) - shared for text in alone)]
-    assert packed.turn == list(np.repeat([0, 1, 2], counts))
-    assert _pack(pairs, length - 1, turns="apart").tokens == alone[0].tokens
+    assert packed.segment_ids == list(np.repeat([0, 1, 2], counts))
+    assert _pack(pairs, length - 1, attention="independent_qa").tokens == alone[0].tokens
 
 
 def test_packing_keeps_whole_turns_only():

@@ -54,11 +54,11 @@ class FakeSource:
         return self.records[index]
 
 
-def make(config=CONFIG, *, source=None, kind="questions", batch_size=4, **options):
+def make(config=CONFIG, *, source=None, task="instruction", batch_size=4, **options):
     return make_train_iterator(
         config,
         tokenizer=options.pop("tokenizer", TOKENIZER),
-        kind=kind,
+        task=task,
         batch_size=batch_size,
         records=options.pop("records", None) or [source or FakeSource(12)],
         **options,
@@ -106,10 +106,10 @@ def test_rows_hold_their_own_image_and_answers():
 
 
 def test_captions_are_supervised_whole():
-    batch = next(make(kind="caption", template="plain"))
+    batch = next(make(task="captioning", template="plain"))
     for labels, example_id in zip(batch.labels, batch.example_id, strict=True):
         assert supervised(labels) == f"picture {example_id}\n"
-    batch = next(make(kind="caption"))  # a template that keeps the question asks for it
+    batch = next(make(task="captioning"))  # a template that keeps the question asks for it
     row = batch.tokens[0][(batch.labels[0] == IGNORE_LABEL) & batch.text_valid[0]]
     assert TOKENIZER.decode(row) == "Describe the image.:"
 
@@ -214,7 +214,7 @@ def test_a_start_far_away_reads_nothing_before_it():
 
 def test_held_out_questions_are_the_same_each_time():
     config = dataclasses.replace(CONFIG, held_out=3)
-    options = {"tokenizer": TOKENIZER, "kind": "questions", "batch_size": 2}
+    options = {"tokenizer": TOKENIZER, "task": "instruction", "batch_size": 2}
     one, other = (
         make_held_out_batches(config, records=[FakeSource(12)], **options) for _ in range(2)
     )
@@ -266,16 +266,16 @@ def test_an_answer_longer_than_the_sequence_is_one_line_and_counted(caplog):
 
 
 def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
-    assert next(make(CONFIG)).turn is None
-    apart = dataclasses.replace(CONFIG, turns="apart")
-    assert next(make(apart, kind="caption", template="plain")).turn is None
+    assert next(make(CONFIG)).segment_ids is None
+    apart = dataclasses.replace(CONFIG, attention="independent_qa")
+    assert next(make(apart, task="captioning", template="plain")).segment_ids is None
     batch = next(make(apart))
-    assert batch.turn.shape == batch.tokens.shape
+    assert batch.segment_ids.shape == batch.tokens.shape
     answers = batch.labels != IGNORE_LABEL
-    assert set(batch.turn[answers]) >= {1, 2}
-    assert (batch.turn[batch.tokens == IMAGE_TOKEN] == 0).all()
+    assert set(batch.segment_ids[answers]) >= {1, 2}
+    assert (batch.segment_ids[batch.tokens == IMAGE_TOKEN] == 0).all()
     with pytest.raises(ValueError, match=r"no such way .apar.\. Did you mean .apart."):
-        dataclasses.replace(CONFIG, turns="apar")
+        dataclasses.replace(CONFIG, attention="independent")
 
 
 def test_a_bpe_trained_on_the_training_texts_feeds_the_pipeline(tmp_path):
@@ -331,7 +331,7 @@ def test_worker_processes_resume_exactly():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "question"}, "no such kind 'question'. Did you mean 'questions'?"),
+        ({"task": "instructions"}, "no such task 'instructions'. Did you mean 'instruction'?"),
         ({"template": "vicuna"}, "Did you mean 'vicuna_v1'?"),
         ({"template": "plain"}, "'plain' drops questions"),
     ],

@@ -182,13 +182,13 @@ def test_a_train_step_holds_gradients_too_and_counts_remat_apart(mesh):
 def test_a_train_step_knows_of_turns_where_they_stand_apart(mesh):
     experiment = make_experiment()
     _, batch = build_program(Request("train", experiment), mesh, platform="tpu").args
-    assert batch.turn is None
-    data = dataclasses.replace(experiment.data, turns="apart")
+    assert batch.segment_ids is None
+    data = dataclasses.replace(experiment.data, attention="independent_qa")
     experiment = dataclasses.replace(experiment, data=data)
     _, batch = build_program(Request("train", experiment), mesh, platform="tpu").args
-    assert batch.turn.shape == batch.tokens.shape
+    assert batch.segment_ids.shape == batch.tokens.shape
     captions = Request("train", experiment, stage="pretrain")
-    assert build_program(captions, mesh, platform="tpu").args[1].turn is None
+    assert build_program(captions, mesh, platform="tpu").args[1].segment_ids is None
 
 
 def test_extend_takes_the_cache_of_prefill_split_by_rows(mesh):

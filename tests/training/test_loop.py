@@ -206,7 +206,7 @@ def test_restart_takes_back_what_the_stage_before_taught(tmp_path):
             make_experiment(finetune={"lr_multipliers": (("clap", 0.1),)}),
             "lr_multipliers: 'clap' matches no parameter; they begin with clip, llama",
         ),
-        (make_experiment(finetune={"before": "nothing"}), "plan 'pruned': no feature ranks"),
+        (make_experiment(finetune={"calibrate_before": False}), "plan 'pruned': no feature ranks"),
         (
             make_experiment(plans={"pruned": "meteor(encode=(6, 5, 4), fuse=9)"}),
             "train.finetune: plan 'pruned': a budget of 9 tokens, but there are 4",

@@ -43,7 +43,7 @@ def few_test_pictures(monkeypatch):
 
 
 def experiment(model=MODEL):
-    train = TrainConfig(pretrain=StageConfig(kind="caption", steps=1))
+    train = TrainConfig(pretrain=StageConfig(task="captioning", steps=1))
     return Experiment(model=model, data=DataConfig(sources=("reading",)), train=train)
 
 

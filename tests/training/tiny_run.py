@@ -109,8 +109,8 @@ def make_experiment(*, plans=None, **train_fields):
     stage = {"batch_size": 8, "learning_rate": 1e-2, "plans": ("full",)}
     values = {
         "mesh": {},
-        "pretrain": stage | {"kind": "caption", "steps": 4},
-        "finetune": stage | {"steps": 4, "plans": ("pruned",), "before": "calibrate_ranks"},
+        "pretrain": stage | {"task": "captioning", "steps": 4},
+        "finetune": stage | {"steps": 4, "plans": ("pruned",), "calibrate_before": True},
         "log_every": 2,
         "checkpoint_every": 2,
     }

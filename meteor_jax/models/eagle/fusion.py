@@ -76,7 +76,7 @@ def splice(
     text_valid: Array,
     visual: VisualTokens,
     image_valid: Array,
-    turn: Array | None = None,
+    segment_ids: Array | None = None,
 ) -> Sequence:
     """Puts each image's tokens where its `IMAGE_TOKEN` stands, and packs the row.
 
@@ -87,7 +87,8 @@ def splice(
         text: float[B, T, D], embeddings; what stands at an `IMAGE_TOKEN` is not used.
         tokens: int32[B, T]; text_valid: bool[B, T]; image_valid: bool[B, M].
         visual: VisualTokens of [B, M, N, D].
-        turn: int32[B, T] or None, as in `Batch`; each turn's positions follow those of turn 0.
+        segment_ids: int32[B, T] or None, as in `Batch`; each segment's positions follow those of
+            segment 0.
     """
     batch, length = tokens.shape
     num_images, num_visual = visual.x.shape[1:3]
@@ -113,11 +114,11 @@ def splice(
     source = jnp.where(visual_here, length + index, slot)
     width = jnp.where(present, visual.span, is_text)
     positions = jnp.cumsum(width, axis=1)
-    if turn is not None:
-        begins = jnp.diff(turn, axis=1, prepend=0) > 0
+    if segment_ids is not None:
+        begins = jnp.diff(segment_ids, axis=1, prepend=0) > 0
         begin = jax.lax.cummax(jnp.where(begins, positions - width, 0), axis=1)
-        shared = jnp.sum(jnp.where(turn == 0, width, 0), axis=1, keepdims=True)
-        positions -= jnp.where(turn > 0, begin - shared, 0)
+        shared = jnp.sum(jnp.where(segment_ids == 0, width, 0), axis=1, keepdims=True)
+        positions -= jnp.where(segment_ids > 0, begin - shared, 0)
     within = jnp.take_along_axis(visual.position.reshape(batch, flat), index, axis=1)
     return Sequence(
         x=jnp.take_along_axis(both, source[..., None], axis=1),
@@ -127,7 +128,7 @@ def splice(
         valid=valid,
         slot=slot,
         visual=jnp.where(visual_here, index, -1),
-        turn=None if turn is None else of_slot(turn),
+        segment_ids=None if segment_ids is None else of_slot(segment_ids),
     )
 
 

@@ -134,7 +134,7 @@ class Meteor(nn.Module):
             image_valid=batch.image_valid,
             tokens=batch.tokens,
             text_valid=batch.text_valid,
-            turn=batch.turn,
+            segment_ids=batch.segment_ids,
             plan=plan,
             num_new=0,
         )
@@ -319,7 +319,7 @@ class Meteor(nn.Module):
         text_valid: Array,
         plan: PrunePlan,
         num_new: int,
-        turn: Array | None = None,
+        segment_ids: Array | None = None,
     ) -> SegmentRun:
         longest = tokens.shape[1] + image_valid.shape[1] * visual.span + num_new
         if longest > self.config.llama.max_positions and not self.is_initializing():
@@ -336,7 +336,7 @@ class Meteor(nn.Module):
             text_valid=text_valid,
             visual=visual,
             image_valid=image_valid,
-            turn=turn,
+            segment_ids=segment_ids,
         )
         sequence = sequence.replace(x=constrain(sequence.x, "btd"))
         if self.is_initializing():

@@ -100,10 +100,10 @@ def run_segments(
     layers = plan.layers if plan else ()
     if layers and not 0 < layers[0] <= layers[-1] < depth:
         raise ValueError(f"decode.layers={layers} must lie within 1..{depth - 1}.")
-    if layers and sequence.turn is not None:
+    if layers and sequence.segment_ids is not None:
         raise ValueError(
-            "decode: turns that do not see each other share their image's tokens, so no cut can "
-            "follow the question of one; train with the plan's stages 1 and 2, or give turn=None."
+            "decode: independent questions share their image's tokens, so nothing can be pruned by "
+            "the question of one; train with the plan's stages 1 and 2, or give segment_ids=None."
         )
     raters = None
     if plan and plan.queries == "raters":
@@ -292,7 +292,7 @@ def _run(llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: 
         sequence.position,
         start=start,
         stop=stop,
-        turn=sequence.turn,
+        segment_ids=sequence.segment_ids,
         method="run",
     )
     k, v = out.extras

@@ -244,7 +244,7 @@ def bench_data(experiment: Experiment, *, batch: int, batches: int = 32) -> floa
     iterator = pipeline.make_train_iterator(
         experiment.data,
         tokenizer=tokenizer,
-        kind=stage.kind,
+        task=stage.task,
         template=stage.template,
         batch_size=batch,
         records=records,

@@ -85,8 +85,8 @@ def config(data_dir, **fields):
     return DataConfig(template="qa", data_dir=str(data_dir), seed=1, prefetch=1, **fields)
 
 
-def one_epoch(config, *, kind="questions", batches=6, **options):
-    iterator = make_train_iterator(config, tokenizer=TOKENIZER, kind=kind, batch_size=2, **options)
+def one_epoch(config, *, task="instruction", batches=6, **options):
+    iterator = make_train_iterator(config, tokenizer=TOKENIZER, task=task, batch_size=2, **options)
     return [next(iterator) for _ in range(batches)]
 
 
@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_skipped(prepared, caplog):
 
 
 def test_captions_keep_the_answer_alone(prepared):
-    batches = one_epoch(config(prepared, max_images=2), kind="caption", template="plain")
+    batches = one_epoch(config(prepared, max_images=2), task="captioning", template="plain")
     rows = rows_by_id(batches)
     assert text(rows[4][0]) == "a4\n" and rows[4][0].count(IMAGE_TOKEN) == 1
     assert 10 not in rows and sum((batch.example_id < 0).sum() for batch in batches) == 1
@@ -322,7 +322,7 @@ def test_held_out_records_never_train_and_do_not_depend_on_the_processes(prepare
 
     def held_out(rows, index=0, count=1):
         return make_held_out_batches(
-            settings, tokenizer=TOKENIZER, kind="questions", batch_size=rows,
+            settings, tokenizer=TOKENIZER, task="instruction", batch_size=rows,
             process_index=index, process_count=count,
         )  # fmt: skip
 
@@ -343,13 +343,13 @@ def test_held_out_records_never_train_and_do_not_depend_on_the_processes(prepare
 def test_a_source_serves_the_stages_that_kinds_names(prepared):
     settings = config(
         prepared, sources=("llava:twelve", "easy-vqa"), num_images=(None, 20),
-        kinds=("caption", "questions"), max_images=2,
+        tasks=("captioning", "instruction"), max_images=2,
     )  # fmt: skip
     records = [open_sources(config(prepared))[0], []]
-    batches = one_epoch(settings, kind="caption", template="plain_eos", records=records)
+    batches = one_epoch(settings, task="captioning", template="plain_eos", records=records)
     assert len(rows_by_id(batches)) == 12
-    alone = config(prepared, kinds=("caption",))
-    with pytest.raises(ValueError, match="no source serves 'questions', they serve caption"):
+    alone = config(prepared, tasks=("captioning",))
+    with pytest.raises(ValueError, match="no source is for 'questions', they serve caption"):
         one_epoch(alone)
 
 

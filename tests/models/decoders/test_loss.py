@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from meteor_jax.models.decoders import loss
 from meteor_jax.models.decoders.loss import hidden_loss, token_loss
 from meteor_jax.models.layers.stack import constrain
 from meteor_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
-from meteor_jax.training import loss
 from meteor_jax.types import IGNORE_LABEL
 from tests.compiled import collectives
 

@@ -11,8 +11,8 @@ SHARED = (1, 7, IMAGE_TOKEN)
 TURNS = ((5, 6, 7, 8), (9, 10), (5, 11, 12))
 
 
-def _batch(rows, *, turn):
-    """Rows of (ids, turns), padded; `turn=False` leaves the turns out of the batch."""
+def _batch(rows, *, segments):
+    """Rows of (ids, segments), padded; `segments=False` leaves these out of the batch."""
     length = max(len(tokens) for tokens, _ in rows)
     padded = np.zeros((2, len(rows), length), np.int32)
     for index, row in enumerate(rows):
@@ -26,7 +26,7 @@ def _batch(rows, *, turn):
         text_valid=jnp.asarray(valid),
         labels=jnp.full(padded[0].shape, IGNORE_LABEL),
         example_id=jnp.arange(len(rows)),
-        turn=jnp.asarray(padded[1]) if turn else None,
+        segment_ids=jnp.asarray(padded[1]) if segments else None,
     )
 
 
@@ -38,15 +38,15 @@ def _logits(batch, plan):
 def test_each_turn_apart_is_answered_as_if_it_were_the_only_one(text):
     plan = tiny.plan(tiny.PLANS[text])
     packed = (SHARED + sum(TURNS, ()), (0, 0, 0, *np.repeat([1, 2, 3], [4, 2, 3])))
-    apart, conversation = _logits(_batch([packed, _plain(packed[0])], turn=True), plan)
+    apart, conversation = _logits(_batch([packed, _plain(packed[0])], segments=True), plan)
     begin = len(SHARED)
     for turn in TURNS:
-        expected = _logits(_batch([_plain(SHARED + turn)], turn=False), plan)
+        expected = _logits(_batch([_plain(SHARED + turn)], segments=False), plan)
         stop = begin + len(turn)
         np.testing.assert_allclose(apart[begin:stop], expected[0, len(SHARED) :], rtol=0, atol=3e-5)
         begin = stop
     # In the same batch a conversation stays one.
-    plain = _logits(_batch([_plain(packed[0])], turn=False), plan)
+    plain = _logits(_batch([_plain(packed[0])], segments=False), plan)
     np.testing.assert_allclose(conversation, plain[0], rtol=0, atol=3e-5)
     later = len(SHARED) + len(TURNS[0])
     assert (np.abs(conversation - apart)[later:].max(axis=-1) > 1e-2).all()
@@ -57,5 +57,5 @@ def _plain(tokens):
 
 
 def test_no_cut_in_the_decoder_can_follow_turns_apart():
-    with pytest.raises(ValueError, match="turns that do not see each other"):
-        _logits(_batch([(SHARED, (0, 0, 0))], turn=True), tiny.plan(tiny.PLANS["stage 3"]))
+    with pytest.raises(ValueError, match="independent questions share"):
+        _logits(_batch([(SHARED, (0, 0, 0))], segments=True), tiny.plan(tiny.PLANS["stage 3"]))

@@ -268,7 +268,7 @@ class Llama(nn.Module):
         *,
         start: int,
         stop: int,
-        turn: Array | None = None,
+        segment_ids: Array | None = None,
         layout: RaggedLayout | None = None,
     ) -> Any:
         """Layers `[start, stop)` over packed sequences: `StackOutput`, its extras the layers'
@@ -282,8 +282,9 @@ class Llama(nn.Module):
         if not isinstance(position, tuple):
             tables = rotary_tables(position, config=self.config)
         mask = None
-        if turn is not None:
-            mask = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])
+        if segment_ids is not None:
+            of_keys = segment_ids[:, None, :]
+            mask = (of_keys == 0) | (of_keys == segment_ids[:, :, None])
         return self.blocks(x, tables, mask, layout, start=start, stop=stop)
 
     def run_cached(
