@@ -11,20 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.config import ConfigError
-from meteor_jax.models.conversion import (
-    Conversion,
-    ConversionError,
-    Fields,
-    Format,
-    Rule,
-    Shape,
-    Shapes,
-    Table,
-    flat_shapes,
-    known,
-    linear,
-    one_way,
-)
+from meteor_jax.models import conversion as cv
 from meteor_jax.models.decoders.llama import conversion as llama_conversion
 from meteor_jax.models.decoders.llama.model import Llama
 from meteor_jax.models.eagle.model import MeteorConfig
@@ -49,13 +36,13 @@ EAGLE_GRID, EAGLE_IMAGE = 32, 1024
 
 
 FORMATS = {
-    "eagle": Format(
+    "eagle": cv.Format(
         part="eagle",
         model_types=("eagle_llama",),
         mark=r"model\.vision_tower\.vision_towers\.",
         renames=((r"(.*)", r"\1"),),
     ),
-    "projector": Format(
+    "projector": cv.Format(
         part="projector",
         mark=r"(.*\.)?mm_projector\.",
         renames=((r"(?:.*\.)?mm_projector\.(.*)", PROJECTOR + r"\1"),),
@@ -63,37 +50,37 @@ FORMATS = {
 }
 
 
-def projector_table() -> Table:
+def projector_table() -> cv.Table:
     """EAGLE's one projector over the joined channels."""
-    return Table((*linear("0", "fc1"), *linear("2", "fc2")))
+    return cv.Table((*cv.linear("0", "fc1"), *cv.linear("2", "fc2")))
 
 
-def split_projector_tables(widths: dict[str, int], *, out_width: int) -> dict[str, Table]:
+def split_projector_tables(widths: dict[str, int], *, out_width: int) -> dict[str, cv.Table]:
     """METEOR's projector an encoder, each from its slice of EAGLE's.
 
     The first layer is cut by input channel and its bias shared out: every encoder gets an equal
     part and the last one what is left, so that the first layers' outputs sum to EAGLE's. The second
-    layer, which is not linear in the encoders, is EAGLE's in each.
+    layer, which is not cv.linear in the encoders, is EAGLE's in each.
     """
     tables, start = {}, 0
     for index, (name, width) in enumerate(widths.items()):
         is_last = index == len(widths) - 1
         rules = [
-            Rule(
+            cv.Rule(
                 "0.weight",
                 "fc1/kernel",
-                one_way(functools.partial(_rows, start=start, size=width)),
+                cv.one_way(functools.partial(_rows, start=start, size=width)),
                 whole=(out_width, sum(widths.values())),
             ),
-            Rule(
+            cv.Rule(
                 "0.bias",
                 "fc1/bias",
-                one_way(functools.partial(_share, parts=len(widths), is_last=is_last)),
+                cv.one_way(functools.partial(_share, parts=len(widths), is_last=is_last)),
                 whole=(out_width,),
             ),
-            *linear("2", "fc2"),
+            *cv.linear("2", "fc2"),
         ]
-        tables[name] = Table(tuple(rules))
+        tables[name] = cv.Table(tuple(rules))
         start += width
     return tables
 
@@ -109,14 +96,14 @@ def _share(bias: np.ndarray, *, parts: int, is_last: bool) -> np.ndarray:
     return (bias.astype(np.float64) - (parts - 1) * share.astype(np.float64)).astype(bias.dtype)
 
 
-def eagle_fields(config: Mapping[str, Any], *, channels: int | None = None) -> Fields:
+def eagle_fields(config: Mapping[str, Any], *, channels: int | None = None) -> cv.Fields:
     """Which encoders, and how EAGLE joins them. Where config.json does not tell, those of the
     released model whose encoders have so many `channels`."""
     text = config.get("mm_vision_tower") or RELEASED.get(channels, "")
     names = [tower.split("-")[0] for tower in text.split(";")]
     unknown = [name for name in names if name not in TOWERS]
     if unknown:
-        raise ConversionError(
+        raise cv.ConversionError(
             [
                 f"config.json: mm_vision_tower={text!r}; expected towers out of "
                 f"{', '.join(TOWERS)}, joined by ';'."
@@ -124,7 +111,7 @@ def eagle_fields(config: Mapping[str, Any], *, channels: int | None = None) -> F
         )
     kind = config.get("mm_projector_type", "mlp2x_gelu")
     if kind != "mlp2x_gelu":
-        raise ConversionError(
+        raise cv.ConversionError(
             [f"config.json: expected mm_projector_type='mlp2x_gelu', got {kind!r}."]
         )
     return {
@@ -135,13 +122,13 @@ def eagle_fields(config: Mapping[str, Any], *, channels: int | None = None) -> F
     }
 
 
-class EagleConversion(Conversion):
+class EagleConversion(cv.Conversion):
     """Of whole EAGLE checkpoints, of their projector, and of each encoder and decoder alone."""
 
     whole = "eagle"
 
     @property
-    def formats(self) -> Mapping[str, Format]:
+    def formats(self) -> Mapping[str, cv.Format]:
         # An encoder that comes alone takes the first place.
         alone = {
             name: form.under(TOWER.replace("{n}", "0"))
@@ -151,28 +138,28 @@ class EagleConversion(Conversion):
         return FORMATS | alone | llama_conversion.FORMATS
 
     def fields(
-        self, part: str, *, shapes: Mapping[str, Shape], config: Mapping[str, Any]
-    ) -> Fields:
+        self, part: str, *, shapes: Mapping[str, cv.Shape], config: Mapping[str, Any]
+    ) -> cv.Fields:
         if part == "llama":
-            return {"llama": llama_conversion.sizes(Shapes(shapes), config)}
+            return {"llama": llama_conversion.sizes(cv.Shapes(shapes), config)}
         if part in ENCODERS:
             conversion = ENCODERS[part].conversion
-            sizes = conversion.sizes(Shapes(shapes, TOWER.replace("{n}", "0")))
-            return {"encoders": (part,), part: known(sizes | conversion.stated(config))}
+            sizes = conversion.sizes(cv.Shapes(shapes, TOWER.replace("{n}", "0")))
+            return {"encoders": (part,), part: cv.known(sizes | conversion.stated(config))}
         if part == "projector":
-            found = Shapes(shapes, PROJECTOR)
+            found = cv.Shapes(shapes, PROJECTOR)
             width, channels = (found.size("0.weight", axis) for axis in (0, 1))
             llama = {"width": width}
             if "hidden_size" in config:
-                llama = llama_conversion.sizes(Shapes(shapes), config)
-            return eagle_fields(config, channels=channels) | {"llama": known(llama)}
+                llama = llama_conversion.sizes(cv.Shapes(shapes), config)
+            return eagle_fields(config, channels=channels) | {"llama": cv.known(llama)}
         fields = eagle_fields(config)
         for index, name in enumerate(fields["encoders"]):
-            found = Shapes(shapes, TOWER.replace("{n}", str(index)))
-            fields[name] = known(ENCODERS[name].conversion.sizes(found))
-        return fields | {"llama": llama_conversion.sizes(Shapes(shapes), config)}
+            found = cv.Shapes(shapes, TOWER.replace("{n}", str(index)))
+            fields[name] = cv.known(ENCODERS[name].conversion.sizes(found))
+        return fields | {"llama": llama_conversion.sizes(cv.Shapes(shapes), config)}
 
-    def split_projector(self, part: str, fields: Fields) -> Fields:
+    def split_projector(self, part: str, fields: cv.Fields) -> cv.Fields:
         if part not in ("eagle", "projector"):
             raise ConfigError("--split_projector: the source holds no EAGLE projector.")
         return fields | {"fusion": "post"}
@@ -185,8 +172,8 @@ class EagleConversion(Conversion):
             return joint
         return (part,) if part != "eagle" else (*config.encoders, *joint, "llama")
 
-    def table(self, config: MeteorConfig, parts: Sequence[str]) -> Table:
-        whole = Table(())
+    def table(self, config: MeteorConfig, parts: Sequence[str]) -> cv.Table:
+        whole = cv.Table(())
         for index, name in enumerate(config.encoders):
             if name in parts:
                 table = ENCODERS[name].conversion.table(config.encoder(name))
@@ -202,7 +189,7 @@ class EagleConversion(Conversion):
             whole += llama_conversion.table(config.llama).under(source="", target="llama")
         return whole
 
-    def param_shapes(self, config: MeteorConfig, parts: Sequence[str]) -> dict[str, Shape]:
+    def param_shapes(self, config: MeteorConfig, parts: Sequence[str]) -> dict[str, cv.Shape]:
         return {
             f"{part}/{path}": shape
             for part in parts
@@ -248,11 +235,11 @@ class EagleConversion(Conversion):
 
 
 @functools.cache
-def _shapes_of_part(config: MeteorConfig, part: str) -> dict[str, Shape]:
+def _shapes_of_part(config: MeteorConfig, part: str) -> dict[str, cv.Shape]:
     """Each part by itself: a lone encoder is not traced with a whole decoder."""
     if part in config.encoders:
         image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
-        return flat_shapes(ENCODERS[part].module(config.encoder(part)).init, image)
+        return cv.flat_shapes(ENCODERS[part].module(config.encoder(part)).init, image)
     if part == "llama":
         llama = Llama(config.llama)
 
@@ -260,8 +247,8 @@ def _shapes_of_part(config: MeteorConfig, part: str) -> dict[str, Shape]:
             return llama.logits(llama.run(llama.embed(tokens), tokens, start=0, stop=1).x)
 
         init = functools.partial(llama.init, method=run)
-        return flat_shapes(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+        return cv.flat_shapes(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     owner = part.removeprefix("projector_")  # itself where all encoders share one
     width = sum(config.encoder(e).width for e in config.encoders if owner in (e, part))
     x = jax.ShapeDtypeStruct((1, width), jnp.float32)
-    return flat_shapes(Projector(config.llama.width).init, x)
+    return cv.flat_shapes(Projector(config.llama.width).init, x)

@@ -5,24 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from meteor_jax.models.conversion import (
-    LINEAR,
-    ConversionError,
-    Fields,
-    Format,
-    Rule,
-    Shapes,
-    Table,
-    Unused,
-    known,
-    linear,
-    norm,
-    stacked,
-)
+from meteor_jax.models import conversion as cv
 from meteor_jax.models.decoders.llama.model import LlamaConfig
 
 FORMATS = {
-    "llama": Format(
+    "llama": cv.Format(
         part="llama",
         model_types=("llama",),
         mark=r"model\.layers\.\d+\.self_attn\.q_proj\.",
@@ -31,38 +18,38 @@ FORMATS = {
 }
 
 
-def table(config: LlamaConfig) -> Table:
+def table(config: LlamaConfig) -> cv.Table:
     """LLaMA, under its Hugging Face names."""
     block = [
-        *norm("input_layernorm", "attention_norm", bias=False),
-        *linear("self_attn.q_proj", "query", bias=False),
-        *linear("self_attn.k_proj", "key", bias=False),
-        *linear("self_attn.v_proj", "value", bias=False),
-        *linear("self_attn.o_proj", "out", bias=False),
-        *norm("post_attention_layernorm", "mlp_norm", bias=False),
-        *linear("mlp.gate_proj", "gate", bias=False),
-        *linear("mlp.up_proj", "up", bias=False),
-        *linear("mlp.down_proj", "down", bias=False),
+        *cv.norm("input_layernorm", "attention_norm", bias=False),
+        *cv.linear("self_attn.q_proj", "query", bias=False),
+        *cv.linear("self_attn.k_proj", "key", bias=False),
+        *cv.linear("self_attn.v_proj", "value", bias=False),
+        *cv.linear("self_attn.o_proj", "out", bias=False),
+        *cv.norm("post_attention_layernorm", "mlp_norm", bias=False),
+        *cv.linear("mlp.gate_proj", "gate", bias=False),
+        *cv.linear("mlp.up_proj", "up", bias=False),
+        *cv.linear("mlp.down_proj", "down", bias=False),
     ]
     padding = config.num_columns - config.vocab_size
     rules = [
-        Rule("model.embed_tokens.weight", "embedding/embedding", padding_rows=padding),
-        *stacked(block, source="model.layers.{i}", layers=range(config.depth)),
-        *norm("model.norm", "norm", bias=False),
+        cv.Rule("model.embed_tokens.weight", "embedding/embedding", padding_rows=padding),
+        *cv.stacked(block, source="model.layers.{i}", layers=range(config.depth)),
+        *cv.norm("model.norm", "norm", bias=False),
     ]
     unused = [
-        Unused(
+        cv.Unused(
             r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary table, computed anew"
         )
     ]
     if config.tie_embeddings:
-        unused.append(Unused(r"lm_head\.weight", "tied to the embedding"))
+        unused.append(cv.Unused(r"lm_head\.weight", "tied to the embedding"))
     else:
-        rules.append(Rule("lm_head.weight", "head/kernel", LINEAR, padding_rows=padding))
-    return Table(tuple(rules), tuple(unused))
+        rules.append(cv.Rule("lm_head.weight", "head/kernel", cv.LINEAR, padding_rows=padding))
+    return cv.Table(tuple(rules), tuple(unused))
 
 
-def sizes(found: Shapes, config: Mapping[str, Any]) -> Fields:
+def sizes(found: cv.Shapes, config: Mapping[str, Any]) -> cv.Fields:
     """Sizes of a LLaMA; without config.json heads are taken to be 128 wide, as in large ones."""
     layer = r"model\.layers\.\d+\."
     width = found.size("model.embed_tokens.weight", 1)
@@ -81,8 +68,8 @@ def sizes(found: Shapes, config: Mapping[str, Any]) -> Fields:
             f"config.json: expected head_dim=hidden_size/num_attention_heads, got {head_dim}."
         )
     if problems:
-        raise ConversionError(problems)
-    return known(
+        raise cv.ConversionError(problems)
+    return cv.known(
         {
             "depth": config.get("num_hidden_layers")
             or found.count(r"model\.layers\.(\d+)\.(?:self_attn|mlp)"),

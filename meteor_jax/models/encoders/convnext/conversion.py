@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from meteor_jax.models.conversion import (
-    DEPTHWISE,
-    Fields,
-    Format,
-    PartConversion,
-    Rule,
-    Shapes,
-    Table,
-    Unused,
-    check_activation,
-    convolution,
-    linear,
-    norm,
-    stacked,
-    vision_config,
-)
+from meteor_jax.models import conversion as cv
 from meteor_jax.models.encoders.convnext.model import STEM, ConvNextConfig
 
 _HF_STAGE = r"(?:convnext\.)?encoder\.stages\.(\d+)"
 _STAGE = r"stages.\1"
 
 FORMATS = {
-    "convnext_timm": Format(
+    "convnext_timm": cv.Format(
         part="convnext",
         mark=r"stages\.\d+\.blocks\.\d+\.(gamma|conv_dw\.)",
         renames=(
@@ -35,7 +20,7 @@ FORMATS = {
             (r"((?:stem|stages|head)\..*)", r"\1"),
         ),
     ),
-    "convnext_hf": Format(
+    "convnext_hf": cv.Format(
         part="convnext",
         model_types=("convnext",),
         mark=r"(convnext\.)?encoder\.stages\.\d+\.layers\.\d+\.dwconv\.",
@@ -57,32 +42,32 @@ FORMATS = {
 }
 
 
-def table(config: ConvNextConfig) -> Table:
+def table(config: ConvNextConfig) -> cv.Table:
     """ConvNeXt; a block's layer scale is called "<block>.weight"."""
     block = [
-        Rule("conv_dw.weight", "depthwise/kernel", DEPTHWISE),
-        Rule("conv_dw.bias", "depthwise/bias"),
-        *norm("norm", "norm"),
-        *linear("mlp.fc1", "fc1"),
-        *linear("mlp.fc2", "fc2"),
-        Rule("weight", "layer_scale"),
+        cv.Rule("conv_dw.weight", "depthwise/kernel", cv.DEPTHWISE),
+        cv.Rule("conv_dw.bias", "depthwise/bias"),
+        *cv.norm("norm", "norm"),
+        *cv.linear("mlp.fc1", "fc1"),
+        *cv.linear("mlp.fc2", "fc2"),
+        cv.Rule("weight", "layer_scale"),
     ]
-    rules = [*convolution("stem.0", "stem", patch=STEM), *norm("stem.1", "stem_norm")]
+    rules = [*cv.convolution("stem.0", "stem", patch=STEM), *cv.norm("stem.1", "stem_norm")]
     for stage, depth in enumerate(config.depths):
         if stage:
-            rules += norm(f"stages.{stage}.downsample.0", f"downsample{stage}_norm")
-            rules += convolution(f"stages.{stage}.downsample.1", f"downsample{stage}", patch=2)
-        rules += stacked(
+            rules += cv.norm(f"stages.{stage}.downsample.0", f"downsample{stage}_norm")
+            rules += cv.convolution(f"stages.{stage}.downsample.1", f"downsample{stage}", patch=2)
+        rules += cv.stacked(
             block,
             source=f"stages.{stage}.blocks.{{i}}",
             target=f"stage{stage}/stack",
             layers=range(depth),
         )
-    head = Unused(r"head\..*", "classification head")
-    return Table(tuple(rules), (head,))
+    head = cv.Unused(r"head\..*", "classification head")
+    return cv.Table(tuple(rules), (head,))
 
 
-def sizes(found: Shapes) -> Fields:
+def sizes(found: cv.Shapes) -> cv.Fields:
     stages = found.count(r"stages\.(\d+)\.") or 0
     depths = [
         found.count(rf"stages\.{stage}\.blocks\.(\d+)\.(?:conv_dw|norm|mlp)")
@@ -95,9 +80,9 @@ def sizes(found: Shapes) -> Fields:
     return {"depths": tuple(depths), "widths": tuple(widths)} if complete else {}
 
 
-def stated(config: Mapping[str, Any]) -> Fields:
-    check_activation(vision_config(config), "gelu")
+def stated(config: Mapping[str, Any]) -> cv.Fields:
+    cv.check_activation(cv.vision_config(config), "gelu")
     return {}
 
 
-CONVERSION = PartConversion(formats=FORMATS, table=table, sizes=sizes, stated=stated)
+CONVERSION = cv.PartConversion(formats=FORMATS, table=table, sizes=sizes, stated=stated)

@@ -8,25 +8,11 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.models.conversion import (
-    BATCH_OF_ONE,
-    Fields,
-    Format,
-    PartConversion,
-    Rule,
-    Shapes,
-    Table,
-    Unused,
-    convolution,
-    heads,
-    linear,
-    norm,
-    stacked,
-)
+from meteor_jax.models import conversion as cv
 from meteor_jax.models.encoders.eva02.model import Eva02Config, rotary_tables
 
 FORMATS = {
-    "eva02": Format(
+    "eva02": cv.Format(
         part="eva02",
         mark=r"(model\.)?(backbone\.net\.)?blocks\.\d+\.attn\.q_bias",
         renames=(
@@ -46,41 +32,41 @@ FORMATS = {
 }
 
 
-def table(config: Eva02Config) -> Table:
+def table(config: Eva02Config) -> cv.Table:
     """EVA-02. Its rotary tables are stored once, and again in every block."""
     block = [
-        *norm("norm1", "norm1"),
-        *linear("attn.q_proj", "attention/query", bias=False),
-        Rule("attn.q_bias", "attention/query/bias"),
-        *linear("attn.k_proj", "attention/key", bias=False),
-        *linear("attn.v_proj", "attention/value", bias=False),
-        Rule("attn.v_bias", "attention/value/bias"),
-        *linear("attn.proj", "attention/out"),
-        *norm("norm2", "norm2"),
-        *linear("mlp.w1", "mlp/gate"),
-        *linear("mlp.w2", "mlp/up"),
-        *norm("mlp.ffn_ln", "mlp/norm"),
-        *linear("mlp.w3", "mlp/out"),
+        *cv.norm("norm1", "norm1"),
+        *cv.linear("attn.q_proj", "attention/query", bias=False),
+        cv.Rule("attn.q_bias", "attention/query/bias"),
+        *cv.linear("attn.k_proj", "attention/key", bias=False),
+        *cv.linear("attn.v_proj", "attention/value", bias=False),
+        cv.Rule("attn.v_bias", "attention/value/bias"),
+        *cv.linear("attn.proj", "attention/out"),
+        *cv.norm("norm2", "norm2"),
+        *cv.linear("mlp.w1", "mlp/gate"),
+        *cv.linear("mlp.w2", "mlp/up"),
+        *cv.norm("mlp.ffn_ln", "mlp/norm"),
+        *cv.linear("mlp.w3", "mlp/out"),
     ]
     rules = [
-        Rule("pos_embed", "position_embedding", BATCH_OF_ONE),
-        *convolution("patch_embed.proj", "patch_embedding", patch=config.patch_size),
-        *stacked(block, source="blocks.{i}", layers=range(config.depth)),
+        cv.Rule("pos_embed", "position_embedding", cv.BATCH_OF_ONE),
+        *cv.convolution("patch_embed.proj", "patch_embedding", patch=config.patch_size),
+        *cv.stacked(block, source="blocks.{i}", layers=range(config.depth)),
     ]
     for theirs, ours in (("rope_win", "window"), ("rope_glb", "global")):
         is_global = ours == "global"
         users = [i for i in range(config.depth) if (i in config.global_blocks) == is_global]
         for wave in ("cos", "sin"):
             rules.append(
-                Rule(
+                cv.Rule(
                     f"{theirs}.freqs_{wave}",
                     f"tables/{ours}_{wave}",
                     fallbacks=tuple(f"blocks.{i}.attn.rope.freqs_{wave}" for i in users),
                     compute=functools.partial(_rotary_table, config=config, name=f"{ours}_{wave}"),
                 )
             )
-    copies = Unused(r"blocks\.\d+\.attn\.rope\.freqs_(cos|sin)", "copy of a rotary table")
-    return Table(tuple(rules), (copies,))
+    copies = cv.Unused(r"blocks\.\d+\.attn\.rope\.freqs_(cos|sin)", "copy of a rotary table")
+    return cv.Table(tuple(rules), (copies,))
 
 
 def _rotary_table(dtype: np.dtype, *, config: Eva02Config, name: str) -> np.ndarray:
@@ -89,7 +75,7 @@ def _rotary_table(dtype: np.dtype, *, config: Eva02Config, name: str) -> np.ndar
     return table if dtype.itemsize > 2 else table.astype(jnp.bfloat16)
 
 
-def sizes(found: Shapes) -> Fields:
+def sizes(found: cv.Shapes) -> cv.Fields:
     width, patch = (found.size("patch_embed.proj.weight", axis) for axis in (0, 2))
     positions = found.size("pos_embed", 1)
     copies = r"blocks\.\d+\.attn\.rope\.freqs_cos"
@@ -103,7 +89,7 @@ def sizes(found: Shapes) -> Fields:
         "patch_size": patch,
         "width": width,
         "depth": found.count(r"blocks\.(\d+)\.(?:attn|norm|mlp)"),
-        "num_heads": width // head_dim if width and head_dim else heads(width),
+        "num_heads": width // head_dim if width and head_dim else cv.heads(width),
         "mlp_dim": found.first(r"blocks\.\d+\.mlp\.w1\.weight"),
         "window": window and math.isqrt(window),
         "global_every": whole[0] + 1 if whole else None,
@@ -111,4 +97,4 @@ def sizes(found: Shapes) -> Fields:
     }
 
 
-CONVERSION = PartConversion(formats=FORMATS, table=table, sizes=sizes)
+CONVERSION = cv.PartConversion(formats=FORMATS, table=table, sizes=sizes)

@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from meteor_jax.models.conversion import (
-    BATCH_OF_ONE,
-    Fields,
-    Format,
-    PartConversion,
-    Rule,
-    Shapes,
-    Table,
-    check_activation,
-    convolution,
-    heads,
-    known,
-    linear,
-    norm,
-    stacked,
-    vision_config,
-)
+from meteor_jax.models import conversion as cv
 from meteor_jax.models.encoders.sam.model import SamConfig
 
 FORMATS = {
-    "sam": Format(
+    "sam": cv.Format(
         part="sam",
         model_types=("sam", "sam_vision_model"),
         mark=r"(vision_encoder\.)?layers\.\d+\.attn\.rel_pos_h",
@@ -44,31 +28,31 @@ FORMATS = {
 }
 
 
-def table(config: SamConfig) -> Table:
+def table(config: SamConfig) -> cv.Table:
     """SAM's image encoder with EAGLE's neck, which is the first half of SAM's own."""
     block = [
-        *norm("layer_norm1", "norm1"),
-        *linear("attn.qkv", "attention/qkv"),
-        *linear("attn.proj", "attention/out"),
-        *norm("layer_norm2", "norm2"),
-        *linear("mlp.lin1", "mlp/fc1"),
-        *linear("mlp.lin2", "mlp/fc2"),
+        *cv.norm("layer_norm1", "norm1"),
+        *cv.linear("attn.qkv", "attention/qkv"),
+        *cv.linear("attn.proj", "attention/out"),
+        *cv.norm("layer_norm2", "norm2"),
+        *cv.linear("mlp.lin1", "mlp/fc1"),
+        *cv.linear("mlp.lin2", "mlp/fc2"),
     ]
     rules = [
-        Rule("pos_embed", "position_embedding", BATCH_OF_ONE),
-        *convolution("patch_embed.projection", "patch_embedding", patch=config.patch_size),
-        *stacked(block, source="layers.{i}", layers=range(config.depth)),
-        *convolution("neck.conv1", "neck", patch=1, bias=False),
-        *norm("neck.layer_norm1", "neck_norm"),
+        cv.Rule("pos_embed", "position_embedding", cv.BATCH_OF_ONE),
+        *cv.convolution("patch_embed.projection", "patch_embedding", patch=config.patch_size),
+        *cv.stacked(block, source="layers.{i}", layers=range(config.depth)),
+        *cv.convolution("neck.conv1", "neck", patch=1, bias=False),
+        *cv.norm("neck.layer_norm1", "neck_norm"),
     ]
-    relative = [Rule("attn.rel_pos_h", "height"), Rule("attn.rel_pos_w", "width")]
+    relative = [cv.Rule("attn.rel_pos_h", "height"), cv.Rule("attn.rel_pos_w", "width")]
     windowed = [i for i in range(config.depth) if i not in config.global_blocks]
     for name, layers in (("window", windowed), ("global", config.global_blocks)):
-        rules += stacked(relative, source="layers.{i}", target=f"relative_{name}", layers=layers)
-    return Table(tuple(rules))
+        rules += cv.stacked(relative, source="layers.{i}", target=f"relative_{name}", layers=layers)
+    return cv.Table(tuple(rules))
 
 
-def sizes(found: Shapes) -> Fields:
+def sizes(found: cv.Shapes) -> cv.Fields:
     width, patch = (found.size("patch_embed.projection.weight", axis) for axis in (0, 2))
     grid = found.size("pos_embed", 1)
     table = r"layers\.(\d+)\.attn\.rel_pos_h"
@@ -82,7 +66,7 @@ def sizes(found: Shapes) -> Fields:
         "patch_size": patch,
         "block_width": width,
         "depth": depth,
-        "num_heads": width // head_dim if width and head_dim else heads(width),
+        "num_heads": width // head_dim if width and head_dim else cv.heads(width),
         "mlp_dim": found.first(r"layers\.\d+\.mlp\.lin1\.weight"),
         "window": (rows + 1) // 2 if rows else None,
         "global_blocks": found.where(table, lambda shape: shape[0] == whole) if depth else None,
@@ -90,11 +74,11 @@ def sizes(found: Shapes) -> Fields:
     }
 
 
-def stated(config: Mapping[str, Any]) -> Fields:
-    vision = vision_config(config)
-    check_activation(vision, "gelu")
+def stated(config: Mapping[str, Any]) -> cv.Fields:
+    vision = cv.vision_config(config)
+    cv.check_activation(vision, "gelu")
     blocks = vision.get("global_attn_indexes")
-    return known(
+    return cv.known(
         {
             "num_heads": vision.get("num_attention_heads"),
             "window": vision.get("window_size"),
@@ -103,4 +87,4 @@ def stated(config: Mapping[str, Any]) -> Fields:
     )
 
 
-CONVERSION = PartConversion(formats=FORMATS, table=table, sizes=sizes, stated=stated)
+CONVERSION = cv.PartConversion(formats=FORMATS, table=table, sizes=sizes, stated=stated)
