@@ -33,6 +33,8 @@ class Batch:
         segment_ids: int32[B, T]; 0 for what all questions of a row see, which comes first, then
             the number of the question, whose tokens see segment 0 and their own segment, at the
             positions that they would have alone. None where every token sees all before it.
+        target: int32[B]; of the task "classification" the index of the answer in `data.classes`,
+            −1 where there is none. None for other tasks.
     """
 
     images: Array
@@ -42,6 +44,7 @@ class Batch:
     labels: Array
     example_id: Array
     segment_ids: Array | None = None
+    target: Array | None = None
 
 
 @flax.struct.dataclass

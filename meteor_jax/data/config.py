@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from meteor_jax.config import suggest
 from meteor_jax.data.templates import get_template
 
-Task = Literal["captioning", "instruction"]
+Task = Literal["captioning", "instruction", "classification"]
 Attention = Literal["causal", "independent_qa"]
 
 
@@ -19,7 +19,8 @@ class DataConfig:
     Fields:
         sources: names of data sources (see `sources.open_source`), mixed by `weights` (equal
             where empty).
-        tasks: that each source is for; empty, or "any" for one, is for both.
+        tasks: that each source is for; empty, or "any" for one, is for all.
+        classes: answers that the task "classification" tells apart, for families that do.
         num_images: images of each source's training split; empty, or None for one, takes all.
         held_out: the last so many records of each source never train.
         image_size: pixels a side. text_length: T, an image counts as one token.
@@ -44,7 +45,8 @@ class DataConfig:
 
     sources: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    tasks: tuple[Literal["captioning", "instruction", "any"], ...] = ()
+    tasks: tuple[Literal["captioning", "instruction", "classification", "any"], ...] = ()
+    classes: tuple[str, ...] = ()
     num_images: tuple[int | None, ...] = ()
     held_out: int = 0
     image_size: int = 64
@@ -85,5 +87,5 @@ class DataConfig:
             raise ValueError(f"held_out: expected at least 0, got {self.held_out}.")
 
     def attention_of(self, task: Task) -> Attention:
-        """The attention of a stage's rows: a caption is alone in its row, so it is causal."""
-        return "causal" if task == "captioning" else self.attention
+        """The attention of a stage's rows: one caption or question a row is causal."""
+        return self.attention if task == "instruction" else "causal"

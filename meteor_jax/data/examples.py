@@ -37,17 +37,22 @@ logger = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One row before it is padded: `images` are uint8[H, W, 3], lists hold at most T ids;
-    `segment_ids` is None where attention is causal."""
+    `segment_ids` is None where attention is causal, `target` the index of an answer, if any."""
 
     images: tuple[np.ndarray, ...]
     tokens: list[int]
     labels: list[int]
     example_id: int
     segment_ids: list[int] | None = None
+    target: int = -1
 
 
 class ExampleTooLong(ValueError):
     """An example without a turn that fits the text length. The message is one line."""
+
+
+class NoClass(ValueError):
+    """An example without an answer that is a class. The message is one line."""
 
 
 def pack_questions(
@@ -166,16 +171,22 @@ class ExampleMaker:
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         record = self.reader.read(index)
+        target = -1
         try:
-            text = self._conversation(record) if "turns" in record else self._text(record, rng)
+            if self.task == "classification":
+                text, target = self._classified(record, rng)
+            else:
+                text = self._conversation(record) if "turns" in record else self._text(record, rng)
             encoded = record["images"] if "turns" in record else (record["image"],)
             images = tuple(
                 sources.decode_image(image, size=self.config.image_size) for image in encoded
             )
-        except (sources.CorruptImage, ExampleTooLong) as error:
+        except (sources.CorruptImage, ExampleTooLong, NoClass) as error:
             logger.error("example %d skipped: %s", record["image_id"], error)
             return self.skipped()
-        return Example(images, text.tokens, text.labels, record["image_id"], text.segment_ids)
+        return Example(
+            images, text.tokens, text.labels, record["image_id"], text.segment_ids, target
+        )
 
     def skipped(self) -> Example:
         return Example((), [self.tokenizer.pad_id], [IGNORE_LABEL], SKIPPED_ID)
@@ -195,6 +206,23 @@ class ExampleMaker:
             text_length=self.config.text_length,
             attention=self.config.attention,
         )
+
+    def _classified(self, record: Record, rng: np.random.Generator) -> tuple[Rendered, int]:
+        """A question, and its answer as a class."""
+        classes = self.config.classes
+        known = [item for item in record.get("qa", ()) if item["answer"] in classes]
+        if not known:
+            raise NoClass("none of its answers is in data.classes.")
+        item = known[rng.integers(len(known))]
+        question = with_images(item["question"], 1, template=self.template)
+        prompt = Conversation(((question, None),))
+        text = render(prompt, template=self.template, tokenizer=self.tokenizer)
+        if len(text.tokens) > self.config.text_length:
+            raise ExampleTooLong(
+                f"its question takes {len(text.tokens)} tokens, text_length is "
+                f"{self.config.text_length}; raise text_length."
+            )
+        return text, classes.index(item["answer"])
 
     def _conversation(self, record: Record) -> Rendered:
         num_images = len(record["images"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import grain
@@ -131,14 +132,14 @@ def make_train_iterator(
     `SKIPPED_ID`, no image, every label ignored and one valid pad token (so that attention has
     something to look at), and its error is logged in one line.
 
-    Conversations are cut at `text_length`, an image counting as one token there; a row whose
-    image would be cut, or that has no answer left, is skipped. (EAGLE cuts at 2,048 tokens with
-    an image counting as all of its own, in the middle of it if need be.)
+    Conversations are cut at `text_length`, where an image counts as one token; a row whose image
+    would be cut, or without an answer left, is skipped. (EAGLE cuts at 2,048 tokens of both.)
 
     Args:
         task: "captioning", or "instruction": a conversation of up to `questions_per_image` turns,
-            chosen and ordered again every epoch; turns that do not fit whole are left out.
-            Sources of conversations give these as they stand for either.
+            chosen and ordered again every epoch; turns that do not fit whole are left out; or of
+            "classification", one question whose answer is in `config.classes`. Sources of
+            conversations give these as they stand for the first two.
         batch_size: rows of this process.
         template: of this stage; the config's where None.
         records: the sources, opened; the config's training splits where None.
@@ -149,7 +150,7 @@ def make_train_iterator(
             that no source is for, or a source with nothing beside what is held out.
     """
     make_example = _example_maker(config, tokenizer, task, template, records)
-    collate_rows = _Collate(make_example.config, tokenizer.pad_id)
+    collate_rows = _collate_of(make_example)
     served = sources_for(config, task)
     # grain looks into whatever passes through it, so only indices do until the example is made.
     streams = []
@@ -240,7 +241,7 @@ def make_held_out_batches(
             same.
     """
     make_example = _example_maker(config, tokenizer, task, template, records)
-    collate_rows = _Collate(make_example.config, tokenizer.pad_id)
+    collate_rows = _collate_of(make_example)
     served = sources_for(config, task)
     rows = [row for index in served for row in make_example.reader.held_out(index)]
     step, batches = batch_size * process_count, []
@@ -263,7 +264,9 @@ def _example_maker(
     layout = get_template(name)
     if task not in get_args(Task):
         raise ValueError(f"task: no such task '{task}'.{suggest(task, get_args(Task))}")
-    if task == "instruction" and not layout.keeps_question:
+    if task == "classification" and not config.classes:
+        raise ValueError("classes: expected the answers that are told apart, got none.")
+    if task != "captioning" and not layout.keeps_question:
         raise ValueError(f"template: '{name}' drops questions, use it for captions only.")
     config = dataclasses.replace(config, attention=config.attention_of(task))
     reader = RecordReader(config, tuple(open_sources(config) if records is None else records))
@@ -287,6 +290,7 @@ def collate(
     text_length: int,
     pad_id: int,
     attention: Attention = "causal",
+    with_targets: bool = False,
 ) -> Batch:
     """Pads examples of 0 to `max_images` images to one `Batch` of NumPy arrays.
 
@@ -329,6 +333,7 @@ def collate(
         labels=labels,
         example_id=np.array([example.example_id for example in examples], np.int32),
         segment_ids=segment_ids if attention == "independent_qa" else None,
+        target=np.array([e.target for e in examples], np.int32) if with_targets else None,
     )
 
 
@@ -382,17 +387,14 @@ def _pad_rows(
     return tokens, text_valid
 
 
-@dataclasses.dataclass(frozen=True)
-class _Collate:
-    config: DataConfig
-    pad_id: int
-
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        return collate(
-            examples,
-            max_images=self.config.max_images,
-            image_size=self.config.image_size,
-            text_length=self.config.text_length,
-            pad_id=self.pad_id,
-            attention=self.config.attention,
-        )
+def _collate_of(make_example: ExampleMaker) -> Callable[[Sequence[Example]], Batch]:
+    config = make_example.config
+    return functools.partial(
+        collate,
+        max_images=config.max_images,
+        image_size=config.image_size,
+        text_length=config.text_length,
+        pad_id=make_example.tokenizer.pad_id,
+        attention=config.attention,
+        with_targets=make_example.task == "classification",
+    )

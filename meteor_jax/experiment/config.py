@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from meteor_jax.config import ConfigError, build
-from meteor_jax.data.pipeline import DataConfig
+from meteor_jax.data.config import DataConfig, Task
 from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.models.family import ModelConfig
 from meteor_jax.parallel.mesh import MeshConfig
@@ -20,7 +20,8 @@ class StageConfig:
     """One stage of training: what is shown, what learns, and how.
 
     Attributes:
-        task: "captioning" (an image and its caption) or "instruction" (a conversation).
+        task: "captioning" (an image and its caption), "instruction" (a conversation), or
+            "classification" (a question and which of `data.classes` answers it).
         template: how a conversation becomes text; see `data.templates`.
         text_length: text places of a row; 0 takes `data.text_length`.
         plans: names of plans, taken in turn step by step by the same parameters.
@@ -40,7 +41,7 @@ class StageConfig:
             step, with the parameters as they are then.
     """
 
-    task: Literal["captioning", "instruction"] = "instruction"
+    task: Task = "instruction"
     template: str = "qa"
     text_length: int = 0
     plans: tuple[str, ...] = ("full",)

@@ -265,6 +265,22 @@ def test_an_answer_longer_than_the_sequence_is_one_line_and_counted(caplog):
     }
 
 
+def test_a_classifier_gets_one_question_a_row_and_its_class():
+    config = dataclasses.replace(CONFIG, classes=("a31", "a52"))  # of two of twelve records
+    found = [
+        row
+        for batch in take(make(config, task="classification"), 4)
+        for row in zip(batch.target, batch.labels, batch.tokens, batch.example_id, strict=True)
+    ]
+    assert {int(target) for target, *_ in found} >= {0, 1}
+    for target, labels, tokens, example_id in found:
+        assert (labels == IGNORE_LABEL).all()
+        assert (target >= 0) == (example_id != SKIPPED_ID) == (IMAGE_TOKEN in tokens)
+    assert next(make(CONFIG)).target is None
+    with pytest.raises(ValueError, match="expected the answers that are told apart"):
+        make(CONFIG, task="classification")
+
+
 def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
     assert next(make(CONFIG)).segment_ids is None
     apart = dataclasses.replace(CONFIG, attention="independent_qa")
@@ -274,7 +290,7 @@ def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
     answers = batch.labels != IGNORE_LABEL
     assert set(batch.segment_ids[answers]) >= {1, 2}
     assert (batch.segment_ids[batch.tokens == IMAGE_TOKEN] == 0).all()
-    with pytest.raises(ValueError, match=r"no such way .apar.\. Did you mean .apart."):
+    with pytest.raises(ValueError, match="no mode 'independent'. Did you mean 'independent_qa'?"):
         dataclasses.replace(CONFIG, attention="independent")
 
 

@@ -40,7 +40,10 @@ def test_stage_without_steps_is_left_out():
     ("fields", "message"),
     [
         ({"finetune": {"stepz": 5}}, "train.finetune.stepz: no such field. Did you mean 'steps'?"),
-        ({"finetune": {"task": "captions"}}, "expected one of captioning, instruction"),
+        (
+            {"finetune": {"task": "captions"}},
+            "expected one of captioning, instruction, classification",
+        ),
         (
             {"finetune": {"batch_size": 6, "grad_accum_steps": 4}},
             "does not divide into grad_accum_steps=4",

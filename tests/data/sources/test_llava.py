@@ -349,7 +349,7 @@ def test_a_source_serves_the_stages_that_kinds_names(prepared):
     batches = one_epoch(settings, task="captioning", template="plain_eos", records=records)
     assert len(rows_by_id(batches)) == 12
     alone = config(prepared, tasks=("captioning",))
-    with pytest.raises(ValueError, match="no source is for 'questions', they serve caption"):
+    with pytest.raises(ValueError, match="no source is for 'instruction', they are for captioning"):
         one_epoch(alone)
 
 
