@@ -290,7 +290,7 @@ def test_a_batch_says_which_turn_a_token_belongs_to_if_they_are_apart():
     answers = batch.labels != IGNORE_LABEL
     assert set(batch.segment_ids[answers]) >= {1, 2}
     assert (batch.segment_ids[batch.tokens == IMAGE_TOKEN] == 0).all()
-    with pytest.raises(ValueError, match="no mode 'independent'. Did you mean 'independent_qa'?"):
+    with pytest.raises(ValueError, match=r"no mode .independent.\. Did you mean"):
         dataclasses.replace(CONFIG, attention="independent")
 
 

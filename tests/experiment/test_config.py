@@ -42,7 +42,7 @@ def test_stage_without_steps_is_left_out():
         ({"finetune": {"stepz": 5}}, "train.finetune.stepz: no such field. Did you mean 'steps'?"),
         (
             {"finetune": {"task": "captions"}},
-            "expected one of captioning, instruction, classification",
+            "expected one of captioning, instruction, ",
         ),
         (
             {"finetune": {"batch_size": 6, "grad_accum_steps": 4}},
