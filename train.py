@@ -237,7 +237,7 @@ def main(argv: list[str]) -> int:
                 texts=lambda: pipeline.training_texts(records),
                 inherit=inherit,
             )
-        model.check_vocabulary(tokenizer.vocab_size)
+        model.check_data(vocabulary=tokenizer.vocab_size, classes=experiment.data.classes)
         run = Run(experiment, workdir, model, tokenizer, records)
         run.check()
     except (ValueError, OSError) as error:

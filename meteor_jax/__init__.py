@@ -22,7 +22,7 @@ _HOMES = {
     "PruneTrace": "types",
     "Sampling": "inference.generate",
     "VisualTokens": "types",
-    "count_cost": "models.eagle.cost",
+    "count_cost": "models.family",
     "generate": "inference.generate",
     "parse_plan": "pruning.baselines",
     "restore_params": "checkpoint",

@@ -36,8 +36,8 @@ from meteor_jax.experiment.config import Experiment
 from meteor_jax.inference.engine.data_shards import Lanes
 from meteor_jax.inference.engine.predictor import check_fits
 from meteor_jax.inference.engine.prompts import Room
-from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.models.family import count_cost
 from meteor_jax.parallel.distributed import is_main_process, main_process_first
 from meteor_jax.progress import progress_bar
 from meteor_jax.pruning.plan import PrunePlan

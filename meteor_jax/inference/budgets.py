@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.models.family import count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.pruning.ops.budgets import expected_total, fit_edges, fit_scale
 from meteor_jax.pruning.plan import DecodePlan, PrunePlan

@@ -41,8 +41,8 @@ from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.inference.layout import inference_mesh
 from meteor_jax.inference.load import load_params
-from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.family import count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.progress import track
 from meteor_jax.pruning.baselines import parse_plan

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from meteor_jax.config import ConfigError, suggest
 from meteor_jax.models.conversion import Conversion
+from meteor_jax.models.flops import Cost, counted_forms, trace_flops
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, Batch
 
@@ -155,8 +157,70 @@ class Family(abc.ABC):
         key = jax.random.PRNGKey(seed)
         return self.module.init(key, batch, plan=PrunePlan())["params"]
 
-    def check_vocabulary(self, size: int) -> None:  # noqa: B027 (none is needed)
-        """Raises ConfigError if the model has no place for tokens 0, …, size − 1."""
+    def check_data(self, *, vocabulary: int, classes: Sequence[str]) -> None:  # noqa: B027
+        """Raises ConfigError if the model has no place for so many tokens, or for these classes."""
+
+    def encode(self, params: Any, images: Array, *, plan: PrunePlan) -> Any:
+        """With "probabilities": what `predict` needs of uint8[I, H, W, 3], a pytree [I, ...]."""
+        raise NotImplementedError
+
+    def predict(
+        self,
+        params: Any,
+        visual: Any,
+        *,
+        image_valid: Array,
+        tokens: Array,
+        text_valid: Array,
+        plan: PrunePlan,
+    ) -> Array:
+        """With "probabilities": float32[B, C], one for each class, of prompts.
+
+        Shapes:
+            visual: pytree [B, M, ...] of `encode`; image_valid: bool[B, M].
+            tokens: int32[B, T], padded on the right; text_valid: bool[B, T].
+        """
+        raise NotImplementedError
+
+    def predict_batch(self, params: Any, batch: Batch, *, plan: PrunePlan) -> Array:
+        """`encode` and `predict` of a whole batch."""
+        shape = batch.image_valid.shape
+        flat = batch.images.reshape(-1, *batch.images.shape[2:])
+        visual = jax.tree.map(
+            lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]),
+            self.encode(params, flat, plan=plan),
+        )
+        return self.predict(
+            params,
+            visual,
+            image_valid=batch.image_valid,
+            tokens=batch.tokens,
+            text_valid=batch.text_valid,
+            plan=plan,
+        )
+
+    def count_cost(
+        self,
+        plan: PrunePlan,
+        *,
+        text_tokens: int = 1,
+        computed: tuple[float, ...] | None = None,
+        num_images: int = 1,
+        rows: int = 1,
+    ) -> Cost:
+        """Operations that one prompt needs, by part; see `eagle.cost.count_cost` for the arguments.
+
+        By default those of `predict_batch`, by top-level parameter.
+        """
+        del computed, rows
+        batch = self.inputs_spec(1, text_length=text_tokens, max_images=num_images)
+        params = jax.eval_shape(functools.partial(self.init_params, seed=0), batch)
+        with counted_forms():
+            flops, _ = trace_flops(functools.partial(self.predict_batch, plan=plan), params, batch)
+        found = flops.grouped(
+            lambda scope: next((name for name in scope.split("/") if name in params), "other")
+        )
+        return Cost(tuple(found.items()))
 
     @property
     def unpadded_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -210,3 +274,8 @@ def all_families() -> dict[str, type[Family]]:
 def build_model(config: ModelConfig) -> Family:
     """The model of a config."""
     return get_family(config.family)(config)
+
+
+def count_cost(config: ModelConfig, plan: PrunePlan, **options: Any) -> Cost:
+    """`Family.count_cost` of the model of `config`."""
+    return build_model(config).count_cost(plan, **options)

@@ -90,6 +90,25 @@ class Flops:
         return groups
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Operations by part for one prompt, and how many visual tokens its largest part saw.
+
+    Attributes:
+        rows: (part, operations).
+        visual_tokens_fused: tokens of its images that enter the language model.
+        visual_tokens_mean: tokens of its images in there, mean over its layers.
+    """
+
+    rows: tuple[tuple[str, float], ...]
+    visual_tokens_fused: float = 0.0
+    visual_tokens_mean: float = 0.0
+
+    @property
+    def total_flops(self) -> float:
+        return sum(flops for _, flops in self.rows)
+
+
 def trace_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Flops, Any]:
     """Counts the program that `function` traces to; returns the shapes of its results as well.
 

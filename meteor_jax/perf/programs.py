@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +34,7 @@ from meteor_jax.training.state import make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import Batch, DecodeCache
 
-PROGRAMS = ("train", "prefill", "extend")
+PROGRAMS = ("train", "prefill", "extend", "predict")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,18 @@ def build_program(request: Request, mesh: Mesh, *, platform: str) -> Program:
         ConfigError: for batches that the mesh does not divide.
         ValueError: for a plan that does not fit the model.
     """
-    make = {"train": _train, "prefill": _prefill, "extend": _extend}[request.program]
+    make = {"train": _train, "prefill": _prefill, "extend": _extend, "predict": _predict}
+    known = programs_of(request.experiment)
+    if request.program not in known:
+        raise ConfigError(f"programs: this model has {', '.join(known)}, got '{request.program}'.")
     with tracing_for(platform, mesh):
-        return make(request, mesh)
+        return make[request.program](request, mesh)
+
+
+def programs_of(experiment: Experiment) -> tuple[str, ...]:
+    """The programs that a model of this family has."""
+    output = {"text": ("prefill", "extend"), "probabilities": ("predict",)}
+    return ("train", *output[build_model(experiment.model).output])
 
 
 def count_flops(request: Request, mesh: Mesh, *, platform: str) -> tuple[float, float]:
@@ -206,16 +216,17 @@ def _extend(request: Request, mesh: Mesh) -> Program:
     return _program(function, args, rows=rows)
 
 
+def _predict(request: Request, mesh: Mesh) -> Program:
+    """Probabilities of classes, from pixels and prompts."""
+    params, batch, plan = _inputs(request, mesh)
+    function = functools.partial(build_model(request.experiment.model).predict_batch, plan=plan)
+    return _program(jax.jit(function), (params, batch), rows=batch.tokens.shape[0])
+
+
 def _inference(request: Request, mesh: Mesh) -> tuple[Any, Batch, Callable[..., Any]]:
-    """Parameters and prompts, one image each, and the function from pixels to the first token."""
-    experiment, settings = request.experiment, request.experiment.eval
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = request.rows or math.ceil(settings.batch_size / shards) * shards
-    check_batch_size(rows, mesh, where="rows")
-    family, plan = build_model(experiment.model), _plan(request)
-    model, data = family.module, experiment.data
-    batch = family.inputs_spec(rows, text_length=data.text_length, max_images=data.max_images)
-    params = param_shapes(experiment, mesh=mesh, dtype=param_dtype(experiment))
+    """`_inputs`, and the function from pixels to the first token."""
+    params, batch, plan = _inputs(request, mesh)
+    model = build_model(request.experiment.model).module
 
     def prefill(params: Any, images: Any, image_valid: Any, tokens: Any, text_valid: Any) -> Any:
         variables, rows = {"params": params}, image_valid.shape
@@ -229,12 +240,26 @@ def _inference(request: Request, mesh: Mesh) -> tuple[Any, Batch, Callable[..., 
             tokens=tokens,
             text_valid=text_valid,
             plan=plan,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=request.experiment.eval.max_new_tokens,
             method="prefill",
         )
         return prefilled.logits, prefilled.cache
 
-    return params, _by_rows(batch, mesh), prefill
+    return params, batch, prefill
+
+
+def _inputs(request: Request, mesh: Mesh) -> tuple[Any, Batch, PrunePlan]:
+    """Parameters as inference holds them, prompts with one image each, and the plan."""
+    experiment = request.experiment
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = request.rows or math.ceil(experiment.eval.batch_size / shards) * shards
+    check_batch_size(rows, mesh, where="rows")
+    data = experiment.data
+    batch = build_model(experiment.model).inputs_spec(
+        rows, text_length=data.text_length, max_images=data.max_images
+    )
+    params = param_shapes(experiment, mesh=mesh, dtype=param_dtype(experiment))
+    return params, _by_rows(batch, mesh), _plan(request)
 
 
 def _plan(request: Request) -> PrunePlan:

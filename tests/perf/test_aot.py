@@ -32,7 +32,6 @@ from meteor_jax.perf.fit import (
 )
 from meteor_jax.perf.hlo import parse, replica_groups
 from meteor_jax.perf.programs import (
-    PROGRAMS,
     Program,
     Request,
     build_program,
@@ -243,7 +242,7 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", ("train", "prefill", "extend"))
 def test_a_tiny_config_compiles_for_four_chips(program):
     pytest.importorskip("libtpu")
     parts = {"clip": CONFIG.clip, "llama": dataclasses.replace(CONFIG.llama, depth=2)}

@@ -29,30 +29,11 @@ from rich.table import Table
 
 from meteor_jax.config import build
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
-from meteor_jax.models.flops import Flops, counted_forms, trace_flops
+from meteor_jax.models.family import build_model
+from meteor_jax.models.flops import Cost, Flops, counted_forms, trace_flops
 from meteor_jax.pruning.baselines import parse_plan, split_plans
 from meteor_jax.pruning.plan import Calibration, PrunePlan
-from meteor_jax.types import Batch, VisualTokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Operations by part for one prompt, and how many visual tokens the LLM saw.
-
-    Attributes:
-        rows: (part, operations): each encoder, "projector", "llm", "resizing" (of pixels, position
-            embeddings and grids) and "scores" (what the plan computes to choose or merge tokens).
-        visual_tokens_fused: tokens of its images that enter the LLM.
-        visual_tokens_mean: tokens of its images in the LLM, mean over its layers.
-    """
-
-    rows: tuple[tuple[str, float], ...]
-    visual_tokens_fused: float
-    visual_tokens_mean: float
-
-    @property
-    def total_flops(self) -> float:
-        return sum(flops for _, flops in self.rows)
+from meteor_jax.types import VisualTokens
 
 
 def count_cost(
@@ -66,6 +47,8 @@ def count_cost(
 ) -> Cost:
     """Counts the encoders, projectors and the prefill of a prompt: images, `text_tokens` around.
 
+    The rows are each encoder, "projector", "llm", "resizing" (of pixels, position embeddings and
+    grids) and "scores" (what the plan computes to choose or merge tokens).
     Embedding and head are left out, as in the paper's table. Attention counts over all pairs,
     padded entries as any other, because the program computes them.
 
@@ -213,19 +196,8 @@ def _part_of_prefill(scope: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _param_shapes(config: MeteorConfig) -> Any:
-    def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *sizes), dtype)
-
-    batch = Batch(
-        images=shape(1, config.image_size, config.image_size, 3, dtype=jnp.uint8),
-        image_valid=shape(1, dtype=jnp.bool_),
-        tokens=shape(1),
-        text_valid=shape(1, dtype=jnp.bool_),
-        labels=shape(1),
-        example_id=shape(),
-    )
-    init = functools.partial(Meteor(config).init, plan=PrunePlan())
-    return jax.eval_shape(init, jax.random.key(0), batch)["params"]
+    model = build_model(config)
+    return jax.eval_shape(functools.partial(model.init_params, seed=0), model.inputs_spec(1))
 
 
 def main(argv: list[str]) -> None:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from meteor_jax.config import ConfigError
 from meteor_jax.models.decoders.loss import hidden_loss
 from meteor_jax.models.eagle.conversion import EagleConversion
+from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.encoders.registry import ENCODERS
 from meteor_jax.models.family import Family, LossSums, Mean, register_family
+from meteor_jax.models.flops import Cost
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
 
@@ -65,12 +67,15 @@ class Eagle(Family):
     def num_targets(self, batch: Batch) -> Array:
         return jnp.sum(batch.labels[:, 1:] != IGNORE_LABEL)
 
-    def check_vocabulary(self, size: int) -> None:
-        if size > self.config.llama.vocab_size:
+    def check_data(self, *, vocabulary: int, classes: Sequence[str]) -> None:
+        if vocabulary > self.config.llama.vocab_size:
             raise ConfigError(
                 f"model.llama.vocab_size={self.config.llama.vocab_size} is less than the "
-                f"tokenizer's {size} pieces; raise it."
+                f"tokenizer's {vocabulary} pieces; raise it."
             )
+
+    def count_cost(self, plan: PrunePlan, **options: Any) -> Cost:
+        return count_cost(self.config, plan, **options)
 
     @property
     def unpadded_shapes(self) -> Mapping[str, tuple[int, ...]]:

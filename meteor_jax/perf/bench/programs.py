@@ -27,8 +27,8 @@ from meteor_jax.inference.generate import (
     trim,
 )
 from meteor_jax.inference.layout import cast_matrices
-from meteor_jax.models.eagle.cost import Cost, count_cost
-from meteor_jax.models.family import ModelConfig, build_model
+from meteor_jax.models.family import ModelConfig, build_model, count_cost
+from meteor_jax.models.flops import Cost
 from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.ops.budgets import fit_edges, fit_scale
