@@ -167,7 +167,9 @@ def config_document(config: ModelConfig, fields: Mapping[str, Any]) -> dict[str,
     """The model's config as JSON: what the checkpoint holds, and what differs from the default."""
     values, default = dataclasses.asdict(config), dataclasses.asdict(type(config)())
     return {
-        name: value for name, value in values.items() if name in fields or value != default[name]
+        name: value
+        for name, value in values.items()
+        if name == "family" or name in fields or value != default[name]
     }
 
 

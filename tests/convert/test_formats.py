@@ -134,7 +134,7 @@ def test_encoder_alone(tmp_path, eagle, case):
             np.testing.assert_allclose(ours, theirs, atol=2e-6)
     jax.tree.map(np.testing.assert_array_equal, params[part], expected)
     written = json.loads((tmp_path / "out" / "config.json").read_text())["model"]
-    assert set(written) == {"encoders", part}
+    assert set(written) == {"family", "encoders", part}
     assert build(MeteorConfig, written) == model
     whole = json.loads((eagle[1] / "config.json").read_text())["model"]
     assert written[part] == whole[part]
