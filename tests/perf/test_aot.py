@@ -223,7 +223,10 @@ def test_models_are_traced_for_the_platform_they_are_compiled_for():
     [
         (lambda: aot.parse_mesh("data=1,fsdp"), "mesh: expected such as data=1,fsdp=64, got"),
         (lambda: aot.parse_mesh("dat=1"), "Did you mean 'data'?"),
-        (lambda: check_program("trian"), "names out of train, prefill, extend, got 'trian'"),
+        (
+            lambda: check_program("trian"),
+            "names out of train, prefill, extend, predict, got",
+        ),
         (lambda: chip_of(make_mesh(MeshConfig(1), devices=jax.devices()[:1])), "of 'cpu'"),
     ],
 )

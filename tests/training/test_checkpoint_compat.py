@@ -7,6 +7,7 @@ import pytest
 from meteor_jax.checkpoint import CheckpointError
 from meteor_jax.config import build
 from meteor_jax.experiment.config import TrainConfig
+from meteor_jax.models.family import build_model
 from meteor_jax.training.checkpoint_compat import check_model, resumed_stage
 from tests.training.tiny_run import make_experiment
 
@@ -84,11 +85,11 @@ def test_a_run_of_one_stage_stands_at_its_end():
 
 def test_parts_may_come_from_a_model_of_another_resolution_but_not_of_other_heads():
     other = replaced(SAVED, model__clip__image_size=224, model__encoders=("clip",)).model
-    check_model(DOCUMENT, model=other, source="", parts=("clip",))
+    check_model(DOCUMENT, model=build_model(other), source="", parts=("clip",))
     heads = replaced(SAVED, model__clip__num_heads=8).model
     with pytest.raises(CheckpointError, match=r"model\.clip\.num_heads"):
-        check_model(DOCUMENT, model=heads, source="", parts=("clip",))
-    check_model(DOCUMENT, model=heads, source="", parts=("llama",))
+        check_model(DOCUMENT, model=build_model(heads), source="", parts=("clip",))
+    check_model(DOCUMENT, model=build_model(heads), source="", parts=("llama",))
 
 
 def test_channels_that_are_joined_keep_their_order_and_their_grid():
@@ -96,10 +97,10 @@ def test_channels_that_are_joined_keep_their_order_and_their_grid():
     document = dataclasses.asdict(saved)
     swapped = replaced(saved, model__encoders=("pix2struct", "clip")).model
     with pytest.raises(CheckpointError, match=r"model\.encoders"):
-        check_model(document, model=swapped, source="", parts=("llama", "projector"))
-    check_model(document, model=swapped, source="", parts=("llama",))
+        check_model(document, model=build_model(swapped), source="", parts=("llama", "projector"))
+    check_model(document, model=build_model(swapped), source="", parts=("llama",))
     with pytest.raises(CheckpointError, match=r"model\.grid: checkpoint 32, config 16"):
-        check_model(document, model=replaced(saved, model__grid=16).model, source="")
+        check_model(document, model=build_model(replaced(saved, model__grid=16).model), source="")
 
 
 def test_folders_may_have_moved():
@@ -110,7 +111,7 @@ def test_folders_may_have_moved():
 
 @pytest.mark.parametrize("document", [{}, {"model": {"a field of later": 1}}, {"written by": "me"}])
 def test_what_says_nothing_is_not_judged(document):
-    check_model(document, model=SAVED.model, source="")
+    check_model(document, model=build_model(SAVED.model), source="")
     assert resumed_stage(document, SAVED, step=4, workdir="") is None
 
 
