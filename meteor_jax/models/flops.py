@@ -27,6 +27,7 @@ from typing import Any
 import jax
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import AbstractMesh
 
 from meteor_jax.models.layers.attention import attention_kernel
 from meteor_jax.models.layers.platform import compiling_for
@@ -127,8 +128,10 @@ def trace_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tupl
 @contextlib.contextmanager
 def counted_forms() -> Iterator[None]:
     """Models traced in this context take the forms whose operations the trace shows: XLA's
-    attention over all pairs, and convolutions as convolutions."""
-    with attention_kernel("xla"), compiling_for("gpu"):
+    attention over all pairs, convolutions as convolutions, all rows on one device whatever mesh is
+    in force."""
+    no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    with attention_kernel("xla"), compiling_for("gpu"), no_mesh:
         yield
 
 

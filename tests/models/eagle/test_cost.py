@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from meteor_jax.experiment.config import load_experiment
-from meteor_jax.models.eagle.cost import count_cost
+from meteor_jax.models.eagle.cost import _count_prefill, count_cost
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.models.flops import counted_forms, trace_flops
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import Calibration
 from tests import tiny_model as tiny
@@ -110,5 +111,8 @@ def test_of_an_adaptive_budget_the_totals_that_ran_count():
     middle = (low + high) / 2
     assert llm(15, low) < llm(15, middle) < llm(15, high)
     assert llm(15, middle) == pytest.approx((llm(15, low) + llm(15, high)) / 2)
-    cost = count_cost(tiny.CONFIG, plan, text_tokens=12, computed=(15, low), rows=8)
+    _count_prefill.cache_clear()
+    with jax.set_mesh(make_mesh(MeshConfig(2, 4))):  # its rows are those of one shard
+        cost = count_cost(tiny.CONFIG, plan, text_tokens=12, computed=(15, low), rows=8)
+    assert dict(cost.rows)["llm"] == llm(15, low)
     assert cost.visual_tokens_mean == (20 + 2 * 15 + low) / 4
