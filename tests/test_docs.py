@@ -4,7 +4,9 @@ import importlib
 import re
 
 import pytest
+import yaml
 
+from meteor_jax import __version__
 from meteor_jax.cli.__main__ import COMMANDS
 from meteor_jax.experiment.plans import resolve_plans
 from meteor_jax.pruning.baselines import parse_plan, split_plans
@@ -74,3 +76,9 @@ def test_the_files_that_pages_name_exist():
     for page in PAGES:
         for name in re.findall(r"`((?:meteor_jax|configs|tests)/[\w./]+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_one_version_is_told_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert citation["version"] == newest[1] == __version__
