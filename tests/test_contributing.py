@@ -2,6 +2,9 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +13,9 @@ from meteor_jax.config import ConfigError
 from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.evaluation.tasks import registry
 from meteor_jax.experiment.config import load_experiment
+from meteor_jax.models import family
+from meteor_jax.models.family import build_model
+from meteor_jax.pruning.plan import PrunePlan
 from tests.documents import ROOT
 from tests.evaluation.random_model import config, make_params, png
 from tests.evaluation.tasks.benchmark_fixtures import IMAGE
@@ -30,6 +36,29 @@ def restored():
     for registered, before in registries:
         registered.clear()
         registered.update(before)
+
+
+def test_add_a_family(restored):
+    restored(family._FAMILIES)
+    exec(compile(code("Add a family"), "my_family.py", "exec"), {"__name__": "my_family"})
+    experiment = load_experiment(
+        {
+            "model": {"family": "bag"},
+            "data": {"sources": ("easy-vqa",), "classes": ("yes", "no")},
+            "train": {"finetune": {"task": "classification", "steps": 1}},
+        }
+    )
+    model = build_model(experiment.model)
+    batch = jax.tree.map(lambda spec: jnp.ones(spec.shape, spec.dtype), model.inputs_spec(3))
+    params = model.init_params(batch, seed=0)
+    sums, gradients = jax.value_and_grad(
+        lambda params: model.loss(params, batch, plan=PrunePlan(), rng=jax.random.key(0)).loss
+    )(params)
+    assert np.isfinite(sums) and jax.tree.all(jax.tree.map(jnp.any, gradients["head"]))
+    probabilities = model.predict_batch(params, batch, plan=PrunePlan())
+    assert probabilities.shape == (3, 2)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+    assert dict(model.count_cost(PrunePlan()).rows) == {"image": 2 * 48 * 16, "head": 2 * 16 * 2}
 
 
 def test_add_a_benchmark(tmp_path, restored):
