@@ -18,7 +18,7 @@ from meteor_jax.models.encoders.convnext import model as convnext
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings
 from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IMAGE_TOKEN, Batch
 
 
@@ -109,10 +109,10 @@ def test_config_file(name):
     assert experiment.model.fusion == ("post" if is_meteor else "pre")
     plan = parse_plan("meteor", library=experiment.plans)
     assert (plan.encode is not None) == is_meteor
-    one = dict.fromkeys(experiment.model.encoders, (1.0, 1.0, 1.0))
-    cost = count_cost(experiment.model, plan.calibrated(Calibration(ranks={"energy 0.99": one})))
-    assert cost.visual_tokens_fused == 576
-    assert cost.visual_tokens_mean == 242  # the paper's
+    if name == "x4_7b":  # that of METEOR's form is in test_cost.py
+        cost = count_cost(experiment.model, plan)
+        assert cost.visual_tokens_fused == 576
+        assert cost.visual_tokens_mean == 242  # the paper's
 
 
 def test_an_unknown_name_suggests_the_nearest():
