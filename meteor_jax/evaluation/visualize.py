@@ -97,9 +97,7 @@ def write_examples(
     folder.mkdir(parents=True, exist_ok=True)
     pictures, listed = [], []
     for image, record, of_image in zip(images, records, stages, strict=True):
-        picture = draw_kept_tokens(
-            image, of_image, caption=caption(record), title=f"{record['plan']}: kept tokens"
-        )
+        picture = draw_kept_tokens(image, of_image, caption=caption(record))
         kept = {
             stage.title: {encoder: int(cells.sum()) for encoder, cells in stage.kept.items()}
             for stage in of_image
@@ -113,12 +111,15 @@ def write_examples(
 
 
 def caption(record: Mapping[str, Any]) -> str:
-    """Question, prediction and reference answer of an example, in lines for its picture."""
+    """Question, prediction, reference answer and plan of an example, in lines for its picture."""
     verdict = "correct" if record["score"] >= 0.5 else "incorrect"
-    question = textwrap.fill(str(record["question"]), 34)
-    return (
-        f"{question}\npredicted: {record['prediction']} ({verdict})\nreference: {record['answer']}"
+    lines = (
+        record["question"],
+        f"predicted: {record['prediction']} ({verdict})",
+        f"reference: {record['answer']}",
+        f"plan: {record['plan']}",
     )
+    return "\n".join(textwrap.fill(line, 34) for line in lines)
 
 
 def token_grids(config: MeteorConfig, *, plan: PrunePlan) -> dict[str, int]:

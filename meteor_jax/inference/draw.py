@@ -73,7 +73,7 @@ def read_stages(trace: PruneTrace, *, grids: Mapping[str, int]) -> list[list[Sta
 
 
 def draw_kept_tokens(
-    image: np.ndarray, stages: Sequence[Stage], *, caption: str = "", title: str = ""
+    image: np.ndarray, stages: Sequence[Stage], *, caption: str = ""
 ) -> Image.Image:
     """The image and, for every encoder and stage, the image with all but its kept cells faded.
 
@@ -83,12 +83,11 @@ def draw_kept_tokens(
         image: uint8[H, W, 3].
         stages: one image's, of `read_stages`.
         caption: below the image; line breaks are kept.
-        title: above everything.
     """
     # Later stages have all encoders in the model's order; one that the plan leaves out has none.
     encoders = list(dict.fromkeys(name for stage in reversed(stages) for name in stage.kept))
     rows = max(len(encoders), 2)  # the image and its caption need the height of two
-    width, height = PANEL_INCHES * (len(stages) + 2.9), PANEL_INCHES * 1.17 * rows + 1.1
+    width, height = PANEL_INCHES * (len(stages) + 2.9), PANEL_INCHES * 1.17 * rows + 0.6
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
@@ -97,13 +96,10 @@ def draw_kept_tokens(
         width_ratios=[2, 0.3] + [1] * len(stages),
         left=0.02,
         right=0.985,
-        top=1 - 0.75 / height,
-        bottom=0.4 / height,
+        top=1 - 0.3 / height,
+        bottom=0.3 / height,
         hspace=0.24,
         wspace=0.10,
-    )
-    figure.suptitle(
-        title, x=0.02, y=1 - 0.12 / height, ha="left", va="top", fontsize=11, fontweight="bold"
     )
     _draw_image(figure.add_subplot(grid[:, 0]), image, caption)
     for row, encoder in enumerate(encoders):
@@ -146,7 +142,14 @@ def _draw_image(axes: Axes, image: np.ndarray, caption: str) -> None:
     axes.imshow(image, interpolation="nearest")
     axes.set_anchor("N")
     _clean(axes)
-    axes.set_xlabel(caption, fontsize=7.5, loc="left", labelpad=5, linespacing=1.35)
+    axes.set_xlabel(
+        caption,
+        fontsize=7.5,
+        loc="left",
+        labelpad=5,
+        linespacing=1.35,
+        parse_math=False,  # a question may have dollars
+    )
 
 
 def _draw_panel(axes: Axes, image: np.ndarray, kept: np.ndarray | None) -> None:

@@ -1,4 +1,4 @@
-"""The table of METEOR's paper, as a reference beside one's own.
+"""The table of METEOR's paper, as a reference for one's own.
 
 METEOR (ICCV 2025, arXiv 2507.20842), Vicuna-7B, 1.8M examples of fine-tuning, as its readers quote
 it: full-size models trained on other data than most that a report is made of.

@@ -20,12 +20,12 @@ from meteor_jax.experiment.plans import BLIND, MAJORITY
 from meteor_jax.reports.page import ABSENT
 
 METRICS_FILE = "metrics.jsonl"
-SHARE_STEPS = 20  # the last logged steps of training, whose shares are averaged
+SHARE_STEPS = 20  # shares are averaged over this many last logged steps of training
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One eval.json and what lies beside it.
+    """One eval.json and the files of its folder.
 
     Attributes:
         name: for tables; the folder's name, or its path from a common one where two have the same.

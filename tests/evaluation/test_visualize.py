@@ -39,6 +39,18 @@ def test_examples_are_a_picture_each_and_a_list(tmp_path):
         np.testing.assert_array_equal(np.asarray(together.convert("L")), np.concatenate(pixels))
 
 
-def test_a_caption_has_question_prediction_and_reference():
-    record = {"question": "how many?", "prediction": "3", "answer": "2", "score": 0.0}
-    assert caption(record) == "how many?\npredicted: 3 (incorrect)\nreference: 2"
+def test_a_caption_has_question_prediction_reference_and_plan():
+    record = {
+        "question": "how many digits are there in the picture?",
+        "prediction": "3",
+        "answer": "2",
+        "score": 0.0,
+        "plan": "meteor",
+    }
+    assert caption(record).splitlines() == [
+        "how many digits are there in the",
+        "picture?",
+        "predicted: 3 (incorrect)",
+        "reference: 2",
+        "plan: meteor",
+    ]

@@ -80,7 +80,9 @@ def test_shade_leaves_kept_cells_alone_and_fades_the_others():
 def test_a_picture_differs_by_what_was_kept(staged):
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     first, second, _ = read_stages(make_trace(staged=staged), grids=GRIDS)
-    pictures = [draw_kept_tokens(image, stages, caption="a?") for stages in (first, second)]
+    pictures = [
+        draw_kept_tokens(image, stages, caption="$5 or $x_{?") for stages in (first, second)
+    ]
     assert pictures[0].mode == "RGB" and min(pictures[0].size) > 200
     assert pictures[0].size == pictures[1].size
     assert (np.asarray(pictures[0]) != np.asarray(pictures[1])).any()
