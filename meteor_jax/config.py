@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:
     """Makes the dataclass `cls` from `values`, nested dataclasses included.
 
-    A class with a `select` method chooses which dataclass the values are for, by one of them.
+    A class with a `class_for` method chooses which dataclass the values are for, by one of them.
 
     Raises:
         ConfigError: naming the field, what was expected and, for an unknown field, the nearest
@@ -27,8 +27,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected fields by name, got {values!r:.60}.")
-    if hasattr(cls, "select"):
-        cls = cls.select(values, where=where)
+    if hasattr(cls, "class_for"):
+        cls = cls.class_for(values, where=where)
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     built = {}
@@ -80,7 +80,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             valid = ", ".join(map(str, args))
             raise ConfigError(f"{where}: expected one of {valid}, got {value!r}.")
         return value
-    if dataclasses.is_dataclass(hint) or hasattr(hint, "select"):
+    if dataclasses.is_dataclass(hint) or hasattr(hint, "class_for"):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):

@@ -71,7 +71,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"]
 
     @classmethod
-    def select(cls, values: Mapping[str, Any], *, where: str) -> type:
+    def class_for(cls, values: Mapping[str, Any], *, where: str) -> type:
         """The class to build from the fields `values`; see `config.build`."""
         if cls is not ModelConfig:
             return cls
