@@ -1,6 +1,7 @@
 """What a training step is said to cost, against the programs that it takes."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -18,6 +19,7 @@ from tests import tiny_model as tiny
 HEAD = 2 * tiny.TEXT_LENGTH * tiny.CONFIG.llama.width * tiny.VOCAB
 
 
+@functools.cache
 def count(config=tiny.CONFIG, *, trainable=(".*",), **options):
     stage = StageConfig(steps=1, trainable=trainable, **options)
     model, batch, optimizer = (
