@@ -25,7 +25,7 @@ from meteor_jax.parallel.distributed import (
     define_process_flags,
     start_from_flags,
 )
-from meteor_jax.pruning.baselines import split_plans
+from meteor_jax.pruning.text import split_plans
 from meteor_jax.reports.tables import show_results
 
 CONFIG = config_flags.DEFINE_config_file(

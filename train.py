@@ -48,7 +48,8 @@ from meteor_jax.parallel.distributed import (
     wait_for_processes,
 )
 from meteor_jax.parallel.mesh import make_mesh
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.reports.tables import show_results
 from meteor_jax.training.init import placeholder_ranks
 from meteor_jax.training.logging.profiling import parse_range

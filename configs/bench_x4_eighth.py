@@ -15,6 +15,10 @@ from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import complete
 from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.models.eagle.presets import eagle_config
+from meteor_jax.pruning.methods.fastv import fastv
+from meteor_jax.pruning.methods.meteor import meteor
+from meteor_jax.pruning.methods.random import random
+from meteor_jax.pruning.text import override
 
 # Ranks are given, not measured: the largest that an encoder's width allows. In proportion they
 # are the same at every divisor, so an eighth of the model shares its tokens as the whole does.
@@ -42,7 +46,7 @@ def get_config(divisor: str = "8") -> ConfigDict:
         pix2struct=divide(whole.pix2struct, *transformer),
         llama=divide(whole.llama, *transformer, "num_kv_heads"),
     )
-    ranks = tuple((name, (float(model.encoder(name).width),) * 3) for name in RANKED)
+    ranks = tuple((name, float(model.encoder(name).width)) for name in RANKED)
     quarter = model.llama.depth // 4
 
     config = ConfigDict()
@@ -62,13 +66,18 @@ def get_config(divisor: str = "8") -> ConfigDict:
         },
     }
     # `meteor` runs in METEOR's form, a projector an encoder; the others in EAGLE's, one projector.
+    plan = meteor(
+        encode=(4000, 2000, 1193),
+        fuse=576,
+        layers=(quarter, 2 * quarter, 3 * quarter),
+        keep=(256, 104, 32),
+    )
+    fields = {"encode.ranks": ranks, "decode.heads": max(1, 8 // by), "positions": "contiguous"}
     config.plans = {
-        "meteor": f"meteor(encode=(4000, 2000, 1193), encode.ranks={ranks}, fuse=576, "
-        f"layers=({quarter}, {2 * quarter}, {3 * quarter}), keep=(256, 104, 32), "
-        f"decode.heads={max(1, 8 // by)}, positions=contiguous)",
-        "random": f"random(keep={BUDGET})",
+        "meteor": override(plan, **fields),
+        "random": random(keep=BUDGET),
         # Two layers of all 1,024 tokens, then 190: on average 242.
-        "fastv": "fastv(layer=2, keep=190)",
+        "fastv": fastv(layer=2, keep=190),
     }
     config.eval = dataclasses.asdict(EvalConfig(plans=("full", "meteor"), max_new_tokens=16))
     return complete(config)

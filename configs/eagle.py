@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from meteor_jax.experiment.config import complete
 from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.models.eagle.presets import eagle_config, template_of
+from meteor_jax.pruning.methods.meteor import meteor
+from meteor_jax.pruning.text import override
 
 METEOR = "meteor_"
 REMAT = "nothing_saveable"
@@ -40,11 +42,16 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
     model = eagle_config(model_name, fusion="post" if is_meteor else "pre", remat=REMAT)
     vision, _, size = model_name.partition("_")
     quarter = model.llama.depth // 4
-    stages = f"fuse=576, layers=({quarter}, {2 * quarter}, {3 * quarter}), keep={KEEP_IN_LLM}"
+    plan = meteor(
+        encode=KEEP_IN_ENCODERS[vision] if is_meteor else None,
+        fuse=576,
+        layers=(quarter, 2 * quarter, 3 * quarter),
+        keep=KEEP_IN_LLM,
+    )
     if is_meteor:
         # All tokens together have more places than the decoder has rotary positions, so those
         # that stay are numbered through; "full" does not fit this form.
-        stages = f"encode={KEEP_IN_ENCODERS[vision]}, {stages}, positions=contiguous"
+        plan = override(plan, positions="contiguous")
 
     config = ConfigDict()
     config.model = dataclasses.asdict(model)
@@ -91,7 +98,7 @@ def get_config(name: str = "x4_7b") -> ConfigDict:
         "held_out_every": 500,
         "mesh": {"data": 1, "fsdp": -1},
     }
-    config.plans = {"meteor": f"meteor({stages})"}
+    config.plans = {"meteor": plan}
     config.eval = dataclasses.asdict(
         EvalConfig(
             tasks=("easyvqa_all", "reading_all"),

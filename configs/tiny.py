@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 
 from meteor_jax.experiment.config import complete
 from meteor_jax.experiment.eval_config import EvalConfig
+from meteor_jax.pruning.methods.meteor import meteor
+from meteor_jax.pruning.methods.random import random
+from meteor_jax.pruning.text import override
 
 
 def get_config() -> ConfigDict:
@@ -86,9 +89,11 @@ def get_config() -> ConfigDict:
         "mesh": {"data": -1},
     }
     config.plans = {
-        "meteor": "meteor(encode=(66, 48, 56), fuse=40, layers=(1, 2, 3), keep=(30, 24, 18), "
-        "decode.heads=1)",
-        "random": "random(keep=28)",
+        "meteor": override(
+            meteor(encode=(66, 48, 56), fuse=40, layers=(1, 2, 3), keep=(30, 24, 18)),
+            **{"decode.heads": 1},
+        ),
+        "random": random(keep=28),
     }
     config.eval = dataclasses.asdict(
         EvalConfig(plans=("full", "meteor", "random"), max_new_tokens=8)

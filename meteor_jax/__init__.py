@@ -10,21 +10,22 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "Batch": "types",
-    "Calibration": "pruning.plan",
+    "Calibration": "pruning.calibration",
     "Cost": "models.eagle.cost",
-    "DecodePlan": "pruning.plan",
-    "EncodePlan": "pruning.plan",
-    "FusePlan": "pruning.plan",
     "Generated": "inference.generate",
     "Meteor": "models.eagle.model",
     "MeteorConfig": "models.eagle.model",
+    "Method": "pruning.method",
     "PrunePlan": "pruning.plan",
     "PruneTrace": "types",
     "Sampling": "inference.generate",
+    "Step": "pruning.plan",
     "VisualTokens": "types",
     "count_cost": "models.family",
     "generate": "inference.generate",
-    "parse_plan": "pruning.baselines",
+    "parse_plan": "pruning.text",
+    "preset": "pruning.registry",
+    "register": "pruning.registry",
     "restore_params": "checkpoint",
 }
 __all__ = sorted(_HOMES)

@@ -35,7 +35,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
     for name, value in values.items():
         if name not in names:
             raise ConfigError(f"{where}.{name}: no such field.{suggest(name, names)}")
-        built[name] = _convert(hints[name], value, f"{where}.{name}")
+        built[name] = convert(hints[name], value, f"{where}.{name}")
     required = [
         field.name
         for field in dataclasses.fields(cls)
@@ -59,7 +59,7 @@ def suggest(name: str, valid: typing.Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else f" Valid: {', '.join(valid)}."
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -71,10 +71,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             options = [arg for arg in options if dataclasses.is_dataclass(arg)] or options
         for option in options[:-1]:
             try:
-                return _convert(option, value, where)
+                return convert(option, value, where)
             except ConfigError:
                 continue
-        return _convert(options[-1], value, where)
+        return convert(options[-1], value, where)
     if origin is typing.Literal:
         if value not in args:
             valid = ", ".join(map(str, args))
@@ -90,15 +90,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, got {value!r}.")
         if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+            return tuple(convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         if len(args) != len(value):
             raise ConfigError(f"{where}: expected {len(args)} values, got {len(value)}.")
         pairs = enumerate(zip(args, value, strict=True))
-        return tuple(_convert(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
+        return tuple(convert(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

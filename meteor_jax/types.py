@@ -55,14 +55,14 @@ class VisualTokens:
         x: float[..., N, D].
         encoder: int32[..., N]; which of the encoders that ran a token
             comes from, in the model's order.
-        raster: int32[..., N]; its row-major place in that encoder's own output grid.
+        patch_index: int32[..., N]; its row-major place in that encoder's own output grid.
         position: int32[..., N]; its place within the span that the image takes in the sequence.
         span: how many positions an image takes (static).
     """
 
     x: Array
     encoder: Array
-    raster: Array
+    patch_index: Array
     position: Array
     span: int = flax.struct.field(pytree_node=False)
 
@@ -79,8 +79,8 @@ class Sequence:
         x: float[B, S, D].
         position: int32[B, S]; the rotary position.
         valid: bool[B, S].
-        slot: int32[B, S]; place in the row of text tokens, which for a visual token is that of
-            its `IMAGE_TOKEN`; it never decreases along the valid entries.
+        text_index: int32[B, S]; place in the row of text tokens, for a visual token that of its
+            `IMAGE_TOKEN`; it never decreases along the valid entries.
         visual: int32[B, S]; index into the row's M·N visual tokens, −1 for a text token.
         segment_ids: int32[B, S] or None, as in `Batch`.
     """
@@ -88,7 +88,7 @@ class Sequence:
     x: Array
     position: Array
     valid: Array
-    slot: Array
+    text_index: Array
     visual: Array
     segment_ids: Array | None = None
 
@@ -104,13 +104,14 @@ class Sequence:
 
 
 @flax.struct.dataclass
-class SegmentCache:
-    """Keys and values of the layers between two cuts; prompt first, then room for new tokens.
+class RangeCache:
+    """Keys and values of the layers between two prune steps of the decoder; prompt first, then room
+    for new tokens.
 
     Shapes:
         k, v: float[L, B, S, num_kv_heads, head_dim], keys already rotated.
         valid: bool[B, S].
-        next_position: int32[B]; rotary position of the first new token in this segment.
+        next_position: int32[B]; rotary position of the first new token in this range.
         decode_capacity: entries at the end of S that are for new tokens (static).
         lengths: static numbers of prompt entries, increasing, that `trim` may leave; the last
             holds any prompt, the others hold those that kept fewer tokens.
@@ -123,7 +124,7 @@ class SegmentCache:
     decode_capacity: int = flax.struct.field(pytree_node=False)
     lengths: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
-    def trim(self, length: int) -> SegmentCache:
+    def trim(self, length: int) -> RangeCache:
         """Without the prompt entries from `length` on, which no row may fill."""
         prompt = self.valid.shape[1] - self.decode_capacity
         if length == prompt:
@@ -138,13 +139,13 @@ class SegmentCache:
             k=cut(self.k, 2), v=cut(self.v, 2), valid=cut(self.valid, 1), lengths=(length,)
         )
 
-    def append(self, k: Array, v: Array, *, num_new: Array) -> SegmentCache:
+    def append(self, k: Array, v: Array, *, cache_index: Array) -> RangeCache:
         """Writes keys and values float[L, B, T, num_kv_heads, head_dim] of T more tokens, after
-        the `num_new` that came since the prefill. All rows write at one place, so nothing is
+        the `cache_index` that came since the prefill. All rows write at one place, so nothing is
         scattered. Where there is no room for them nothing changes."""
         count, capacity = k.shape[2], self.decode_capacity
-        fits = num_new + count <= capacity
-        start = self.valid.shape[1] - capacity + jnp.minimum(num_new, capacity - count)
+        fits = cache_index + count <= capacity
+        start = self.valid.shape[1] - capacity + jnp.minimum(cache_index, capacity - count)
 
         def write(array: Array, new: Array, axis: int) -> Array:
             # The few entries that are there stay where nothing fits; the rest is not touched.
@@ -160,62 +161,61 @@ class SegmentCache:
 
 @flax.struct.dataclass
 class DecodeCache:
-    """One `SegmentCache` a segment.
+    """One `RangeCache` a range of layers.
 
     Shapes:
-        num_new: int32[]; tokens appended since the prefill.
+        cache_index: int32[]; tokens appended since the prefill.
         overflowed: bool[]; whether tokens came for which there was no room. They were not
             written, and their logits are NaN.
     """
 
-    segments: tuple[SegmentCache, ...]
-    num_new: Array
+    ranges: tuple[RangeCache, ...]
+    cache_index: Array
     overflowed: Array
 
     @property
     def decode_capacity(self) -> int:
         """New tokens that there was room for after the prefill."""
-        return self.segments[0].decode_capacity
+        return self.ranges[0].decode_capacity
 
     @property
     def num_lengths(self) -> int:
         """Static lengths that `trim` chooses among."""
-        return max(len(segment.lengths) for segment in self.segments)
+        return max(len(part.lengths) for part in self.ranges)
 
     def trim(self, choice: int) -> DecodeCache:
-        """Every segment cut to its `choice`-th length (static), or its last."""
+        """Every range cut to its `choice`-th length (static), or its last."""
         return self.replace(
-            segments=tuple(
-                segment.trim(segment.lengths[min(choice, len(segment.lengths) - 1)])
-                for segment in self.segments
+            ranges=tuple(
+                part.trim(part.lengths[min(choice, len(part.lengths) - 1)]) for part in self.ranges
             )
         )
 
 
 @flax.struct.dataclass
 class EncodeTrace:
-    """Which of an encoder's tokens were alive after each boundary: int32[I, K] raster indices."""
+    """Which of an encoder's tokens were left after each segment: int32[I, K] patch indices."""
 
     kept: tuple[Array, ...]
 
 
 @flax.struct.dataclass
-class CutTrace:
-    """What one cut inside the LLM did.
+class PruneStepTrace:
+    """What one prune step in the decoder did.
 
     Shapes:
         visual: int32[B, K_max]; kept visual tokens (indices into M·N), −1 where none.
         num_kept: int32[B]; visual tokens kept for the example.
-        num_computed: float32[B]; visual tokens that the layers after the cut computed for it: its
+        num_computed: float32[B]; visual tokens that the layers after the step computed for it: its
             share of the static total that its batch was packed into.
-        visual_attention_value: float32[B, heads]; VAV of every head (METEOR's name), 0 where the
-            criterion does not use attention.
+        budget_signal: float32[B]; what an adaptive budget multiplies with λ (METEOR: the visual
+            attention values of the heads that count, summed), 0 where the method gives none.
     """
 
     visual: Array
     num_kept: Array
     num_computed: Array
-    visual_attention_value: Array
+    budget_signal: Array
 
 
 @flax.struct.dataclass
@@ -224,14 +224,16 @@ class PruneTrace:
 
     Shapes:
         encode: by encoder, its `EncodeTrace`.
-        fused_encoder, fused_raster: int32[I, N]; the tokens that left fusion.
-        cuts: one `CutTrace` a cut in the LLM; empty in training.
+        fused_encoder, fused_patch_index: int32[I, N]; the tokens that left fusion.
+        prune_steps: one `PruneStepTrace` a step in the decoder; empty in training.
+        loss: float32[I] or None; what methods add to the training loss.
     """
 
     encode: dict[str, EncodeTrace]
     fused_encoder: Array
-    fused_raster: Array
-    cuts: tuple[CutTrace, ...] = ()
+    fused_patch_index: Array
+    prune_steps: tuple[PruneStepTrace, ...] = ()
+    loss: Array | None = None
 
 
 def take_tokens(tokens: VisualTokens, idx: Array) -> VisualTokens:
@@ -243,6 +245,6 @@ def take_tokens(tokens: VisualTokens, idx: Array) -> VisualTokens:
     return tokens.replace(
         x=jnp.take_along_axis(tokens.x, idx[..., None], axis=-2),
         encoder=take(tokens.encoder),
-        raster=take(tokens.raster),
+        patch_index=take(tokens.patch_index),
         position=take(tokens.position),
     )

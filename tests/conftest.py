@@ -29,7 +29,7 @@ LONGEST = (
     "test_readme.py",
     "test_processes.py",
     "test_invariants.py",
-    "test_baselines.py",
+    "test_methods.py",
     "test_prefill_extend.py",
     "test_calibrate.py",
     "test_generate.py",

@@ -13,8 +13,8 @@ from meteor_jax.experiment.config import load_experiment
 from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.presets import MODELS
 from meteor_jax.parallel.mesh import make_mesh
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.text import parse_plan
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
@@ -49,7 +49,7 @@ def test_the_recipe_is_eagles(name, tmp_path):
     for stage in (pretrain, finetune):
         assert (stage.warmup_ratio, stage.weight_decay, stage.adam_b2) == (0.03, 0.0, 0.999)
         plan = parse_plan(stage.plans[0], library=experiment.plans)
-        assert (plan.fuse is None) == (not name.startswith("meteor_"))
+        assert (not plan.fusion_steps) == (not name.startswith("meteor_"))
     assert pretrain.template == "plain" and get_template(finetune.template).keeps_question
     model = experiment.model
     assert model.dtype == "bfloat16" and model.llama.remat == "nothing_saveable"

@@ -15,7 +15,10 @@ from meteor_jax.evaluation.tasks import registry
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.models import family
 from meteor_jax.models.family import build_model
+from meteor_jax.pruning import registry as methods
 from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
+from tests import tiny_model as tiny
 from tests.documents import ROOT
 from tests.evaluation.random_model import config, make_params, png
 from tests.evaluation.tasks.benchmark_fixtures import IMAGE
@@ -36,6 +39,15 @@ def restored():
     for registered, before in registries:
         registered.clear()
         registered.update(before)
+
+
+def test_add_a_pruning_method(restored):
+    restored(methods._METHODS)
+    restored(methods._PRESETS)
+    exec(compile(code("Add a pruning method"), "my_method.py", "exec"), {"__name__": "my_method"})
+    plan = parse_plan("largest_norm(keep=9, fuse.order=1)")
+    trace = tiny.encode(tiny.params(), tiny.make_batch().images, plan=plan).trace
+    assert trace.fused_patch_index.shape[1] == 9 and plan.steps[0].method.order == 1
 
 
 def test_add_a_family(restored):

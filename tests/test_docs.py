@@ -9,8 +9,8 @@ import yaml
 from meteor_jax import __version__
 from meteor_jax.cli.__main__ import COMMANDS
 from meteor_jax.experiment.plans import resolve_plans
-from meteor_jax.pruning.baselines import parse_plan, split_plans
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.text import parse_plan, split_plans
 from tests.documents import PAGES, README, ROOT, commands, values
 
 WITH_CONFIG = [words for words in commands(*PAGES) if values(words, "config") not in ([], ["…"])]

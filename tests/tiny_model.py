@@ -14,8 +14,9 @@ from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.encoders.clip.model import ClipConfig
 from meteor_jax.models.encoders.convnext.model import ConvNextConfig
 from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.types import IMAGE_TOKEN, Batch
 
 NUM_VISUAL = 48
@@ -54,7 +55,7 @@ RANKS = Calibration(
 )
 METEOR = (
     "meteor(encode=(26, 22, 30), fuse=20, layers=(1, 3), keep=(14, 6), decode.heads=2, "
-    "decode.scale=(9.0, 5.0))"
+    "decode.lambda_=(9.0, 5.0))"
 )
 PLANS = {
     "full": "full",

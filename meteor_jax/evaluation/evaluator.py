@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
@@ -91,7 +92,7 @@ class Evaluation:
         result = dataclasses.replace(
             run.result,
             visual_tokens_fused=fused_shape(self.model, self.params, plan=plan).num_tokens,
-            layers=plan.decode.layers if plan.decode else (),
+            layers=plan.decoder_layers,
             depth=self.model.config.llama.depth,
         )
         return dataclasses.replace(run, result=result)
@@ -160,7 +161,7 @@ class Evaluation:
             plan: its name names the file of predictions.
             corrupt: questions that are not asked and scored wrong.
         """
-        parts = {"plan": dataclasses.asdict(plan)} | dict(self.depends_on)
+        parts = {"plan": json.loads(plan.to_json())} | dict(self.depends_on)
         journal = Journal(self.folder, plan.name, fingerprint=Fingerprint(parts))
         keys = question_keys(self.questions, asks)
         lines = broadcast(journal.start() if is_main_process() else None)

@@ -84,7 +84,7 @@ def write_eval(
     content = {
         "step": step,
         "config": config,
-        "plans": {plan.name: dataclasses.asdict(plan) for plan in plans},
+        "plans": {plan.name: json.loads(plan.to_json()) for plan in plans},
         "versions": versions(),
         **(details or {}),
         "rows": [dataclasses.asdict(row) for row in rows],

@@ -36,8 +36,8 @@ from meteor_jax.inference.engine.run import Timings, answer_prompts, prefetch
 from meteor_jax.inference.layout import inference_mesh
 from meteor_jax.inference.load import load_params, read_experiment
 from meteor_jax.models.eagle.model import Meteor
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.text import parse_plan
 
 NAME = "meteor_jax"
 WINDOW = 256  # requests whose images are in memory at once

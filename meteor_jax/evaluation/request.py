@@ -12,7 +12,8 @@ from meteor_jax.evaluation.tasks.registry import resolve_tasks
 from meteor_jax.experiment.config import Experiment
 from meteor_jax.experiment.eval_config import EvalConfig, prompt_template
 from meteor_jax.experiment.plans import resolve_plans
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
 
 
 @dataclasses.dataclass(frozen=True)

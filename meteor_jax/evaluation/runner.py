@@ -78,8 +78,7 @@ def evaluate_checkpoint(
         experiment, source_dir=source_dir, tasks=tasks, plans=plans, num_questions=num_questions
     )
     for plan in request.plans:  # before the first of them takes its time
-        if plan.decode is not None:
-            plan.decode.check_measured(plan.name)
+        plan.check_measured()
     folder = workdir / PREDICTIONS_FOLDER / ("no_step" if step is None else f"step_{step}")
     console = console or Console(quiet=display == "quiet" or not is_main_process())
     evaluation = _prepare(
@@ -101,7 +100,7 @@ def evaluate_checkpoint(
     tflops = {plan.name: _tflops(evaluation.model.config, plan) for plan in request.plans}
     rows = make_rows(evaluation.questions, results, tflops=tflops)
 
-    pruned = [plan for plan in request.plans if plan.encode or plan.fuse or plan.decode]
+    pruned = [plan for plan in request.plans if plan.prunes]
     if request.config.num_visualizations and request.plans:
         drawn = request.plans.index((pruned or request.plans)[0])
         draw_answers(evaluation, runs[drawn].result, plan=request.plans[drawn], workdir=workdir)

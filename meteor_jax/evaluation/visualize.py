@@ -150,7 +150,7 @@ def trace_examples(
         max_new_tokens=1,
         method="prefill",
     )
-    return encoded.trace.replace(cuts=prefilled.cuts)
+    return encoded.trace.replace(prune_steps=prefilled.prune_steps)
 
 
 def choose_examples(scores: Sequence[float], images: Sequence[Any], *, count: int) -> list[int]:

@@ -13,6 +13,7 @@ from meteor_jax.data.config import DataConfig, Task
 from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.models.family import ModelConfig
 from meteor_jax.parallel.mesh import MeshConfig
+from meteor_jax.pruning.plan import PrunePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Experiment:
     """A whole config file.
 
     Attributes:
-        plans: plan texts by name; see `pruning.baselines.parse_plan`.
+        plans: plan texts by name, as calls or JSON; see `pruning.text`. A config file may give
+            `PrunePlan` objects.
         init_from: workdirs, of runs or converted, whose parameters this run starts from: each
             fills the parts of the model that it holds, what none holds starts from nothing.
         seed: of the parameters' start and, added to `data.seed`, of the order of the data.
@@ -169,7 +171,12 @@ def load_experiment(config: Any) -> Experiment:
     Raises:
         ConfigError: one line naming the field, what was expected, and the nearest valid name.
     """
-    values = config.to_dict() if hasattr(config, "to_dict") else config
+    values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    if isinstance(values.get("plans"), dict):
+        values["plans"] = {
+            name: plan.to_json() if isinstance(plan, PrunePlan) else plan
+            for name, plan in values["plans"].items()
+        }
     return build(Experiment, values)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meteor_jax.config import ConfigError
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration, PrunePlan, override
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import override, parse_plan
 
 BLIND = "blind"  # the same model, the question alone
 MAJORITY = "majority"  # no model: each task's most frequent answer
 
 
 def resolve_plans(
-    texts: Sequence[str], *, library: Mapping[str, str], calibration: Calibration
+    texts: Sequence[str], *, library: Mapping[str, str | PrunePlan], calibration: Calibration
 ) -> tuple[PrunePlan, ...]:
     """The plans that `texts` name, calibrated; "blind" and "majority" are left out.
 

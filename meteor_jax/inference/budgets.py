@@ -1,4 +1,4 @@
-"""Measures what an adaptive stage 3 needs: λ of every cut, and the static totals of its batches.
+"""Measures what adaptive budgets need: λ of every step, and the static totals of its batches.
 
 I images, T text tokens, K kept tokens.
 """
@@ -16,9 +16,10 @@ import numpy as np
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.family import count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
-from meteor_jax.pruning.ops.budgets import expected_total, fit_edges, fit_scale
-from meteor_jax.pruning.plan import DecodePlan, PrunePlan
-from meteor_jax.types import Array, CutTrace, VisualTokens
+from meteor_jax.pruning.budgets import Adaptive, Budget, Fixed, steps_that_drop
+from meteor_jax.pruning.ops.budgets import expected_total, fit_edges, fit_lambda
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.types import Array, PruneStepTrace, VisualTokens
 
 EVEN = 0.2  # spread of K, from the 5th to the 95th percentile over the mean, that is hardly any
 
@@ -38,15 +39,15 @@ class Questions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Budget:
-    """What was measured for the stage 3 of a plan.
+class MeasuredBudgets:
+    """What was measured for the decoder's steps of a plan.
 
     Attributes:
-        decode: with λ and edges.
-        kept: by cut and image, K of its questions.
+        budgets: of each step, the adaptive ones with λ and edges.
+        kept: by step and image, K of its questions.
     """
 
-    decode: DecodePlan
+    budgets: tuple[Budget, ...]
     kept: tuple[tuple[np.ndarray, ...], ...]
 
 
@@ -58,12 +59,12 @@ def calibrate_budget(
     questions: tuple[Questions, ...],
     plan: PrunePlan,
     num_shards: int = 1,
-) -> Budget:
-    """λ of every cut of an adaptive plan, such that the mean of K over the first question of each
+) -> MeasuredBudgets:
+    """λ of every adaptive step of a plan, such that the mean of K over the first question of each
     image is its `keep`, and the totals that hold the K of batches of all questions.
 
-    Cut after cut, because what a cut sees, and how many tokens reach it, depends on those before. A
-    cut that can drop nothing needs no λ, and has 1.
+    Step after step, because what a step sees, and how many tokens reach it, depends on those
+    before. A step that can drop nothing needs no λ, and has 1.
 
     Args:
         num_shards: over how many shards batches will be split.
@@ -75,48 +76,49 @@ def calibrate_budget(
         ConfigError: if no attention falls on the images.
     """
     visual = _encode(params, images, model=model, plan=plan)
+    asked_for = [step.budget for step in plan.decoder_steps]
     # One total: how much room a batch is packed into changes no K, and there is less to compile.
-    decode = dataclasses.replace(plan.decode, scale=(1.0,) * len(plan.decode.layers), num_totals=1)
+    budgets = [_adaptive(budget, lambda_=1.0, num_totals=1) for budget in asked_for]
 
-    def run(of_image: Questions) -> tuple[CutTrace, ...]:
-        current = dataclasses.replace(plan, decode=decode)
-        return allgather_to_host(_cuts(params, visual, of_image, model=model, plan=current))
+    def run(of_image: Questions) -> tuple[PruneStepTrace, ...]:
+        current = plan.with_decoder_budgets(budgets)
+        return allgather_to_host(_prune_steps(params, visual, of_image, model=model, plan=current))
 
-    for cut in decode.cuts_that_drop(available=visual.num_tokens):
-        cuts = run(questions[0])
-        available = np.full(len(cuts[0].num_kept), visual.num_tokens)
-        scale = fit_scale(
-            chosen_mass(cuts[cut], plan=decode),
-            low_high=decode.bounds(cut),
-            target=decode.keep[cut],
-            available=cuts[cut - 1].num_kept if cut else available,
+    for index in steps_that_drop(budgets, available=visual.num_tokens):
+        if not isinstance(budgets[index], Adaptive):
+            continue
+        traces = run(questions[0])
+        available = np.full(len(traces[0].num_kept), visual.num_tokens)
+        lambda_ = fit_lambda(
+            np.asarray(traces[index].budget_signal),
+            low_high=budgets[index].bounds,
+            target=budgets[index].keep,
+            available=traces[index - 1].num_kept if index else available,
         )
-        decode = dataclasses.replace(
-            decode, scale=(*decode.scale[:cut], scale, *decode.scale[cut + 1 :])
-        )
+        budgets[index] = _adaptive(budgets[index], lambda_=lambda_)
     runs = [run(of_image) for of_image in questions]
     asked = np.stack([np.asarray(of_image.asked) for of_image in questions], axis=1)
-    kept, edges, available = [], [], visual.num_tokens
-    for cut in range(len(decode.layers)):
-        counts = np.stack([cuts[cut].num_kept for cuts in runs], axis=1)
+    kept, available = [], visual.num_tokens
+    for index, budget in enumerate(asked_for):
+        counts = np.stack([traces[index].num_kept for traces in runs], axis=1)
         kept.append(tuple(row[here] for row, here in zip(counts, asked, strict=True)))
-        available = min(decode.bounds(cut)[1], available)
-        edges.append(
-            fit_edges(
-                kept[-1],
-                high=available,
-                num_totals=plan.decode.num_totals,
-                num_shards=num_shards,
+        available = min(budget.bounds[1], available)
+        if isinstance(budget, Adaptive):
+            edges = fit_edges(
+                kept[-1], high=available, num_totals=budget.num_totals, num_shards=num_shards
             )
-        )
-    decode = dataclasses.replace(decode, edges=tuple(edges), num_totals=plan.decode.num_totals)
-    return Budget(decode, tuple(kept))
+            budgets[index] = _adaptive(budgets[index], edges=edges, num_totals=budget.num_totals)
+    return MeasuredBudgets(tuple(budgets), tuple(kept))
+
+
+def _adaptive(budget: Budget, **fields: Any) -> Budget:
+    return dataclasses.replace(budget, **fields) if isinstance(budget, Adaptive) else budget
 
 
 def evenness_note(
     config: MeteorConfig,
     plan: PrunePlan,
-    budget: Budget,
+    measured: MeasuredBudgets,
     *,
     rows: int,
     text_tokens: int,
@@ -128,37 +130,33 @@ def evenness_note(
         rows: prompts of a shard of a batch, which has `num_shards`.
         text_tokens: places of a prompt's text.
     """
-    decode, counts = budget.decode, [np.concatenate(of_cut) for of_cut in budget.kept]
+    counts = [np.concatenate(of_step) for of_step in measured.kept]
     spans = [np.percentile(count, (5, 95)) for count in counts]
     if any(np.diff(s)[0] > EVEN * c.mean() for s, c in zip(spans, counts, strict=True)):
         return ""
-    plan = dataclasses.replace(plan, decode=decode)
-    available = int(count_cost(config, dataclasses.replace(plan, decode=None)).visual_tokens_fused)
+    available = int(count_cost(config, plan.without("decode")).visual_tokens_fused)
     computed = []
-    for cut, of_cut in enumerate(budget.kept):
-        totals = decode.totals(cut, rows=rows, available=available)
-        computed.append(expected_total(of_cut, rows=rows, totals=totals, num_shards=num_shards))
-        available = min(decode.bounds(cut)[1], available)
+    for budget, of_step in zip(measured.budgets, measured.kept, strict=True):
+        totals = budget.totals(rows=rows, available=available)
+        computed.append(expected_total(of_step, rows=rows, totals=totals, num_shards=num_shards))
+        available = min(budget.bounds[1], available)
     adaptive = count_cost(
-        config, plan, text_tokens=text_tokens, computed=tuple(computed), rows=rows
+        config,
+        plan.with_decoder_budgets(measured.budgets),
+        text_tokens=text_tokens,
+        computed=tuple(computed),
+        rows=rows,
     ).total_flops
-    fixed = dataclasses.replace(plan, decode=dataclasses.replace(decode, budget="fixed"))
+    fixed = plan.with_decoder_budgets([Fixed(budget.keep) for budget in measured.budgets])
     fixed = count_cost(config, fixed, text_tokens=text_tokens).total_flops
     if fixed >= adaptive:
         return ""
     spread = ", ".join(f"{low:.0f}–{high:.0f}" for low, high in spans)
     return (
-        f"{plan.name}: 90 % of the questions keep {spread} tokens at the cuts, which is nearly a "
-        f"fixed budget; decode.budget=fixed computes {fixed / 1e9:,.4g} GFLOPs a question, this "
-        f"{adaptive / 1e9:,.4g}."
+        f"{plan.name}: 90 % of the questions keep {spread} tokens after the decoder's prune steps, "
+        f"which is nearly a fixed budget; decode.budget=fixed computes {fixed / 1e9:,.4g} GFLOPs a "
+        f"question, this {adaptive / 1e9:,.4g}."
     )
-
-
-def chosen_mass(trace: CutTrace, *, plan: DecodePlan) -> np.ndarray:
-    """float[B]: Σ of the visual attention values of the heads that count."""
-    values = np.sort(trace.visual_attention_value, axis=1)
-    heads = min(plan.heads, values.shape[1]) if plan.heads else values.shape[1]
-    return values[:, values.shape[1] - heads :].sum(1)
 
 
 @jax.jit(static_argnames=("model", "plan"))
@@ -168,9 +166,9 @@ def _encode(params: Any, images: Array, *, model: Meteor, plan: PrunePlan) -> Vi
 
 
 @jax.jit(static_argnames=("model", "plan"))
-def _cuts(
+def _prune_steps(
     params: Any, visual: VisualTokens, questions: Questions, *, model: Meteor, plan: PrunePlan
-) -> tuple[CutTrace, ...]:
+) -> tuple[PruneStepTrace, ...]:
     return model.apply(
         {"params": params},
         visual,
@@ -180,4 +178,4 @@ def _cuts(
         plan=plan,
         max_new_tokens=0,
         method="prefill",
-    ).cuts
+    ).prune_steps

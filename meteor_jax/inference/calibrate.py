@@ -41,9 +41,10 @@ from meteor_jax.inference.load import load_params
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.parallel.distributed import is_main_process
-from meteor_jax.pruning.baselines import split_plans
-from meteor_jax.pruning.encode import NUM_SEGMENTS
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.points import NUM_SEGMENTS
+from meteor_jax.pruning.text import split_plans
 from meteor_jax.types import Array
 
 NUM_IMAGES = 64
@@ -135,7 +136,7 @@ def calibrate_plans(
         ranks = measured | calibration.ranks
         calibration = dataclasses.replace(calibration, ranks=ranks)
     for plan in plans:
-        if _is_adaptive(plan):
+        if plan.is_adaptive:
             budget = calibrate_budget(
                 model,
                 params,
@@ -144,7 +145,7 @@ def calibrate_plans(
                 plan=plan.calibrated(calibration),
                 num_shards=num_shards,
             )
-            calibration = calibration.with_decode(plan, budget.decode)
+            calibration = calibration.with_plan(plan, budget.budgets)
             note = evenness_note(
                 model.config,
                 plan.calibrated(calibration),
@@ -160,17 +161,11 @@ def calibrate_plans(
 
 def needs_measuring(plans: Iterable[PrunePlan], calibration: Calibration) -> bool:
     """Whether `calibrate_plans` has something to do, for which it needs a batch."""
-    return any(_is_adaptive(plan) or _lacks_ranks(plan, calibration) for plan in plans)
-
-
-def _is_adaptive(plan: PrunePlan) -> bool:
-    return plan.decode is not None and plan.decode.budget == "adaptive"
+    return any(plan.is_adaptive or _lacks_ranks(plan, calibration) for plan in plans)
 
 
 def _lacks_ranks(plan: PrunePlan, calibration: Calibration) -> bool:
-    encode = plan.encode
-    by_rank = encode is not None and encode.by_rank
-    return by_rank and str(encode.rank_kind) not in calibration.ranks and not encode.ranks
+    return any(str(kind) not in calibration.ranks for kind in plan.missing_ranks)
 
 
 def main(argv: list[str]) -> int:
@@ -214,15 +209,15 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
     calibration.save(path)
     console, shapes = Console(), feature_shapes(model, params)
     console.print(rank_table(calibration, shapes=shapes))
-    table = Table("plan", "λ of each cut", "totals of 32 rows, a row", title=str(path))
-    for name, values in calibration.scales.items():
-        edges = (dict(of_cut).get(32, ()) for of_cut in calibration.edges.get(name, ()))
+    table = Table("plan", "λ of each step", "totals of 32 rows, a row", title=str(path))
+    for name, measured in calibration.plans.items():
+        edges = (dict(of_step).get(32, ()) for of_step in measured.edges)
         table.add_row(
             name,
-            ", ".join(f"{value:.2f}" for value in values),
-            ", ".join("/".join(f"{edge:.1f}" for edge in of_cut) for of_cut in edges),
+            ", ".join(f"{value:.2f}" for value in measured.lambdas),
+            ", ".join("/".join(f"{edge:.1f}" for edge in of_step) for of_step in edges),
         )
-    if calibration.scales:
+    if calibration.plans:
         console.print(table)
     for line in full_rank_warnings(plans, calibration=calibration, shapes=shapes):
         console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)

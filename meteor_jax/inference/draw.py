@@ -40,7 +40,7 @@ def read_stages(trace: PruneTrace, *, grids: Mapping[str, int]) -> list[list[Sta
         trace: of prompts with one image each.
         grids: by encoder, in the order of `VisualTokens.encoder`, the side of its output grid.
     """
-    encoders, cells = np.asarray(trace.fused_encoder), np.asarray(trace.fused_raster)
+    encoders, cells = np.asarray(trace.fused_encoder), np.asarray(trace.fused_patch_index)
     numbers = {name: i for i, name in enumerate(grids) if (encoders == i).any()}
     segments = max((len(encoder.kept) for encoder in trace.encode.values()), default=0)
 
@@ -57,9 +57,9 @@ def read_stages(trace: PruneTrace, *, grids: Mapping[str, int]) -> list[list[Sta
             for segment in range(segments)
         ]
         kept = {"fusion": np.arange(cells.shape[1])}
-        for step, cut in enumerate(trace.cuts, start=1):
-            visual = np.asarray(cut.visual)[image]
-            kept[f"LLM step {step}"] = visual[visual >= 0]
+        for number, step in enumerate(trace.prune_steps, start=1):
+            visual = np.asarray(step.visual)[image]
+            kept[f"LLM step {number}"] = visual[visual >= 0]
         for title, index in kept.items():
             encoder, cell = encoders[image, index], cells[image, index]
             of_encoder = {

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import Array, CutTrace, DecodeCache, VisualTokens
+from meteor_jax.types import Array, DecodeCache, PruneStepTrace, VisualTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Generated:
     tokens: Array
     num_tokens: Array
     finite: Array
-    cuts: tuple[CutTrace, ...]
+    prune_steps: tuple[PruneStepTrace, ...]
 
 
 @flax.struct.dataclass
@@ -73,7 +73,7 @@ class Started:
     finite: Array
     longest: Array
     cache: DecodeCache
-    cuts: tuple[CutTrace, ...]
+    prune_steps: tuple[PruneStepTrace, ...]
 
 
 @flax.struct.dataclass
@@ -162,13 +162,13 @@ def start(
         max_new_tokens=max_new_tokens,
         method="prefill",
     )
-    longest = jnp.stack([segment.valid.sum(1).max() for segment in prefilled.cache.segments])
+    longest = jnp.stack([layers.valid.sum(1).max() for layers in prefilled.cache.ranges])
     return Started(
         first=draw(prefilled.logits, sampling=sampling, key=jax.random.fold_in(key, 0)),
         finite=is_sound(prefilled.logits),
         longest=_on_every_host(longest),
         cache=prefilled.cache,
-        cuts=prefilled.cuts,
+        prune_steps=prefilled.prune_steps,
     )
 
 
@@ -179,7 +179,7 @@ def choose_cache_length(started: Started) -> int:
         return 0
     longest = np.asarray(jax.device_get(started.longest))
     for choice in range(choices - 1):
-        lengths = [s.lengths[min(choice, len(s.lengths) - 1)] for s in started.cache.segments]
+        lengths = [s.lengths[min(choice, len(s.lengths) - 1)] for s in started.cache.ranges]
         if (longest <= lengths).all():
             return choice
     return choices - 1
@@ -218,7 +218,7 @@ def decode(
         tokens=rows.tokens,
         num_tokens=(rows.tokens != eos_id).sum(1).astype(jnp.int32),
         finite=rows.finite,
-        cuts=started.cuts,
+        prune_steps=started.prune_steps,
     )
 
 

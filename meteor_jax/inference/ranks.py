@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.parallel.distributed import sum_over_processes
 from meteor_jax.parallel.mesh import BATCH_AXES
-from meteor_jax.pruning.encode import NUM_SEGMENTS
+from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.ops.ranks import ALL_KINDS, NEARLY_FULL, numerical_ranks
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.points import NUM_SEGMENTS
 from meteor_jax.types import Array
 
 NUM_IMAGES = 8
@@ -47,7 +48,7 @@ def calibrate_ranks(
     Raises:
         ValueError: if features are not finite.
     """
-    asked = (plan.encode.rank_kind for plan in plans if plan.encode is not None)
+    asked = (kind for plan in plans for kind in plan.rank_kinds)
     kinds = tuple({str(kind): kind for kind in (*ALL_KINDS, *asked)}.values())
     chosen = np.unique(np.linspace(0, len(images) - 1, NUM_IMAGES).round().astype(int))
     totals = {name: np.zeros((NUM_SEGMENTS, len(kinds))) for name in model.config.encoders}
@@ -82,7 +83,7 @@ def _own_features(
         readers = _processes_of_rows(sharding)
     exact = model.clone(config=dataclasses.replace(model.config, dtype="float32"))
     features_of = jax.jit(
-        functools.partial(exact.apply, method="boundary_features"), out_shardings=sharding
+        functools.partial(exact.apply, method="segment_features"), out_shardings=sharding
     )
     for turn, start in enumerate(range(0, len(images), len(readers))):
         # Shards beyond the last image repeat it, and nobody reads them.
@@ -124,7 +125,7 @@ def feature_shapes(model: Meteor, params: Any) -> dict[str, tuple[int, int]]:
     rows = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     images = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
     features = jax.eval_shape(
-        functools.partial(model.apply, method="boundary_features"), {"params": params}, images
+        functools.partial(model.apply, method="segment_features"), {"params": params}, images
     )
     return {name: boundaries[0].shape[1:] for name, boundaries in features.items()}
 
@@ -139,8 +140,8 @@ def full_rank_warnings(
     """
     by_kind: dict[str, list[PrunePlan]] = {}
     for plan in plans:
-        if plan.encode is not None and plan.encode.by_rank:
-            by_kind.setdefault(str(plan.encode.rank_kind), []).append(plan)
+        for rank_kind in plan.rank_kinds:
+            by_kind.setdefault(str(rank_kind), []).append(plan)
     lines = []
     for kind, users in by_kind.items():
         ranks = calibration.ranks.get(kind, {})

@@ -1,12 +1,11 @@
-"""Where stage 3 may cut: what a cut before each layer does to the answers.
+"""Where a plan may prune in the decoder: what a step before each layer does to the answers.
 
     meteor sweep-layers --config=configs/small.py --workdir=runs/small \\
         --plan=meteor
 
-Before each layer in turn, alone, a cut keeps half of the visual tokens: those that the text's
-attention chooses, or as many drawn by chance, three times. Measured is the loss of the right
-answers, on questions of the training split, so that no test question has a say in where a plan
-cuts.
+Before each layer, alone, a step keeps half of the visual tokens: those that the text's attention
+chooses, or as many drawn by chance, three times. Measured is the loss of the right answers, on
+questions of the training split, so that no test question has a say in where a plan prunes.
 
 B questions, A answer tokens, K kept tokens.
 """
@@ -38,16 +37,20 @@ from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.experiment.config import Experiment, load_experiment
 from meteor_jax.experiment.eval_config import prompt_template
 from meteor_jax.experiment.flags import parse_flags
-from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.inference.layout import inference_mesh
 from meteor_jax.inference.load import load_params
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.models.family import count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.progress import track
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration, DecodePlan, PrunePlan
-from meteor_jax.types import IGNORE_LABEL, Array, CutTrace
+from meteor_jax.pruning.budgets import Fixed
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.methods.random import Random
+from meteor_jax.pruning.methods.text_attention import TextAttention
+from meteor_jax.pruning.plan import PrunePlan, Step
+from meteor_jax.pruning.points import before_layer
+from meteor_jax.pruning.text import parse_plan
+from meteor_jax.types import IGNORE_LABEL, Array, PruneStepTrace
 
 QUESTIONS_PER_IMAGE = 2
 BATCH_SIZE = 32  # questions
@@ -72,11 +75,11 @@ class AskedBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class CutLayer:
-    """What a cut before one layer does.
+class PruneLayer:
+    """What a prune step before one layer does.
 
     Attributes:
-        layer: the cut is before it.
+        layer: the step is before it.
         loss: of the answers, in nats a token, if attention chooses what stays.
         losses_by_chance: the same if chance does, draw by draw.
         same: of what attention keeps, the share that two questions about one image have in common.
@@ -91,48 +94,41 @@ class CutLayer:
     value: tuple[float, float, float]
 
 
-def measure_cut_layers(
+def measure_prune_layers(
     model: Meteor,
     params: Any,
     *,
     plan: PrunePlan,
     batches: Sequence[AskedBatch],
     share: float = 0.5,
-) -> tuple[float, list[CutLayer]]:
-    """The answers' loss without a cut, and one `CutLayer` for each layer but the first.
+) -> tuple[float, list[PruneLayer]]:
+    """The answers' loss without a step, and one `PruneLayer` for each layer but the first.
 
     Args:
-        plan: its stages 1 and 2, and how its stage 3 scores (queries, heads, rotation, which
-            layer's attention); a plan without stage 3 takes the defaults.
+        plan: its steps before the decoder, and how the first of its steps there scores (queries,
+            heads, rotation, which layer's attention); METEOR's way where it has none.
         batches: `QUESTIONS_PER_IMAGE` rows after one another are about one image.
-        share: of the visual tokens, what the cut keeps.
+        share: of the visual tokens, what the step keeps.
 
     Raises:
-        ValueError: if the plan's stage 3 does not score by attention.
+        ValueError: if the plan's steps in the decoder do not score by attention.
     """
-    decode = plan.decode or DecodePlan(layers=(1,), keep=(1,))
-    if decode.criterion != "text_attention":
+    first = (*plan.decoder_steps, Step(before_layer(1), TextAttention(), Fixed(1)))[0]
+    if "attention_received" not in first.method.needs:
         raise ValueError(
-            f"plan '{plan.name}' cuts by {decode.criterion}; expected one that cuts by the text's "
-            "attention, or does not cut."
+            f"plan '{plan.name}' prunes by {first.method.name}; expected one that prunes by the "
+            "text's attention, or not in the decoder."
         )
-    uncut = dataclasses.replace(plan, decode=None)
-    entering = count_cost(model.config, uncut).visual_tokens_fused
-    decode = dataclasses.replace(
-        decode,
-        layers=(1,),
-        keep=(max(round(share * entering), 1),),
-        budget="fixed",
-        recycle=0.0,
-        scale=(),
-    )
-    encoded = [_encode(model, params, batch.images, plan=uncut) for batch in batches]
+    unpruned = plan.without("decode")
+    entering = count_cost(model.config, unpruned).visual_tokens_fused
+    first = dataclasses.replace(first, budget=Fixed(max(round(share * entering), 1)))
+    encoded = [_encode(model, params, batch.images, plan=unpruned) for batch in batches]
     real = [np.asarray(batch.answer_valid).any(1) for batch in batches]
     tokens = sum(int(np.asarray(batch.answer_valid).sum()) for batch in batches)
 
-    def answer(cut: DecodePlan | None) -> tuple[float, list[CutTrace]]:
-        run = dataclasses.replace(plan, decode=cut)
-        losses, cuts = zip(
+    def answer(*steps: Step) -> tuple[float, list[PruneStepTrace]]:
+        run = dataclasses.replace(unpruned, steps=unpruned.steps + steps)
+        losses, traces = zip(
             *allgather_to_host(
                 [
                     _answer(model, params, visual, batch, plan=run)
@@ -141,18 +137,18 @@ def measure_cut_layers(
             ),
             strict=True,
         )
-        return float(sum(map(np.sum, losses)) / tokens), list(itertools.chain(*cuts))
+        return float(sum(map(np.sum, losses)) / tokens), list(itertools.chain(*traces))
 
     found = []
-    for layer in track(range(1, model.config.llama.depth), "Cutting before layer"):
-        cut = dataclasses.replace(decode, layers=(layer,))
-        loss, traces = answer(cut)
-        draws = (dataclasses.replace(cut, criterion="random", seed=seed) for seed in range(DRAWS))
+    for layer in track(range(1, model.config.llama.depth), "Pruning before layer"):
+        step = dataclasses.replace(first, at=before_layer(layer))
+        loss, traces = answer(step)
+        draws = (dataclasses.replace(step, method=Random(seed)) for seed in range(DRAWS))
         pairs = list(zip(traces, real, strict=True))
-        values = np.concatenate([chosen_mass(trace, plan=cut)[rows] for trace, rows in pairs])
+        values = np.concatenate([np.asarray(trace.budget_signal)[rows] for trace, rows in pairs])
         kept = np.concatenate([trace.visual[rows] for trace, rows in pairs])
         found.append(
-            CutLayer(
+            PruneLayer(
                 layer=layer,
                 loss=loss,
                 losses_by_chance=tuple(answer(draw)[0] for draw in draws),
@@ -160,7 +156,7 @@ def measure_cut_layers(
                 value=(float(values.mean()), *np.percentile(values, (5, 95)).tolist()),
             )
         )
-    return answer(None)[0], found
+    return answer()[0], found
 
 
 def kept_overlap(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> float:
@@ -192,8 +188,8 @@ def _encode(model: Meteor, params: Any, images: Array, *, plan: PrunePlan) -> An
 def _answer(
     model: Meteor, params: Any, visual: Any, batch: AskedBatch, *, plan: PrunePlan
 ) -> tuple[Array, Any]:
-    """The sum of each answer's losses, float32[B], and the plan's cuts. The prompt alone chooses
-    what stays; the answer comes after, as in generation."""
+    """The sum of each answer's losses, float32[B], and what the plan's steps did. The prompt alone
+    chooses what stays; the answer comes after, as in generation."""
     variables = {"params": params}
     rows, length = batch.answers.shape
     read = model.apply(
@@ -211,7 +207,7 @@ def _answer(
     right = jnp.take_along_axis(
         jax.nn.log_softmax(logits), batch.answers[..., None], axis=2
     ).squeeze(2)
-    return -jnp.where(batch.answer_valid, right, 0).sum(1), read.cuts
+    return -jnp.where(batch.answer_valid, right, 0).sum(1), read.prune_steps
 
 
 def asked_batches(
@@ -286,19 +282,21 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
         if not 0 < SHARE.value < 1:
             raise ValueError(f"--share: expected a share between 0 and 1, got {SHARE.value}.")
-        uncut, found = _measure_workdir(load_experiment(CONFIG.value), workdir=Path(WORKDIR.value))
+        unpruned, found = _measure_workdir(
+            load_experiment(CONFIG.value), workdir=Path(WORKDIR.value)
+        )
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     table = Table(
-        "cut before",
+        "pruned before",
         "by attention",
         "by chance",
         "kept alike",
         "VAV",
         title=f"plan '{PLAN.value}': the answers' loss, nats a token",
-        caption=f"{uncut:.3f} without a cut; {SHARE.value:.0%} of the tokens kept; kept alike: by "
-        "attention, whichever of two questions is asked; VAV: mean, 5 % and 95 %",
+        caption=f"{unpruned:.3f} unpruned; {SHARE.value:.0%} of the tokens kept; kept alike: "
+        "by attention, whichever of two questions is asked; VAV: mean, 5 % and 95 %",
     )
     for row in found:
         mean, low, high = row.value
@@ -314,7 +312,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _measure_workdir(experiment: Experiment, *, workdir: Path) -> tuple[float, list[CutLayer]]:
+def _measure_workdir(experiment: Experiment, *, workdir: Path) -> tuple[float, list[PruneLayer]]:
     plan = parse_plan(PLAN.value, library=experiment.plans)
     plan = plan.calibrated(Calibration.load(workdir / CALIBRATION_FILE))
     model, mesh = Meteor(experiment.model), inference_mesh(experiment)
@@ -322,14 +320,16 @@ def _measure_workdir(experiment: Experiment, *, workdir: Path) -> tuple[float, l
         params, _ = load_params(experiment, workdir, mesh=mesh)
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
         batches = asked_batches(experiment, tokenizer=tokenizer, num_images=NUM_IMAGES.value)
-        return measure_cut_layers(model, params, plan=plan, batches=batches, share=SHARE.value)
+        return measure_prune_layers(model, params, plan=plan, batches=batches, share=SHARE.value)
 
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-    PLAN = flags.DEFINE_string("plan", "meteor", "Whose stages 1 and 2, and way to score.")
-    SHARE = flags.DEFINE_float("share", 0.5, "Of the visual tokens, what the cut keeps.")
+    PLAN = flags.DEFINE_string(
+        "plan", "meteor", "Whose steps before the decoder, and way to score."
+    )
+    SHARE = flags.DEFINE_float("share", 0.5, "Of the visual tokens, what the step keeps.")
     NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images of a source.", lower_bound=1)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -42,7 +42,7 @@ from meteor_jax.perf.fit import (
     show_bytes,
 )
 from meteor_jax.perf.programs import PROGRAMS, Request, check_program
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
 
 # Set before libtpu is loaded: it must not ask what TPUs this machine has, nor refuse to be loaded
 # by two processes. The accelerator's type can be any.

@@ -26,8 +26,9 @@ from meteor_jax.models.layers.attention import attention_kernel
 from meteor_jax.models.layers.platform import compiling_for
 from meteor_jax.parallel.mesh import BATCH_AXES, check_batch_size
 from meteor_jax.parallel.rules import parameter_shardings
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.training.init import placeholder_ranks
 from meteor_jax.training.optimizer import make_optimizer, split_trainable
 from meteor_jax.training.state import make_state
@@ -267,11 +268,8 @@ def _plan(request: Request) -> PrunePlan:
     budgets and the same largest buckets."""
     text = request.plan or request.stage_config.plans[0]
     plan = parse_plan(text, library=request.experiment.plans)
-    stand_in = dataclasses.replace(
-        placeholder_ranks(build_model(request.experiment.model), plans=[plan]),
-        scales={plan.name: (1.0,) * len(plan.decode.layers)} if plan.decode else {},
-    )
-    return plan.calibrated(stand_in).calibrated(request.calibration)
+    ranks = placeholder_ranks(build_model(request.experiment.model), plans=[plan])
+    return plan.calibrated(ranks).calibrated(request.calibration).with_placeholder_lambda()
 
 
 def _by_rows(tree: Any, mesh: Mesh) -> Any:

@@ -18,8 +18,9 @@ from meteor_jax.experiment.config import Experiment, Stage
 from meteor_jax.models.family import Family, build_model
 from meteor_jax.parallel.mesh import check_batch_size
 from meteor_jax.parallel.rules import parameter_shardings
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.training.checkpoint_compat import check_model
 from meteor_jax.training.optimizer import check_patterns, join_params, split_trainable
 from meteor_jax.training.state import TrainState, make_state
@@ -30,7 +31,7 @@ from meteor_jax.types import Batch
 def placeholder_ranks(model: Family, *, plans: Iterable[PrunePlan]) -> Calibration:
     """Ranks that stand for those that `plans` measure: with any, the budgets are the same."""
     ranks = dict.fromkeys(model.encoders, (1.0, 1.0, 1.0))
-    kinds = (str(plan.encode.rank_kind) for plan in plans if plan.encode is not None)
+    kinds = (str(kind) for plan in plans for kind in plan.rank_kinds)
     return Calibration(ranks=dict.fromkeys(kinds, ranks))
 
 

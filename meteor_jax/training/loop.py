@@ -27,7 +27,7 @@ from meteor_jax.parallel.distributed import (
 )
 from meteor_jax.parallel.mesh import make_mesh
 from meteor_jax.parallel.rules import shard_batch
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.training.checkpoint_compat import resumed_stage
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.held_out import HeldOutLoss

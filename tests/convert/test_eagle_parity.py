@@ -12,8 +12,8 @@ from meteor_jax.inference.generate import generate
 from meteor_jax.models.eagle.conversion import EagleConversion
 from meteor_jax.models.eagle.fusion import to_common_grid
 from meteor_jax.models.eagle.model import Meteor
-from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from tests.convert import eagle_tiny
 
 TOLERANCE = 2e-4  # of the largest magnitude
@@ -152,7 +152,7 @@ def test_stage_3_runs_on_the_weights_as_they_are(converted, encoded, golden, kee
         max_new_tokens=8,
         eos_id=2,
     )
-    (cut,) = out.cuts
+    (cut,) = out.prune_steps
     assert int(cut.num_kept[0]) == keep
     if keep == 1024:
         np.testing.assert_array_equal(out.tokens, golden["greedy8"])

@@ -209,7 +209,7 @@ def test_llama_generates_the_same(tmp_path, case, side):
     absent = VisualTokens(
         x=np.zeros((3, 1, 1, 32), np.float32),
         encoder=nothing,
-        raster=nothing,
+        patch_index=nothing,
         position=nothing,
         span=1,
     )

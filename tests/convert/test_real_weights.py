@@ -78,7 +78,7 @@ def test_answers_are_those_of_transformers(smollm, tmp_path):
     absent = VisualTokens(
         x=np.zeros((len(prompts), 1, 1, config.llama.width), np.float32),
         encoder=nothing,
-        raster=nothing,
+        patch_index=nothing,
         position=nothing,
         span=1,
     )

@@ -112,7 +112,7 @@ class FakeAnswerer:
 def _encode(images):
     x = images[:, :, 0, :2, :1].astype(jnp.float32)
     place = jnp.zeros(x.shape[:3], jnp.int32)
-    return VisualTokens(x=x, encoder=place, raster=place, position=place, span=2)
+    return VisualTokens(x=x, encoder=place, patch_index=place, position=place, span=2)
 
 
 @jax.jit

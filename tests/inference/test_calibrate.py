@@ -21,8 +21,9 @@ from meteor_jax.inference.calibrate import (
     rank_table,
 )
 from meteor_jax.models.eagle.model import MeteorConfig
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.budgets import Adaptive
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.text import override, parse_plan
 from tests import tiny_model as tiny
 from tests.evaluation.random_model import config, png
 
@@ -36,40 +37,37 @@ def batch():
 
 
 @pytest.mark.long
-def test_each_cut_of_a_plan_keeps_its_mean():
+def test_each_step_of_a_plan_keeps_its_mean():
     plan = tiny.plan(tiny.METEOR)
     asked = batch()
-    budget = calibrate_budget(
+    measured = calibrate_budget(
         tiny.MODEL, tiny.params(), asked.images, questions=asked.questions, plan=plan
     )
-    plan = dataclasses.replace(plan, decode=budget.decode)
+    plan = plan.with_decoder_budgets(measured.budgets)
     rows = tiny.make_batch(lengths=(12, 9, 7, 11), with_image=(True,) * 4)
     visual = tiny.encode(tiny.params(), rows.images, plan=plan).tokens
-    cuts = tiny.prefill(tiny.params(), visual, rows, plan=plan, max_new_tokens=0).cuts
-    for cut, target in zip(cuts, plan.decode.keep, strict=True):
-        assert abs(float(np.mean(cut.num_kept)) - target) <= 0.5
-    for of_cut, edges in zip(budget.kept, budget.decode.edges, strict=True):
-        assert [len(of_image) for of_image in of_cut] == [2, 2, 1, 2]  # those that were asked
-        assert max(np.concatenate(of_cut)) <= dict(edges)[1][-1] <= plan.decode.bounds(0)[1]
+    steps = tiny.prefill(tiny.params(), visual, rows, plan=plan, max_new_tokens=0).prune_steps
+    for step, budget, kept in zip(steps, measured.budgets, measured.kept, strict=True):
+        assert abs(float(np.mean(step.num_kept)) - budget.keep) <= 0.5
+        assert [len(of_image) for of_image in kept] == [2, 2, 1, 2]  # those that were asked
+        assert max(np.concatenate(kept)) <= dict(budget.edges)[1][-1] <= 21
 
 
 @pytest.mark.long
-def test_a_cut_that_can_drop_nothing_needs_no_scale():
+def test_a_step_that_can_drop_nothing_needs_no_lambda():
     plan, asked = tiny.plan(tiny.METEOR), batch()
     fused = tiny.encode(tiny.params(), asked.images[:, None], plan=plan).tokens.num_tokens
-    decode = dataclasses.replace(
-        plan.decode, layers=(1, 2), keep=(fused, fused // 2), budget_range=(1.0, 1.5), scale=()
-    )
-    budget = calibrate_budget(
+    budgets = [Adaptive(keep, budget_range=(1.0, 1.5)) for keep in (fused, fused // 2)]
+    measured = calibrate_budget(
         tiny.MODEL,
         tiny.params(),
         asked.images,
         questions=asked.questions,
-        plan=dataclasses.replace(plan, decode=decode),
+        plan=override(plan, **{"decode.layers": (1, 2)}).with_decoder_budgets(budgets),
     )
-    assert budget.decode.scale[0] == 1.0 and budget.decode.scale[1] > 0
-    assert (np.concatenate(budget.kept[0]) == fused).all()
-    assert np.concatenate(budget.kept[1]).min() >= fused // 2
+    assert measured.budgets[0].lambda_ == 1.0 and measured.budgets[1].lambda_ > 0
+    assert (np.concatenate(measured.kept[0]) == fused).all()
+    assert np.concatenate(measured.kept[1]).min() >= fused // 2
 
 
 def test_what_cannot_be_read_or_does_not_fit_is_passed_over():
@@ -117,7 +115,7 @@ def test_only_adaptive_plans_are_measured():
     measured = calibrate_plans(
         tiny.MODEL, tiny.params(), plans=plans, batch=batch(), calibration=tiny.RANKS
     )
-    assert set(measured.scales) == {"meteor"} and measured.ranks == tiny.RANKS.ranks
+    assert set(measured.plans) == {"meteor"} and measured.ranks == tiny.RANKS.ranks
 
 
 def default_ranks(model, params):
@@ -126,7 +124,8 @@ def default_ranks(model, params):
     calibration = calibrate_plans(
         model, params, plans=[plan], batch=batch(), calibration=Calibration()
     )
-    return dict(plan.calibrated(calibration).encode.ranks)
+    of_steps = [dict(s.budget.ranks) for s in plan.calibrated(calibration).stage("encode")]
+    return {name: tuple(ranks[name] for ranks in of_steps) for name in of_steps[0]}
 
 
 class OneMap:
@@ -141,7 +140,7 @@ class OneMap:
         return self
 
     def apply(self, variables, images, *, method):
-        assert method == "boundary_features"
+        assert method == "segment_features"
         return {"clip": (jnp.broadcast_to(self.features, (len(images), *self.features.shape)),) * 3}
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from meteor_jax.inference.draw import draw_kept_tokens, read_stages, shade
-from meteor_jax.types import CutTrace, EncodeTrace, PruneTrace
+from meteor_jax.types import EncodeTrace, PruneStepTrace, PruneTrace
 
 GRIDS = {"clip": 4, "convnext": 2, "pix2struct": 6}
 
@@ -23,16 +23,19 @@ def make_trace(num_images=3, *, seed=0, staged=True):
     }
     encoder = np.repeat([0, 1, 2], [5, 2, 7])
     fused_encoder = np.broadcast_to(encoder, (num_images, 14)).astype(np.int32)
-    fused_raster = np.concatenate([draw(16, 5), draw(4, 2), draw(36, 7)], axis=1)
+    fused_patch_index = np.concatenate([draw(16, 5), draw(4, 2), draw(36, 7)], axis=1)
     visual = np.array([[0, 3, 5, 8, -1], [1, 6, 7, 12, 13], [2, -1, -1, -1, -1]], np.int32)
-    cut = CutTrace(
+    step = PruneStepTrace(
         visual=visual[:num_images],
         num_kept=(visual[:num_images] >= 0).sum(1),
         num_computed=np.full(num_images, 5.0, np.float32),
-        visual_attention_value=np.zeros((num_images, 2), np.float32),
+        budget_signal=np.zeros(num_images, np.float32),
     )
     return PruneTrace(
-        encode=encode, fused_encoder=fused_encoder, fused_raster=fused_raster, cuts=(cut,)
+        encode=encode,
+        fused_encoder=fused_encoder,
+        fused_patch_index=fused_patch_index,
+        prune_steps=(step,),
     )
 
 
@@ -58,7 +61,7 @@ def test_stages_follow_an_image_through_the_model():
         "pix2struct": 7,
     }
     # The second image kept fused tokens 1 (clip), 6 (convnext), 7, 12 and 13 (pix2struct).
-    cells = trace.fused_raster[1]
+    cells = trace.fused_patch_index[1]
     last = {"clip": [cells[1]], "convnext": [cells[6]], "pix2struct": cells[[7, 12, 13]].tolist()}
     assert kept(stages[4]) == last
     assert [len(kept(images[2][4])[name]) for name in GRIDS] == [1, 0, 0]

@@ -1,7 +1,5 @@
 """Answers: greedy, sampled, ended; rows on their own."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from meteor_jax.inference.generate import (
     start,
 )
 from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import override
 from tests import tiny_model as tiny
 
 EOS = 1
@@ -110,8 +109,8 @@ def test_the_cache_is_cut_to_what_the_longest_row_keeps():
     """Rows that keep few tokens are decoded over a shorter cache."""
     plan, batch = tiny.plan(tiny.METEOR), tiny.make_batch()
     visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
-    for scale, choice in (((1e-9, 1e-9), 0), ((1e9, 1e9), 1)):
-        scaled = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
+    for lambda_, choice in ((1e-9, 0), (1e9, 1)):
+        scaled = override(plan, **{"decode.lambda_": lambda_})
         started = start(
             tiny.MODEL,
             tiny.params(),

@@ -227,11 +227,11 @@ def test_a_cache_is_split_by_rows_and_heads():
     program = build_program(request, mesh, platform="cpu")
     with tracing_for("cpu", mesh):
         compiled = jax.jit(program.function.__wrapped__).lower(*program.args).compile()
-    (segment,) = compiled.output_shardings[1].segments
+    (layers,) = compiled.output_shardings[1].ranges
     by_rows = ("data", "fsdp")
     by_heads = NamedSharding(mesh, P(None, by_rows, None, "tensor", None))
-    assert segment.k.is_equivalent_to(by_heads, 5) and segment.v.is_equivalent_to(by_heads, 5)
-    assert segment.valid.is_equivalent_to(NamedSharding(mesh, P(by_rows)), 2)
+    assert layers.k.is_equivalent_to(by_heads, 5) and layers.v.is_equivalent_to(by_heads, 5)
+    assert layers.valid.is_equivalent_to(NamedSharding(mesh, P(by_rows)), 2)
 
 
 def test_fields_have_their_defaults_and_are_read_once():

@@ -23,8 +23,8 @@ from tests import tiny_model as tiny
     ],
 )
 def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
-    """The cuts are made once, by the prompt. So the reference runs the longer row through the
-    layers by hand, over the entries that the prefill kept in each segment."""
+    """Tokens are dropped once, by the prompt. So the reference runs the longer row through the
+    layers by hand, over the entries that the prefill kept in each range of layers."""
     plan, batch = tiny.plan(tiny.PLANS[text]), tiny.make_batch()
     visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
     new = jnp.asarray(np.random.default_rng(1).integers(3, tiny.VOCAB, (3, 5)), jnp.int32)
@@ -33,9 +33,9 @@ def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
     second = tiny.extend(tiny.params(), first.cache, new[:, 3:])
     stepwise = np.concatenate([first.logits, second.logits], axis=1)
     for i in range(3):
-        cuts = [np.asarray(cut.visual[i]) for cut in prefilled.cuts]
+        steps = [np.asarray(step.visual[i]) for step in prefilled.prune_steps]
         reference = _forward_over_kept(
-            tiny.row(batch, i), new[i], tiny.row(visual, i), cuts, plan=plan
+            tiny.row(batch, i), new[i], tiny.row(visual, i), steps, plan=plan
         )
         np.testing.assert_allclose(stepwise[i], reference, rtol=0, atol=3e-5)
 
@@ -65,24 +65,23 @@ def _join(params, batch, new, visual):
     return tiny.MODEL.apply({"params": params}, method=join)
 
 
-def _forward_over_kept(batch, new, visual, cuts, *, plan):
+def _forward_over_kept(batch, new, visual, steps, *, plan):
     """Logits of `new` behind one prompt, without any cache: whole rows, dense attention."""
     params = tiny.params()
     start, embedded = _join(params, batch, new, visual)
-    layers = plan.decode.layers if plan.decode else ()
-    bounds = (0, *layers, tiny.CONFIG.llama.depth)
+    bounds = (0, *plan.decoder_layers, tiny.CONFIG.llama.depth)
     kept = np.flatnonzero(np.asarray(start.valid[0]))
     x = np.concatenate([np.asarray(start.x)[:, kept], np.asarray(embedded)], axis=1)
     index = np.asarray(start.visual[0])[kept]
     position = np.asarray(start.position[0])[kept]
     after = position[-1] + 1
-    for segment, (first, last) in enumerate(itertools.pairwise(bounds)):
-        if segment:
-            alive = cuts[segment - 1]
-            stay = (index < 0) | np.isin(index, alive[alive >= 0])
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+        if number:
+            left = steps[number - 1]
+            stay = (index < 0) | np.isin(index, left[left >= 0])
             rows = np.concatenate([np.flatnonzero(stay), index.size + np.arange(new.size)])
             x, index, position = np.asarray(x)[:, rows], index[stay], position[stay]
-            if plan.decode.positions == "contiguous":
+            if plan.decoder_steps[0].positions == "contiguous":
                 position = np.arange(index.size)
                 after = index.size
         where = np.concatenate([position, after + np.arange(new.size)])[None]

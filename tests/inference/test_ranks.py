@@ -18,9 +18,9 @@ import pytest
 from meteor_jax.inference import ranks as measuring
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
-from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.ops.ranks import numerical_ranks
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.text import parse_plan
 from tests import tiny_model as tiny
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_ranks_are_those_of_the_features():
     plans = [parse_plan("meteor(encode=(26, 22, 30), fuse=20, encode.energy=.8)")]
     ranks = calibrate_ranks(tiny.MODEL, tiny.params(), x, plans=plans)
     assert set(ranks) == {"tolerance", "effective", "energy 0.99", "energy 0.8"}
-    features = tiny.MODEL.apply({"params": tiny.params()}, x, method="boundary_features")
+    features = tiny.MODEL.apply({"params": tiny.params()}, x, method="segment_features")
     for name, boundaries in jax.device_get(features).items():
         for boundary, maps in enumerate(boundaries):
             assert maps.shape == (4, 16, 16)

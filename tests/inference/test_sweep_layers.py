@@ -15,7 +15,7 @@ from meteor_jax.inference.sweep_layers import (
     AskedBatch,
     asked_batches,
     kept_overlap,
-    measure_cut_layers,
+    measure_prune_layers,
 )
 from tests import tiny_model as tiny
 from tests.evaluation.random_model import config, png
@@ -40,7 +40,7 @@ def asked():
 
 
 def measure(batch, *, plan=tiny.METEOR, **fields):
-    return measure_cut_layers(
+    return measure_prune_layers(
         tiny.MODEL, tiny.params(), plan=tiny.plan(plan), batches=[batch], **fields
     )
 
@@ -103,22 +103,22 @@ def test_a_source_of_captions_is_refused_before_it_is_read_whole(monkeypatch, tm
     assert len(read) < 100
 
 
-def test_a_plan_that_cuts_by_something_else_is_refused():
-    with pytest.raises(ValueError, match="cuts by pivots; expected one that cuts by the text's"):
+def test_a_plan_that_prunes_by_something_else_is_refused():
+    with pytest.raises(ValueError, match="prunes by dart; expected one that prunes by the text's"):
         measure(asked(), plan="dart(layer=1, keep=5)")
 
 
 @pytest.mark.long
 def test_the_loss_is_that_of_reading_prompt_and_answer_at_once():
     batch = asked()
-    uncut, found = measure(batch)
+    unpruned, found = measure(batch)
     whole = tiny.make_batch(lengths=(12, 12), with_image=(True, True))
     whole = whole.replace(images=batch.images[:, None])
     plan = tiny.plan("meteor(encode=(26, 22, 30), fuse=20)")
     logits = tiny.forward(tiny.params(), whole, plan=plan).logits[:, -NUM_ANSWER - 1 : -1]
     right = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.answers[..., None], axis=2)
     expected = -float((right[..., 0] * batch.answer_valid).sum()) / 5
-    assert uncut == pytest.approx(expected, rel=1e-4)
+    assert unpruned == pytest.approx(expected, rel=1e-4)
 
     assert [row.layer for row in found] == [1, 2, 3]
     for row in found:
@@ -126,15 +126,15 @@ def test_the_loss_is_that_of_reading_prompt_and_answer_at_once():
         assert 0 < low <= mean <= high <= 2  # two heads count
         assert 0 < row.same <= 1
         assert len({row.loss, *row.losses_by_chance}) == 1 + sweep_prune_layers.DRAWS
-        assert row.loss != pytest.approx(uncut, rel=1e-6)
+        assert row.loss != pytest.approx(unpruned, rel=1e-6)
 
 
 @pytest.mark.long
 def test_the_answer_has_no_say_in_what_stays():
     batch = asked()
     other = batch.replace(answers=(batch.answers + 7) % tiny.VOCAB)
-    (uncut, found), (uncut_other, found_other) = measure(batch), measure(other)
-    assert uncut != uncut_other
+    (unpruned, found), (unpruned_other, found_other) = measure(batch), measure(other)
+    assert unpruned != unpruned_other
     for one, two in zip(found, found_other, strict=True):
         assert (one.same, one.value) == (two.same, two.value)
 
@@ -143,7 +143,7 @@ def test_the_answer_has_no_say_in_what_stays():
 def test_one_question_asked_twice_keeps_the_same_and_rows_that_fill_up_do_not_count():
     batch = asked()
     twice = batch.replace(tokens=jnp.repeat(batch.tokens[:1], 2, axis=0))
-    uncut, found = measure(twice)
+    unpruned, found = measure(twice)
     assert all(row.same == 1 for row in found)
     assert any(row.same < 1 for row in measure(batch)[1])
 
@@ -151,8 +151,8 @@ def test_one_question_asked_twice_keeps_the_same_and_rows_that_fill_up_do_not_co
         return jnp.concatenate([one, other])
 
     filled = jax.tree.map(and_more, twice, batch.replace(answer_valid=batch.answer_valid & False))
-    uncut_filled, found_filled = measure(filled)
-    assert uncut_filled == pytest.approx(uncut, rel=1e-5)
+    unpruned_filled, found_filled = measure(filled)
+    assert unpruned_filled == pytest.approx(unpruned, rel=1e-5)
     for one, other in zip(found, found_filled, strict=True):
         assert other.same == one.same
         assert other.value == pytest.approx(one.value, rel=1e-5)
@@ -162,6 +162,6 @@ def test_one_question_asked_twice_keeps_the_same_and_rows_that_fill_up_do_not_co
 def test_a_cut_of_nothing_costs_nothing_and_an_answer_may_have_one_token():
     batch = asked()
     short = batch.replace(answers=batch.answers[:, :1], answer_valid=batch.answer_valid[:, :1])
-    uncut, found = measure(short, plan="random(keep=9)", share=0.999)
+    unpruned, found = measure(short, plan="random(keep=9)", share=0.999)
     for row in found:
-        assert (row.loss, *row.losses_by_chance) == pytest.approx((uncut,) * 4, rel=1e-5)
+        assert (row.loss, *row.losses_by_chance) == pytest.approx((unpruned,) * 4, rel=1e-5)

@@ -25,8 +25,8 @@ from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
 from meteor_jax.models.family import build_model
 from meteor_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings, shard_batch
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import make_state
 from meteor_jax.training.step import make_train_step
@@ -58,7 +58,7 @@ TWO = MeteorConfig(
 )
 ONE = dataclasses.replace(TWO, encoders=("clip",))
 RANKS = Calibration(ranks={"energy 0.99": {"clip": (4.0, 5.0, 6.0), "pix2struct": (2.0, 3.0, 4.0)}})
-STAGE_3 = "layers=(1,), keep=(6,), decode.heads=2, decode.scale=(5.0,)"
+STAGE_3 = "layers=(1,), keep=(6,), decode.heads=2, decode.lambda_=5.0"
 PLANS = {
     ONE: parse_plan(f"meteor(encode=(14, 12, 10), fuse=8, {STAGE_3})").calibrated(RANKS),
     TWO: parse_plan(f"meteor(encode=(24, 20, 18), fuse=14, {STAGE_3})").calibrated(RANKS),
@@ -161,12 +161,12 @@ def answer(config, *, sizes):
             method="prefill",
         )
         extended = model.apply(variables, prefilled.cache, new_tokens, method="extend")
-        kept = [(cut.visual, cut.num_kept) for cut in prefilled.cuts]
+        kept = [(step.visual, step.num_kept) for step in prefilled.prune_steps]
         return {"prefill": prefilled.logits, "extend": extended.logits, "kept": kept}
 
     params = place(initial_state(config).params, mesh)
     new_tokens = np.arange(ROWS * NEW_TOKENS, dtype=np.int32).reshape(ROWS, NEW_TOKENS)
-    inputs = make_visual(plan.fuse.keep), make_batch(0), new_tokens
+    inputs = make_visual(plan.fusion_steps[0].budget.keep), make_batch(0), new_tokens
     with jax.set_mesh(mesh):
         return jax.device_get(run(params, *shard_batch(inputs, mesh)))
 
@@ -176,7 +176,7 @@ def make_visual(num_tokens):
     rng = np.random.default_rng(0)
     place = np.broadcast_to(np.arange(num_tokens, dtype=np.int32), (ROWS, 1, num_tokens))
     x = rng.normal(size=(*place.shape, TWO.llama.width)).astype(np.float32)
-    return VisualTokens(x=x, encoder=0 * place, raster=place, position=place, span=num_tokens)
+    return VisualTokens(x=x, encoder=0 * place, patch_index=place, position=place, span=num_tokens)
 
 
 @functools.cache
@@ -244,7 +244,7 @@ def lowered_step(mesh):
 
 def test_lowered_program_holds_its_constraints():
     mesh = mesh_of((2, 2, 2))
-    joined = TEXT_LENGTH + PLANS[ONE].fuse.keep
+    joined = TEXT_LENGTH + PLANS[ONE].fusion_steps[0].budget.keep
     rows, whole, heads = "data,fsdp", "", "tensor"
     expected = {
         (f"{ROWS}x{joined}x32", (rows, whole, whole)),  # the residual stream

@@ -9,7 +9,7 @@ from meteor_jax.perf.bench.adaptive_prefill import (
     bench_rows,
     spread_kept,
     temporaries,
-    three_cuts,
+    three_steps,
 )
 
 CONFIG = LlamaConfig(
@@ -26,12 +26,12 @@ def test_rows_of_unequal_length_compute_about_their_mean():
     assert all(timing.median_s > 0 and timing.compile_s > 0 for timing in timings.values())
 
 
-def test_cuts_need_no_copy_of_the_parameters():
+def test_steps_need_no_copy_of_the_parameters():
     """Those of a layer are as large as a row here, so that a copy of some would show."""
     decoder = Decoder.make(
         LlamaConfig(depth=8, width=256, num_heads=4, num_kv_heads=4, mlp_dim=704, vocab_size=50),
         num_visual=64,
         num_text=8,
     )
-    full = temporaries(decoder, plan=None, batch=2)
-    assert temporaries(decoder, plan=three_cuts(decoder), batch=2) < 1.25 * full
+    full = temporaries(decoder, steps=(), batch=2)
+    assert temporaries(decoder, steps=three_steps(decoder), batch=2) < 1.25 * full

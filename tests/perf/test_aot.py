@@ -198,7 +198,7 @@ def test_extend_takes_the_cache_of_prefill_split_by_rows(mesh):
     program = build_program(request, mesh, platform="tpu")
     params, cache, tokens = program.args
     assert params["llama"]["head"]["kernel"].dtype == jnp.bfloat16
-    assert cache.segments[0].k.sharding.spec == P(None, ("data", "fsdp"), None, "tensor", None)
+    assert cache.ranges[0].k.sharding.spec == P(None, ("data", "fsdp"), None, "tensor", None)
     assert tokens.shape == (8, 1)
     flops, model_flops = count_flops(request, mesh, platform="tpu")
     assert flops == model_flops > 0

@@ -18,8 +18,8 @@ from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.perf.bench import measure as bench
 from meteor_jax.perf.bench import programs as bench_programs
 from meteor_jax.perf.bench import table as bench_report
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.text import parse_plan
 from tests import tiny_model
 
 METEOR = (
@@ -170,17 +170,16 @@ def test_the_eighth_has_all_tokens_of_x4():
         ("full", "meteor"), library=eighth.plans, calibration=Calibration()
     )
     assert count_cost(eighth.model, full).visual_tokens_mean == 1024
-    assert meteor.encode.keep[-1] == 1193
+    assert meteor.stage("encode")[-1].budget.keep == 1193
     cost = count_cost(bench_programs.form_of(eighth.model, meteor), meteor)
     assert cost.visual_tokens_fused == 576 and cost.visual_tokens_mean == 242
-    cuts = [
-        resolve_plans(("meteor",), library=one.plans, calibration=Calibration())[
-            0
-        ].encode.encoder_cuts({name: one.model.encoder(name) for name in one.model.encoders})
-        for one in (whole, eighth)
-    ]
-    assert cuts[0] == cuts[1]
-    assert sum(cut[-1].keep for cut in cuts[1].values()) == 1193
+    steps = []
+    for one in (whole, eighth):
+        (plan,) = resolve_plans(("meteor",), library=one.plans, calibration=Calibration())
+        encoders = {name: one.model.encoder(name) for name in one.model.encoders}
+        steps.append(plan.encoder_steps(encoders))
+    assert steps[0] == steps[1]
+    assert sum(of_encoder[-1].keep for of_encoder in steps[1].values()) == 1193
 
 
 def test_other_divisors_are_an_error():

@@ -1,23 +1,16 @@
-"""What the cuts of SparseVLM and DART choose, on a row worked by hand."""
-
-import dataclasses
+"""What SparseVLM and DART choose in the decoder, on a row worked by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.pruning.decode import (
-    num_kept,
-    pivot_scores,
-    query_weights,
-    recycle_dropped,
-    select_entries,
-    take_entries,
-    text_query_mask,
-)
+from meteor_jax.models.eagle.prefill import pack_entries
+from meteor_jax.pruning.budgets import Adaptive
+from meteor_jax.pruning.method import ReductionContext, gather
+from meteor_jax.pruning.methods.dart import Dart
+from meteor_jax.pruning.methods.sparsevlm import SparseVLM, recycle_dropped, text_query_mask
 from meteor_jax.pruning.ops.select import keep_topk
-from meteor_jax.pruning.plan import DecodePlan
 from meteor_jax.types import Sequence
 
 ONE = jnp.asarray([1])
@@ -25,10 +18,10 @@ ONE = jnp.asarray([1])
 
 def row(x, kinds):
     """A row of one example; `kinds` has t for text, v for visual tokens, - for padding."""
-    visual, slot = [], []
+    visual, text_index = [], []
     texts = images = 0
     for kind in kinds:
-        slot.append(texts)
+        text_index.append(texts)
         visual.append(images if kind == "v" else -1)
         texts += kind == "t"
         images += kind == "v"
@@ -37,7 +30,7 @@ def row(x, kinds):
         x=jnp.asarray(x, jnp.float32)[None],
         position=jnp.arange(count)[None],
         valid=jnp.asarray([kind != "-" for kind in kinds])[None],
-        slot=jnp.asarray(slot)[None],
+        text_index=jnp.asarray(text_index)[None],
         visual=jnp.asarray(visual)[None],
     )
 
@@ -47,12 +40,14 @@ def test_raters_are_the_text_that_the_image_is_close_to():
     sequence = row([(9, 0), (2, 0), (2, 0), (0, 1), (1, 0), (0, 0)], "tvvtt-")
     raters = text_query_mask(sequence, num_text=4)
     np.testing.assert_array_equal(raters, [[False, False, True, False]])
-    plan = DecodePlan(layers=(1,), keep=(1,), queries="raters", budget="fixed")
-    weights = query_weights(sequence, plan=plan, raters=raters)
+    context = ReductionContext(sequence=sequence, num_text=4)
+    np.testing.assert_array_equal(SparseVLM().begin(context=context), raters)
+    weights = SparseVLM().query_weights(context=context.replace(state=raters))
     np.testing.assert_array_equal(weights, [[0, 0, 0, 0, 1, 0]])
-    # They are the same text after a cut, whose row is shorter.
-    left = keep_topk(jnp.asarray([[1.0, 0, 1, 1, 1, 0]]), keep=4)
-    weights = query_weights(take_entries(sequence, left), plan=plan, raters=raters)
+    # They are the same text after a step, whose row is shorter.
+    left = gather(sequence.x, keep_topk(jnp.asarray([[1.0, 0, 1, 1, 1, 0]]), keep=4))
+    context = context.replace(sequence=pack_entries(sequence, left), state=raters)
+    weights = SparseVLM().query_weights(context=context)
     np.testing.assert_array_equal(weights, [[0, 0, 0, 1]])
 
 
@@ -82,9 +77,9 @@ KEYS = SIZES[None, :, None, None] * jnp.asarray([-1, 1.0])
     ],
 )
 def test_pivot_scores_by_hand(keep, expected):
-    plan = DecodePlan(layers=(1,), keep=(keep,), budget="fixed", criterion="pivots", pivots=(1, 1))
     sequence = row(STATES, "tvvvvvtt")
-    scores = pivot_scores(sequence, KEYS, plan=plan, cut=0, num_images=ONE)
+    context = ReductionContext(sequence=sequence, keys=KEYS, num_images=ONE, keep=keep)
+    scores = Dart(pivots=(1, 1)).scores(sequence.x, context=context)
     np.testing.assert_array_equal(np.flatnonzero(scores[0]), expected)
 
 
@@ -93,50 +88,43 @@ def test_recycling_by_hand():
     x = np.array([[7.0], [50], [0], [5], [1], [3], [10], [11.5], [8]])
     sequence = row(x, "tvvvvvvvt")
     scores = jnp.asarray([[0, 1, 6, 9, 5, 4, 3, 2, 0]], jnp.float32)
-    after, stays = recycle_dropped(
-        sequence,
-        scores,
-        recycled=5,
-        clusters=2,
-        num_images=ONE,
-        max_images=2,
-        num_kept=jnp.asarray([3]),
+    context = ReductionContext(
+        sequence=sequence, num_images=ONE, max_images=2, num_kept=jnp.asarray([3])
     )
+    after, stays = recycle_dropped(sequence.x, scores, recycled=5, clusters=2, context=context)
     np.testing.assert_array_equal(np.flatnonzero(stays[0]), [2, 3, 6])
     expected = x[:, 0].copy()
     expected[[2, 6]] = 4 / 3, 10.75
-    np.testing.assert_allclose(after.x[0, :, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(after[0, :, 0], expected, rtol=1e-6)
 
 
 def test_how_many_are_recycled_is_sparsevlms_count():
-    plan = DecodePlan(layers=(3,), keep=(300,), budget="fixed", recycle=0.3)
-    assert plan.recycling(0, available=576) == (83, 9)  # 0.3 · 276 + 1, and a tenth + 1
-    assert plan.recycling(0, available=300) == (0, 0)
-    assert dataclasses.replace(plan, recycle=0.0).recycling(0, available=576) == (0, 0)
+    method = SparseVLM(recycle=0.3)
+    assert method.recycling(keep=300, available=576) == (83, 9)  # 0.3 · 276 + 1, a tenth + 1
+    assert method.recycling(keep=300, available=300) == (0, 0)
+    assert SparseVLM(recycle=0.0).recycling(keep=300, available=576) == (0, 0)
     with pytest.raises(ValueError, match="keep more or recycle fewer"):
-        dataclasses.replace(plan, keep=(9,)).recycling(0, available=576)
+        method.recycling(keep=9, available=576)
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("make", "message"),
     [
-        ({"recycle": 0.3}, "needs decode.budget='fixed'"),
-        ({"recycle": 2.0, "budget": "fixed"}, "a share from 0 to 1"),
-        ({"pivots": (0, 0)}, "one pivot at least"),
+        (lambda: SparseVLM(recycle=2.0), "a share from 0 to 1"),
+        (lambda: Dart(pivots=(0, 0)), "one pivot at least"),
     ],
 )
-def test_fields_that_do_not_fit_are_one_clear_line(fields, message):
+def test_options_that_do_not_fit_are_one_clear_line(make, message):
     with pytest.raises(ValueError, match=message) as error:
-        DecodePlan(layers=(1,), keep=(4,), **fields)
+        make()
     assert "\n" not in str(error.value)
 
 
 def test_no_gradient_flows_through_a_choice():
-    plan = DecodePlan(layers=(1,), keep=(3,), budget="fixed", criterion="pivots", pivots=(1, 1))
-
     def total(x):
         sequence = row(STATES, "tvvvvvtt").replace(x=x)
-        return pivot_scores(sequence, KEYS, plan=plan, cut=0, num_images=ONE).sum()
+        context = ReductionContext(sequence=sequence, keys=KEYS, num_images=ONE, keep=3)
+        return Dart(pivots=(1, 1)).scores(x, context=context).sum()
 
     gradient = jax.grad(total)(jnp.asarray(STATES, jnp.float32)[None])
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
@@ -146,21 +134,22 @@ def test_no_gradient_flows_through_a_choice():
 def test_what_is_not_finite_never_displaces_text(bad):
     sequence = row(np.zeros((7, 2)), "tvvvvtt")
     scores = jnp.asarray([[bad, bad, 0.1, bad, 0.2, bad, 0.0]], jnp.float32)
-    kept = select_entries(sequence, scores, num_kept=jnp.asarray([2]), num_text=3, num_visual=2)
+    context = ReductionContext(sequence=sequence, num_kept=jnp.asarray([2]), num_text=3, capacity=2)
+    kept = context.keep_best(scores)
     np.testing.assert_array_equal(kept.idx, [[0, 2, 4, 5, 6]])
     assert kept.valid.all()
 
 
-def test_an_attention_mass_that_is_not_finite_keeps_the_least_or_the_most():
-    plan = DecodePlan(layers=(1,), keep=(8,), budget_range=(0.25, 1.5), scale=(1.0,))
-    sequence = jax.tree.map(
-        lambda array: jnp.concatenate([array] * 3), row(np.zeros((15, 2)), "v" * 15)
-    )
-    kept = num_kept(
-        jnp.asarray([jnp.nan, jnp.inf, 5.0]),
-        sequence,
-        plan=plan,
-        cut=0,
-        num_images=jnp.asarray([1, 1, 1]),
-    )
+def test_a_budget_signal_that_is_not_finite_keeps_the_least_or_the_most():
+    budget = Adaptive(8, budget_range=(0.25, 1.5), lambda_=1.0)
+    signal = jnp.asarray([jnp.nan, jnp.inf, 5.0])
+    kept = budget.num_kept(signal, num_images=jnp.ones(3, int), available=jnp.full(3, 15))
     np.testing.assert_array_equal(kept, [2, 12, 5])
+
+
+def test_an_adaptive_budget_needs_lambda_and_a_signal():
+    one = jnp.ones(1, int)
+    with pytest.raises(ValueError, match="needs a measured λ; calibrate"):
+        Adaptive(8).num_kept(jnp.ones(1), num_images=one, available=one)
+    with pytest.raises(ValueError, match="needs a method that weighs each example"):
+        Adaptive(8, lambda_=1.0).num_kept(None, num_images=one, available=one)

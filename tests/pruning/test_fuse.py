@@ -1,4 +1,4 @@
-"""Stage 2 and its controls, on examples worked by hand."""
+"""METEOR's fusion and its controls, on examples worked by hand."""
 
 import dataclasses
 
@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.pruning.fuse import (
-    Span,
-    fuse,
+from meteor_jax.models.eagle.fusion import prune_fused
+from meteor_jax.pruning.budgets import Fixed
+from meteor_jax.pruning.method import ReductionContext, Span
+from meteor_jax.pruning.methods.divprune import DivPrune
+from meteor_jax.pruning.methods.independent import Independent
+from meteor_jax.pruning.methods.meteor import (
+    MutualRedundancy,
     mutual_redundancy,
-    pooled_grids,
     position_redundancy,
 )
-from meteor_jax.pruning.plan import FusePlan
+from meteor_jax.pruning.methods.pool import Pool, pooled_grids
+from meteor_jax.pruning.methods.random import Random
+from meteor_jax.pruning.methods.uniform import Uniform
+from meteor_jax.pruning.plan import Step
 from meteor_jax.types import VisualTokens
 
 # Two encoders of three tokens each, in two dimensions.
@@ -28,8 +34,14 @@ def tokens_of(x):
     return VisualTokens(x, place * 0, place, place, span=x.shape[1])
 
 
-def kept(plan, x=X, spans=SPANS, seed=SEED):
-    return np.asarray(fuse(tokens_of(x), plan=plan, spans=spans, image_seed=seed).raster)
+def fuse(keep, method, x=X, spans=SPANS, seed=SEED):
+    step = Step("fusion", method, Fixed(keep))
+    context = ReductionContext(image_seed=seed)
+    return prune_fused(tokens_of(x), step, spans=spans, context=context)[0]
+
+
+def kept(keep, method, x=X, spans=SPANS, seed=SEED):
+    return np.asarray(fuse(keep, method, x, spans, seed).patch_index)
 
 
 def test_mutual_redundancy_by_hand():
@@ -69,27 +81,26 @@ def test_mutual_redundancy_is_the_double_sum(similarity, left):
 
 
 def test_cooperative_keeps_the_least_redundant():
-    plan = FusePlan(keep=3, similarity="cosine")
-    np.testing.assert_array_equal(kept(plan), [[1, 2, 4]])
+    np.testing.assert_array_equal(kept(3, MutualRedundancy("cosine")), [[1, 2, 4]])
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "max_cosine"])
-def test_rounds_keep_one_copy_of_what_two_encoders_share(similarity):
+def test_iterations_keep_one_copy_of_what_two_encoders_share(similarity):
     """Two things that both encoders see, one more alike than the other, and a third of each one's
-    own. Dropped at once, the first thing goes with both copies; in rounds a copy of each stays."""
+    own. Dropped at once, the first thing goes with both copies; in two iterations a copy of
+    each stays."""
     things = jnp.eye(6)
     x = jnp.asarray([[2 * things[0], things[1], things[2], things[0], things[1], things[3]]])
     x = x.at[0, 3].add(0.05 * things[5]).at[0, 4].add(0.1 * things[4])
-    plan = FusePlan(keep=4, similarity=similarity)
-    assert kept(plan, x)[0].tolist() == [1, 2, 4, 5]
-    in_rounds = set(kept(dataclasses.replace(plan, num_iterations=2), x)[0].tolist())
-    assert {2, 5} <= in_rounds
-    assert len({0, 3} & in_rounds) == 1 and len({1, 4} & in_rounds) == 1
+    assert kept(4, MutualRedundancy(similarity), x)[0].tolist() == [1, 2, 4, 5]
+    one_by_one = set(kept(4, MutualRedundancy(similarity, num_iterations=2), x)[0].tolist())
+    assert {2, 5} <= one_by_one
+    assert len({0, 3} & one_by_one) == 1 and len({1, 4} & one_by_one) == 1
 
 
-def test_no_rounds_is_an_error():
-    with pytest.raises(ValueError, match=r"fuse\.num_iterations: expected 1 or more, got 0"):
-        FusePlan(keep=1, num_iterations=0)
+def test_no_iterations_is_an_error():
+    with pytest.raises(ValueError, match="num_iterations: expected 1 or more, got 0"):
+        MutualRedundancy(num_iterations=0)
 
 
 def test_centred_cosine_ranks_tokens_where_an_encoder_has_a_bias():
@@ -101,36 +112,35 @@ def test_centred_cosine_ranks_tokens_where_an_encoder_has_a_bias():
     x = x.at[:, 4:].add(jnp.asarray([9.0, 0.0, 9.0]))
     spans = (Span("a", 0, 4, 0), Span("b", 4, 4, 0))
     similarities = ("cosine", "centered_cosine")
-    stays = {s: kept(FusePlan(keep=5, similarity=s), x, spans)[0].tolist() for s in similarities}
+    stays = {s: kept(5, MutualRedundancy(s), x, spans)[0].tolist() for s in similarities}
     assert 3 not in stays["cosine"]
     assert {3, 7} <= set(stays["centered_cosine"])
 
 
 def test_a_floor_keeps_a_share_of_every_encoder():
     x = X.at[:, 3:].set(jnp.asarray([1.0, 1.0]))  # b says throughout what a says
-    plan = FusePlan(keep=2, similarity="cosine")
-    share = (kept(plan, x) >= 3).sum()
-    floored = (kept(dataclasses.replace(plan, min_share_per_encoder=0.5), x) >= 3).sum()
+    method = MutualRedundancy("cosine")
+    share = (kept(2, method, x) >= 3).sum()
+    floored = (kept(2, dataclasses.replace(method, min_share_per_encoder=0.5), x) >= 3).sum()
     assert share == 0 and floored == 1
 
 
 def test_uniform_takes_equal_strides():
-    np.testing.assert_array_equal(kept(FusePlan(keep=3, criterion="uniform")), [[1, 3, 5]])
+    np.testing.assert_array_equal(kept(3, Uniform()), [[1, 3, 5]])
 
 
 def test_independent_drops_what_is_like_its_own_mean():
     # Of a, (3, 3) lies along a's mean (4/3, 5/3); of b, (2, 0) along b's, (7/3, 1/3).
     x = X.at[0, 3].set(jnp.asarray([5.0, 2.0]))
-    plan = FusePlan(keep=4, criterion="independent")
-    np.testing.assert_array_equal(kept(plan, x), [[0, 1, 3, 4]])
+    np.testing.assert_array_equal(kept(4, Independent(), x), [[0, 1, 3, 4]])
 
 
 def test_random_depends_on_image_and_seed_but_not_on_the_batch():
-    plan = FusePlan(keep=3, criterion="random")
-    both = kept(plan, jnp.concatenate([X, X]), seed=jnp.asarray([7, 8], jnp.uint32))
-    np.testing.assert_array_equal(both[:1], kept(plan))
+    both = kept(3, Random(), jnp.concatenate([X, X]), seed=jnp.asarray([7, 8], jnp.uint32))
+    np.testing.assert_array_equal(both[:1], kept(3, Random()))
     draws = {
-        tuple(kept(plan, seed=jnp.asarray([seed], jnp.uint32))[0].tolist()) for seed in range(12)
+        tuple(kept(3, Random(), seed=jnp.asarray([seed], jnp.uint32))[0].tolist())
+        for seed in range(12)
     }
     assert len(draws) > 4
     assert (np.diff(both, axis=1) > 0).all()
@@ -139,11 +149,9 @@ def test_random_depends_on_image_and_seed_but_not_on_the_batch():
 def test_pooling_averages_cells():
     grid = jnp.arange(16.0).reshape(1, 16, 1)
     spans = (Span("a", 0, 16, 4),)
-    pooled = fuse(
-        tokens_of(grid), plan=FusePlan(keep=4, criterion="pool"), spans=spans, image_seed=SEED
-    )
+    pooled = fuse(4, Pool(), grid, spans)
     np.testing.assert_allclose(pooled.x[0, :, 0], [2.5, 4.5, 10.5, 12.5])
-    np.testing.assert_array_equal(pooled.raster, [[5, 7, 13, 15]])
+    np.testing.assert_array_equal(pooled.patch_index, [[5, 7, 13, 15]])
 
 
 def test_pooled_grids_fit_their_budget():
@@ -161,45 +169,42 @@ def test_pooled_grids_fit_their_budget():
 def test_pooling_to_more_than_there_is_or_to_less_than_a_cell_is_an_error(keep, message):
     spans = (Span("a", 0, 4, 2), Span("b", 4, 1, 1), Span("c", 5, 1, 1))
     with pytest.raises(ValueError, match=message):
-        kept(FusePlan(keep=keep, criterion="pool"), spans=spans)
+        kept(keep, Pool(), spans=spans)
 
 
-def test_pooling_tokens_cut_before_is_an_error():
-    with pytest.raises(ValueError, match="use it without stage 1"):
-        kept(FusePlan(keep=2, criterion="pool"), spans=(Span("a", 0, 6, 3),))
+def test_pooling_tokens_dropped_before_is_an_error():
+    with pytest.raises(ValueError, match="use it without steps inside"):
+        kept(2, Pool(), spans=(Span("a", 0, 6, 3),))
 
 
 def test_selection_is_jittable_and_static():
-    function = jax.jit(
-        lambda x: fuse(tokens_of(x), plan=FusePlan(keep=3), spans=SPANS, image_seed=SEED).x
-    )
+    function = jax.jit(lambda x: fuse(3, MutualRedundancy(), x).x)
     for scale in range(1, 4):
         assert function(X * scale).shape == (1, 3, 2)
     assert function._cache_size() == 1
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "method",
     [
-        {"similarity": "cosine"},
-        {"similarity": "abs_cosine"},
-        {"similarity": "centered_cosine"},
-        {"similarity": "max_cosine"},
-        {"num_iterations": 2},
-        {"min_share_per_encoder": 0.25},
-        {"criterion": "max_min"},
-        {"criterion": "independent"},
+        MutualRedundancy("cosine"),
+        MutualRedundancy("abs_cosine"),
+        MutualRedundancy("centered_cosine"),
+        MutualRedundancy("max_cosine"),
+        MutualRedundancy(num_iterations=2),
+        MutualRedundancy(min_share_per_encoder=0.25),
+        DivPrune(),
+        Independent(),
     ],
     ids=str,
 )
-def test_a_token_that_is_not_finite_is_dropped_and_changes_no_other(fields):
+def test_a_token_that_is_not_finite_is_dropped_and_changes_no_other(method):
     x = np.random.default_rng(1).normal(size=(3, 12, 4)).astype(np.float32)
     spans = Span("a", 0, 6, 0), Span("b", 6, 6, 0)
     without = np.delete(x, 2, axis=1), (Span("a", 0, 5, 0), Span("b", 5, 6, 0))
     x[:, 2, 1] = np.nan, np.inf, 1e30  # the square of the last overflows
-    plan = FusePlan(keep=4, **fields)
-    found = kept(plan, x=jnp.asarray(x), spans=spans)
-    expected = kept(plan, x=jnp.asarray(without[0]), spans=without[1])
+    found = kept(4, method, x=jnp.asarray(x), spans=spans)
+    expected = kept(4, method, x=jnp.asarray(without[0]), spans=without[1])
     assert 2 not in found
-    if plan.criterion != "independent":  # whose shares follow the number of tokens
+    if not isinstance(method, Independent):  # whose shares follow the number of tokens
         np.testing.assert_array_equal(found, expected + (expected >= 2))

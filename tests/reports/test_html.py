@@ -16,7 +16,7 @@ from meteor_jax.evaluation.tasks.registry import Question
 from meteor_jax.evaluation.token_stats import kept_tokens
 from meteor_jax.evaluation.visualize import write_examples
 from meteor_jax.inference.draw import read_stages
-from meteor_jax.pruning.plan import DecodePlan, PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.reports import paper
 from meteor_jax.reports.html import write_report
 from meteor_jax.reports.page import Section, Table, write_page
@@ -33,7 +33,7 @@ QUESTIONS = tuple(
     for k, task in enumerate((COUNT, YES))
     for i, question in enumerate([NASTY, "is it?", "is it not?", "any text?"])
 )
-PLAN = PrunePlan(name="meteor", decode=DecodePlan(layers=(1, 3), keep=(6, 4)))
+PLAN = parse_plan("meteor(fuse=8, layers=(1, 3), keep=(6, 4))")
 
 
 def result(plan, right, **fields):

@@ -19,7 +19,8 @@ from meteor_jax.evaluation.results import (
 )
 from meteor_jax.evaluation.tasks.registry import Question
 from meteor_jax.evaluation.visualize import choose_examples
-from meteor_jax.pruning.plan import DecodePlan, PrunePlan
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.reports.tables import draw_curve, plan_points, print_table
 from tests.evaluation.fakes import COUNT, YES
 
@@ -144,16 +145,16 @@ def test_answers_from_logits_that_are_not_finite_are_counted():
     assert "1 answers come from logits that are NaN or infinite" in console.export_text()
 
 
-def test_layer_average_without_cuts():
+def test_layer_average_without_steps():
     assert layer_average((), result=FULL) == 16
 
 
 def test_files(tmp_path, rows):
-    plan = PrunePlan(name="meteor", decode=DecodePlan(layers=(1, 3), keep=(4, 2)))
+    plan = parse_plan("meteor(fuse=6, layers=(1, 3), keep=(4, 2))")
     write_eval(tmp_path / "eval.json", rows, config={"seed": 0}, plans=[plan], step=7)
     content = json.loads((tmp_path / "eval.json").read_text())
     assert content["step"] == 7
-    assert content["plans"]["meteor"]["decode"]["layers"] == [1, 3]
+    assert PrunePlan.from_json(json.dumps(content["plans"]["meteor"])) == plan
     assert content["versions"].keys() >= {"meteor_jax", "jax"}
     assert len(content["rows"]) == len(rows)
     wanted = {

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from meteor_jax.config import build
 from meteor_jax.experiment.config import StageConfig
 from meteor_jax.models.family import build_model
-from meteor_jax.pruning.baselines import parse_plan
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.training.init import make_steps
 from meteor_jax.training.optimizer import make_optimizer, make_schedule
 from meteor_jax.training.state import make_state

@@ -22,7 +22,7 @@ from meteor_jax.experiment.config import Experiment, TrainConfig
 from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.models.eagle.model import MeteorConfig
 from meteor_jax.models.eagle.outputs import Forward, HiddenStates
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.training.logging.recorder import CLOCK_FIELDS
 from meteor_jax.training.loop import train
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, PruneTrace
@@ -70,15 +70,15 @@ class TinyModel(nn.Module):
         return Forward(logits=self.logits(hidden.x), trace=hidden.trace)
 
     def hidden_states(self, batch, *, plan):
-        if plan.encode is not None and not plan.encode.ranks:
+        if plan.missing_ranks:
             raise ValueError("no feature ranks.")
-        keep = plan.fuse.keep if plan.fuse else 4
+        keep = plan.fusion_steps[0].budget.keep if plan.fusion_steps else 4
         if keep > 4:
             raise ValueError(f"a budget of {keep} tokens, but there are 4.")
         pixels = batch.images.reshape(batch.images.shape[0], -1).astype(jnp.float32) / 255
         x = self.llama(batch.tokens, self.clip(pixels) * (keep / 4))
         fused = jnp.broadcast_to(jnp.arange(keep) % 2, (batch.images.shape[0], keep))
-        trace = PruneTrace(encode={}, fused_encoder=fused, fused_raster=fused)
+        trace = PruneTrace(encode={}, fused_encoder=fused, fused_patch_index=fused)
         return HiddenStates(x=x, trace=trace)
 
     def logits(self, x):

@@ -91,8 +91,8 @@ class ModelAnswerer:
             tokens=generated.tokens,
             num_tokens=generated.num_tokens,
             finite=generated.finite,
-            kept=tuple(cut.num_kept for cut in generated.cuts),
-            computed=tuple(cut.num_computed for cut in generated.cuts),
+            kept=tuple(step.num_kept for step in generated.prune_steps),
+            computed=tuple(step.num_computed for step in generated.prune_steps),
         )
 
     def warm_up(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Any:
@@ -166,9 +166,7 @@ def check_fits(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualToken
         ValueError: if the plan does not fit the model.
     """
     fused = fused_shape(model, params, plan=plan)
-    if plan.decode is not None and not plan.decode.scale:  # whatever λ is, the shapes are the same
-        scale = (1.0,) * len(plan.decode.layers)
-        plan = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, scale=scale))
+    plan = plan.with_placeholder_lambda()
 
     def first_token(params: Any, visual: VisualTokens) -> Array:
         prompt = jnp.full((1, 2), IMAGE_TOKEN).at[0, 1].set(0)

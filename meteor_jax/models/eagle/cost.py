@@ -31,8 +31,10 @@ from meteor_jax.config import build
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.family import build_model
 from meteor_jax.models.flops import Cost, Flops, counted_forms, trace_flops
-from meteor_jax.pruning.baselines import parse_plan, split_plans
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.budgets import Fixed
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan, split_plans
 from meteor_jax.types import VisualTokens
 
 
@@ -61,19 +63,18 @@ def count_cost(
     Args:
         text_tokens: places of the prompt's text, the marks of images and padding included.
         computed: visual tokens of the prompt that the layers after each pruning step of the
-            decoder computed, as measured (`CutTrace.num_computed`), or a mean of such.
+            decoder computed, as measured (`PruneStepTrace.num_computed`), or a mean of such.
         num_images: of the prompt.
         rows: prompts of a batch (on one shard of its rows), which share an adaptive budget's total.
     """
-    decode = plan.decode
-    if decode is None or decode.budget == "fixed" or computed is None:
+    if not plan.is_adaptive or computed is None:
         rows, computed = 1, None
-        decode = decode and dataclasses.replace(decode, budget="fixed")
+        plan = plan.with_decoder_budgets([Fixed(s.budget.keep) for s in plan.decoder_steps])
     text_tokens = max(text_tokens, 1)
-    parts, tokens = _count_encoding(config, dataclasses.replace(plan, name="", decode=None))
+    parts, tokens = _count_encoding(config, dataclasses.replace(plan.without("decode"), name=""))
     llm, visual = _count_prefill(
         config,
-        PrunePlan(name="", decode=decode),
+        PrunePlan(name="", steps=plan.decoder_steps),
         num_tokens=tokens.num_tokens,
         span=tokens.span,
         text_tokens=text_tokens,
@@ -83,7 +84,7 @@ def count_cost(
     weights = {}
     if computed is not None:
         weights = _branch_weights(llm, computed, text_tokens=text_tokens, rows=rows)
-        starts = (0, *decode.layers, config.llama.depth)
+        starts = (0, *plan.decoder_layers, config.llama.depth)
         lengths = [stop - start for start, stop in itertools.pairwise(starts)]
         visual = np.repeat((num_images * tokens.num_tokens, *computed), lengths).mean()
     totals = {part: num_images * count for part, count in parts.items()}
@@ -109,8 +110,8 @@ def _branch_weights(
             continue  # a conditional that is no choice among totals
         tokens = [int(match["entries"]) / rows - text_tokens for match in found]
         unit = np.eye(len(tokens))
-        cut = int(found[0]["step"])
-        weights[i] = [np.interp(computed[cut], tokens, taken).item() for taken in unit]
+        step = int(found[0]["step"])
+        weights[i] = [np.interp(computed[step], tokens, taken).item() for taken in unit]
     return weights
 
 
@@ -166,7 +167,7 @@ def _count_prefill(
     visual = VisualTokens(
         x=shape(num_images, num_tokens, llama.width, dtype=jnp.dtype(config.dtype)),
         encoder=places,
-        raster=places,
+        patch_index=places,
         position=places,
         span=span,
     )
@@ -182,7 +183,7 @@ def _count_prefill(
 
     with counted_forms():
         flops, prefilled = trace_flops(prefill, _param_shapes(config), visual, prompts)
-    keys = [segment.k for segment in prefilled.cache.segments]
+    keys = [layers.k for layers in prefilled.cache.ranges]
     entries = sum(k.shape[0] * k.shape[2] for k in keys) / sum(k.shape[0] for k in keys)
     return flops, entries - text_tokens
 

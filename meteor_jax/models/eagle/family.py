@@ -31,7 +31,10 @@ class Eagle(Family):
     config_class = MeteorConfig
     conversion = EagleConversion()
     output = "text"
-    sharding_rules = tuple(rule for encoder in ENCODERS.values() for rule in encoder.rules)
+    sharding_rules = (
+        *(rule for encoder in ENCODERS.values() for rule in encoder.rules),
+        (r"(^|/)pruning/", ()),  # parameters of learned methods: small
+    )
     tokenizer_part = "llama"
 
     @functools.cached_property
@@ -62,7 +65,12 @@ class Eagle(Family):
 
         sums = hidden_loss(head, module.head_params(params), hidden.x, batch.labels)
         tokens, means = self._count(hidden.trace, batch, plan=plan)
-        return LossSums(sums.loss, sums.correct, sums.count, tokens=tokens, means=means)
+        loss = sums.loss
+        if hidden.trace.loss is not None:  # of pruning methods: their mean over images is added
+            valid = batch.image_valid.reshape(-1)
+            added = jnp.sum(jnp.where(valid, hidden.trace.loss, 0)) / jnp.maximum(valid.sum(), 1)
+            loss += added * sums.count
+        return LossSums(loss, sums.correct, sums.count, tokens=tokens, means=means)
 
     def num_targets(self, batch: Batch) -> Array:
         return jnp.sum(batch.labels[:, 1:] != IGNORE_LABEL)

@@ -12,20 +12,26 @@ import jax
 import jax.numpy as jnp
 
 from meteor_jax.models.layers.resize import resize
-from meteor_jax.pruning.fuse import Span
-from meteor_jax.types import IMAGE_TOKEN, Array, Sequence, VisualTokens
+from meteor_jax.pruning.method import ReductionContext, Span
+from meteor_jax.pruning.plan import Step
+from meteor_jax.types import IMAGE_TOKEN, Array, Sequence, VisualTokens, take_tokens
 
 
 def concatenate_sequence(
-    projected: Seq[Array], rasters: Seq[Array], *, names: Seq[str], grids: Seq[int], positions: str
+    projected: Seq[Array],
+    patch_indices: Seq[Array],
+    *,
+    names: Seq[str],
+    grids: Seq[int],
+    positions: str,
 ) -> tuple[VisualTokens, tuple[Span, ...]]:
     """Post-projection fusion: the encoders' tokens one after the other.
 
-    Each encoder takes grid² positions, of which a token has its raster place ("original"), or the
+    Each encoder takes grid² positions, of which a token has its patch index ("original"), or the
     tokens are numbered through ("contiguous").
 
     Shapes:
-        projected: float[I, N_l, D] an encoder; rasters: int32[I, N_l].
+        projected: float[I, N_l, D] an encoder; patch_indices: int32[I, N_l].
     """
     offsets, spans, start, offset = [], [], 0, 0
     for name, x, grid in zip(names, projected, grids, strict=True):
@@ -33,15 +39,15 @@ def concatenate_sequence(
         offsets.append(offset)
         start += x.shape[1]
         offset += grid**2
-    raster = jnp.concatenate(rasters, axis=1)
+    patch_index = jnp.concatenate(patch_indices, axis=1)
     encoder = jnp.concatenate(
-        [jnp.full(r.shape, i, jnp.int32) for i, r in enumerate(rasters)], axis=1
+        [jnp.full(r.shape, i, jnp.int32) for i, r in enumerate(patch_indices)], axis=1
     )
     tokens = VisualTokens(
         x=jnp.concatenate(projected, axis=1),
         encoder=encoder,
-        raster=raster,
-        position=jnp.asarray(offsets, jnp.int32)[encoder] + raster,
+        patch_index=patch_index,
+        position=jnp.asarray(offsets, jnp.int32)[encoder] + patch_index,
         span=offset,
     )
     return (tokens if positions == "original" else contiguous_positions(tokens)), tuple(spans)
@@ -53,6 +59,41 @@ def contiguous_positions(tokens: VisualTokens) -> VisualTokens:
     return tokens.replace(
         position=jnp.broadcast_to(place, tokens.position.shape), span=tokens.num_tokens
     )
+
+
+def on_common_grid(x: Array) -> VisualTokens:
+    """VisualTokens of [I, N, D] whose tokens are on one grid that all encoders share."""
+    place = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return VisualTokens(
+        x=x, encoder=jnp.zeros_like(place), patch_index=place, position=place, span=x.shape[1]
+    )
+
+
+@jax.named_scope("scores")
+def prune_fused(
+    tokens: VisualTokens, step: Step, *, spans: tuple[Span, ...], context: ReductionContext
+) -> tuple[VisualTokens, tuple[Span, ...], Array | None]:
+    """The tokens that a step at fusion leaves, in (encoder, patch) order; which are whose (not
+    known statically any more, so all are one encoder's); and what the step adds to the loss.
+
+    Shapes:
+        tokens: VisualTokens of [I, N, D]; `spans` say which encoder holds which.
+
+    Raises:
+        ValueError: if the budget is larger than N.
+    """
+    num_tokens, keep = tokens.num_tokens, step.budget.keep
+    if keep > num_tokens:
+        raise ValueError(
+            f"fuse.keep={keep} but only {num_tokens} tokens reach fusion; lower fuse.keep or keep "
+            "more inside the encoders."
+        )
+    context = context.replace(
+        keep=keep, available=num_tokens, patch_index=tokens.patch_index, spans=spans
+    )
+    reduction = step.method.reduce(tokens.x, context=context)
+    left = take_tokens(tokens, reduction.idx).replace(x=reduction.x)
+    return left, (Span("all", start=0, size=left.num_tokens, grid=0),), reduction.loss
 
 
 def to_common_grid(features: Seq[Array], *, grids: Seq[int], grid: int) -> list[Array]:
@@ -100,18 +141,18 @@ def splice(
 
     ends = jnp.cumsum(jnp.where(present, num_visual, is_text), axis=1)
     place = jnp.arange(length + num_images * num_visual)
-    slot = jnp.minimum((ends[:, None, :] <= place[:, None]).sum(-1), length - 1)  # [B, S]
+    text_index = jnp.minimum((ends[:, None, :] <= place[:, None]).sum(-1), length - 1)  # [B, S]
 
-    def of_slot(array: Array) -> Array:
-        return jnp.take_along_axis(array, slot, axis=1)
+    def at_text(array: Array) -> Array:
+        return jnp.take_along_axis(array, text_index, axis=1)
 
     valid = place < ends[:, -1:]
-    visual_here = of_slot(present) & valid
-    index = of_slot(ordinal) * num_visual + place - of_slot(ends) + num_visual
+    visual_here = at_text(present) & valid
+    index = at_text(ordinal) * num_visual + place - at_text(ends) + num_visual
     index = jnp.where(visual_here, index, 0)
     flat = num_images * num_visual
     both = jnp.concatenate([text, visual.x.reshape(batch, flat, -1).astype(text.dtype)], axis=1)
-    source = jnp.where(visual_here, length + index, slot)
+    source = jnp.where(visual_here, length + index, text_index)
     width = jnp.where(present, visual.span, is_text)
     positions = jnp.cumsum(width, axis=1)
     if segment_ids is not None:
@@ -123,18 +164,18 @@ def splice(
     return Sequence(
         x=jnp.take_along_axis(both, source[..., None], axis=1),
         position=jnp.where(
-            visual_here, of_slot(positions) - visual.span + within, of_slot(positions) - 1
+            visual_here, at_text(positions) - visual.span + within, at_text(positions) - 1
         ),
         valid=valid,
-        slot=slot,
+        text_index=text_index,
         visual=jnp.where(visual_here, index, -1),
-        segment_ids=None if segment_ids is None else of_slot(segment_ids),
+        segment_ids=None if segment_ids is None else at_text(segment_ids),
     )
 
 
-def entry_of_slot(sequence: Sequence, *, num_slots: int) -> Array:
+def entry_of_text(sequence: Sequence, *, num_text: int) -> Array:
     """int32[B, T]: the last entry at or before each text place, whose output predicts the text
     token that follows it (for an image: its last visual token)."""
-    slots = jnp.arange(num_slots)
-    reached = sequence.valid[:, None, :] & (sequence.slot[:, None, :] <= slots[:, None])
+    places = jnp.arange(num_text)
+    reached = sequence.valid[:, None, :] & (sequence.text_index[:, None, :] <= places[:, None])
     return jnp.maximum(reached.sum(-1) - 1, 0)

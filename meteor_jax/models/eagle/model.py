@@ -1,4 +1,4 @@
-"""The whole model: encoders, projectors, fusion and decoder, each cut as a `PrunePlan` says.
+"""The whole model: encoders, projectors, fusion and decoder, tokens dropped as a `PrunePlan` says.
 
 B examples, M images an example, I images, N visual tokens, T text tokens, S entries of the joined
 row, D width, V vocabulary.
@@ -6,96 +6,51 @@ row, D width, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.decoders.llama.model import Llama, LlamaConfig
+from meteor_jax.models.decoders.llama.caches import new_position
+from meteor_jax.models.decoders.llama.model import Llama
+from meteor_jax.models.eagle.config import MeteorConfig
 from meteor_jax.models.eagle.fusion import (
     concatenate_sequence,
     contiguous_positions,
-    entry_of_slot,
+    entry_of_text,
+    on_common_grid,
+    prune_fused,
     splice,
     to_common_grid,
 )
 from meteor_jax.models.eagle.outputs import Encoded, Extended, Forward, HiddenStates, Prefilled
-from meteor_jax.models.eagle.prefill import SegmentRun, new_position, run_segments
+from meteor_jax.models.eagle.prefill import DecoderRun, run_decoder
 from meteor_jax.models.eagle.projector import Projector
-from meteor_jax.models.encoders.clip.model import ClipConfig
-from meteor_jax.models.encoders.convnext.model import ConvNextConfig
-from meteor_jax.models.encoders.eva02.model import Eva02Config
-from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
 from meteor_jax.models.encoders.registry import ENCODERS
-from meteor_jax.models.encoders.sam.model import SamConfig
-from meteor_jax.models.family import ModelConfig
-from meteor_jax.models.layers.remat import remat_policy
-from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD
+from meteor_jax.models.layers.pixels import hash_images, normalise
 from meteor_jax.models.layers.stack import constrain
-from meteor_jax.pruning.encode import NUM_SEGMENTS, EncoderCut
-from meteor_jax.pruning.fuse import Span, fuse, position_redundancy
+from meteor_jax.pruning.method import Method, ReductionContext, Span, add_losses
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, Batch, DecodeCache, EncodeTrace, PruneTrace, VisualTokens
 
 
-@dataclasses.dataclass(frozen=True)
-class MeteorConfig(ModelConfig):
-    """Which encoders, which decoder, and how they are joined.
+class MethodParams(nn.Module):
+    """Parameters of the learned pruning methods, by name."""
 
-    Attributes:
-        encoders: names out of `ENCODERS`, in the order of their tokens or channels.
-        fusion: "post": a projector an encoder, tokens joined along the sequence (METEOR);
-            "pre": channels joined on a common grid, one projector (EAGLE).
-        grid: side of the common grid of "pre".
-        image_size: side of the images that all encoders start from.
-        dtype: of the computation; parameters are float32.
-    """
+    methods: tuple[Method, ...]
+    widths: tuple[tuple[str, int], ...]
 
-    family: Literal["eagle"] = "eagle"
-    encoders: tuple[str, ...] = ("clip", "convnext", "pix2struct")
-    clip: ClipConfig = ClipConfig()
-    convnext: ConvNextConfig = ConvNextConfig()
-    sam: SamConfig = SamConfig()
-    eva02: Eva02Config = Eva02Config()
-    pix2struct: Pix2StructConfig = Pix2StructConfig()
-    llama: LlamaConfig = LlamaConfig()
-    fusion: Literal["post", "pre"] = "post"
-    grid: int = 32
-    image_size: int = 1024
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.encoders if name not in ENCODERS]
-        if unknown or not self.encoders:
-            raise ValueError(
-                f"encoders: expected names out of {', '.join(ENCODERS)}, got {self.encoders}."
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        widths = dict(self.widths)
+        return {
+            method.name: self.param(
+                method.name, lambda key, m=method: m.init_params(key, widths=widths)
             )
-        for name in (*self.encoders, "llama"):
-            try:
-                remat_policy(getattr(self, name).remat)
-            except ValueError as error:
-                raise ValueError(f"{name}.remat: {error}") from None
-
-    def encoder(self, name: str) -> Any:
-        """The config of one encoder."""
-        return getattr(self, name)
-
-    def active_encoders(self, plan: PrunePlan) -> tuple[str, ...]:
-        """The encoders that `plan` runs, in the model's order.
-
-        Raises:
-            ValueError: if the plan names an encoder that the model lacks.
-        """
-        unknown = [name for name in plan.encoders if name not in self.encoders]
-        if unknown:
-            raise ValueError(
-                f"plan '{plan.name}' runs {', '.join(unknown)}, but the model has "
-                f"{', '.join(self.encoders)}."
-            )
-        return tuple(name for name in self.encoders if not plan.encoders or name in plan.encoders)
+            for method in self.methods
+        }
 
 
 class Meteor(nn.Module):
@@ -114,6 +69,9 @@ class Meteor(nn.Module):
         if config.fusion == "pre":
             self.projector = Projector(width, dtype)
         self.llama = Llama(config.llama, dtype)
+        if config.learned_methods:
+            widths = tuple(config.token_widths.items())
+            self.pruning = MethodParams(config.methods_with_params, widths)
 
     def __call__(self, batch: Batch, *, plan: PrunePlan) -> Forward:
         """One forward pass over whole conversations, for scoring text."""
@@ -129,18 +87,19 @@ class Meteor(nn.Module):
         visual = jax.tree.map(
             lambda array: array.reshape(rows, images, *array.shape[1:]), encoded.tokens
         )
-        run = self._run_segments(
+        run = self._run_decoder(
             visual,
             image_valid=batch.image_valid,
             tokens=batch.tokens,
             text_valid=batch.text_valid,
             segment_ids=batch.segment_ids,
             plan=plan,
-            num_new=0,
+            decode_capacity=0,
         )
-        entries = entry_of_slot(run.sequence, num_slots=batch.tokens.shape[1])
+        entries = entry_of_text(run.sequence, num_text=batch.tokens.shape[1])
         x = jnp.take_along_axis(run.sequence.x, entries[..., None], axis=1)
-        return HiddenStates(x=constrain(x, "btd"), trace=encoded.trace.replace(cuts=run.cuts))
+        trace = encoded.trace.replace(prune_steps=run.prune_steps)
+        return HiddenStates(x=constrain(x, "btd"), trace=trace)
 
     def logits(self, x: Array) -> Array:
         """float32[B, T, V] of hidden states float[B, T, D]."""
@@ -153,55 +112,49 @@ class Meteor(nn.Module):
         return {"llama": {name: params["llama"][name] for name in ("norm", last)}}
 
     def encode_images(self, images: Array, *, plan: PrunePlan) -> Encoded:
-        """Stages 1 and 2: raw RGB uint8[I, H, W, 3] to the visual tokens that enter the LLM.
+        """Raw RGB uint8[I, H, W, 3] to the visual tokens that enter the decoder, tokens dropped in
+        the encoders and where their tokens are joined.
 
         Images of a float dtype are taken as they are: normalised with CLIP's mean and deviation.
         """
         config = self.config
-        names = config.active_encoders(plan)
-        if self.is_initializing():
-            names = config.encoders
-        pixels = self._normalise(images)
+        names = config.encoders if self.is_initializing() else config.active_encoders(plan)
         shapes = {name: config.encoder(name) for name in names}
-        cuts = plan.encode.encoder_cuts(shapes) if plan.encode else {}
-        image_seed = _hash_images(images)
+        steps = plan.encoder_steps(shapes)
+        context = ReductionContext(image_seed=hash_images(images), learned=self._method_params())
+        pixels = self._pixels(images)
         outputs = {
-            name: getattr(self, name)(pixels, cuts=cuts.get(name), image_seed=image_seed)
-            for name in names
+            name: getattr(self, name)(pixels, steps=steps[name], context=context) for name in names
         }
         grids = [shapes[name].grid for name in names]
-
+        features = [outputs[name].x for name in names]
         if config.fusion == "post":
             tokens, spans = concatenate_sequence(
-                [getattr(self, f"projector_{name}")(outputs[name].x) for name in names],
-                [outputs[name].raster for name in names],
+                [self.projector_of(name)(x) for name, x in zip(names, features, strict=True)],
+                [outputs[name].patch_index for name in names],
                 names=names,
                 grids=grids,
                 positions=plan.positions,
             )
         else:
-            if plan.encode is not None or len(names) < len(config.encoders):
+            if plan.prunes_encoders or len(names) < len(config.encoders):
                 raise ValueError(
-                    f"plan '{plan.name}' cuts inside the encoders, but fusion='pre' needs all "
-                    "their grids whole; use fusion='post'."
+                    f"plan '{plan.name}' drops tokens inside the encoders, but fusion='pre' needs "
+                    "all their grids whole; use fusion='post'."
                 )
-            features = to_common_grid(
-                [outputs[name].x for name in names], grids=grids, grid=config.grid
-            )
-            tokens = _on_common_grid(self.projector(jnp.concatenate(features, axis=-1)))
+            features = to_common_grid(features, grids=grids, grid=config.grid)
+            tokens = on_common_grid(self.projector(jnp.concatenate(features, axis=-1)))
             spans = (Span(encoder="all", start=0, size=config.grid**2, grid=config.grid),)
-        if plan.fuse is not None:
-            scores = None
-            if config.fusion == "pre" and plan.fuse.criterion == "cooperative":
-                if plan.fuse.num_iterations > 1:
-                    raise ValueError(
-                        f"plan '{plan.name}': fuse.num_iterations={plan.fuse.num_iterations}, but "
-                        "fusion='pre' drops whole places at once; set fuse.num_iterations=1."
-                    )
+        losses = [output.loss for output in outputs.values()]
+        for index, step in enumerate(plan.fusion_steps):
+            if config.fusion == "pre" and "encoder_parts" in step.method.needs:
                 with jax.named_scope("scores"):
-                    parts = self.projector.parts(features)
-                    scores = -position_redundancy(parts, similarity=plan.fuse.similarity)
-            tokens = fuse(tokens, plan=plan.fuse, spans=spans, image_seed=image_seed, scores=scores)
+                    parts = tuple(self.projector.parts(features))
+                context = context.replace(encoder_parts=parts)
+            tokens, spans, loss = prune_fused(
+                tokens, step, spans=spans, context=context.replace(index=index)
+            )
+            losses.append(loss)
             if plan.positions == "contiguous":
                 tokens = contiguous_positions(tokens)
         return Encoded(
@@ -209,15 +162,16 @@ class Meteor(nn.Module):
             trace=PruneTrace(
                 encode={name: EncodeTrace(kept=outputs[name].kept) for name in names},
                 fused_encoder=tokens.encoder,
-                fused_raster=tokens.raster,
+                fused_patch_index=tokens.patch_index,
+                loss=add_losses(*losses),
             ),
         )
 
-    def boundary_features(self, images: Array) -> dict[str, tuple[Array, ...]]:
-        """Every encoder's features float[I, N, E] at its three boundaries, nothing dropped."""
-        pixels = self._normalise(images)
+    def segment_features(self, images: Array) -> dict[str, tuple[Array, ...]]:
+        """Every encoder's features float[I, N, E] after its three segments, nothing dropped."""
+        pixels = self._pixels(images)
         return {
-            name: getattr(self, name)(pixels, cuts=_keep_all(self.config.encoder(name))).features
+            name: getattr(self, name)(pixels, all_segments=True).features
             for name in self.config.encoders
         }
 
@@ -231,20 +185,20 @@ class Meteor(nn.Module):
         plan: PrunePlan,
         max_new_tokens: int,
     ) -> Prefilled:
-        """Stage 3: reads the prompts, dropping visual tokens on the way up.
+        """Reads the prompts, dropping visual tokens on the way up.
 
         Shapes:
             visual: VisualTokens of [B, M, N, D]; image_valid: bool[B, M].
             tokens: int32[B, T], padded on the right; text_valid: bool[B, T].
             max_new_tokens: room in the cache.
         """
-        run = self._run_segments(
+        run = self._run_decoder(
             visual,
             image_valid=image_valid,
             tokens=tokens,
             text_valid=text_valid,
             plan=plan,
-            num_new=max_new_tokens,
+            decode_capacity=max_new_tokens,
         )
         last = jnp.maximum(run.sequence.valid.sum(1) - 1, 0)
         x = jnp.take_along_axis(run.sequence.x, last[:, None, None], axis=1)[:, 0]
@@ -252,12 +206,12 @@ class Meteor(nn.Module):
             logits=self.llama.logits(x),
             cache=_pinned(
                 DecodeCache(
-                    segments=run.segments,
-                    num_new=jnp.zeros((), jnp.int32),
+                    ranges=run.ranges,
+                    cache_index=jnp.zeros((), jnp.int32),
                     overflowed=jnp.zeros((), bool),
                 )
             ),
-            cuts=run.cuts,
+            prune_steps=run.prune_steps,
         )
 
     def extend(self, cache: DecodeCache, tokens: Array) -> Extended:
@@ -271,46 +225,46 @@ class Meteor(nn.Module):
                 left.
         """
         count = tokens.shape[1]
-        taken = 0 if isinstance(cache.num_new, jax.core.Tracer) else int(cache.num_new)
+        index = cache.cache_index
+        taken = 0 if isinstance(index, jax.core.Tracer) else int(index)
         if taken + count > cache.decode_capacity:
             raise ValueError(
                 f"expected at most {cache.decode_capacity - taken} more tokens, for which prefill "
                 f"left room, got {count}; raise max_new_tokens."
             )
         x = self.llama.embed(tokens)
-        segments, start = [], 0
-        for segment in cache.segments:
-            stop = start + segment.k.shape[0]
-            position = new_position(segment, cache.num_new, count=count)
-            out = self.llama.run_cached(x, position, segment, start=start, stop=stop)
-            segments.append(segment.append(*out.extras, num_new=cache.num_new))
+        ranges, start = [], 0
+        for layers in cache.ranges:
+            stop = start + layers.k.shape[0]
+            position = new_position(layers, index, count=count)
+            out = self.llama.run_cached(x, position, layers, start=start, stop=stop)
+            ranges.append(layers.append(*out.extras, cache_index=index))
             x, start = out.x, stop
-        fits = cache.num_new + count <= cache.decode_capacity
+        fits = index + count <= cache.decode_capacity
         grown = DecodeCache(
-            segments=tuple(segments),
-            num_new=cache.num_new + jnp.where(fits, count, 0),
+            ranges=tuple(ranges),
+            cache_index=index + jnp.where(fits, count, 0),
             overflowed=cache.overflowed | ~fits,
         )
         logits = jnp.where(fits, self.llama.logits(x), jnp.nan)
         return Extended(logits=logits, cache=_pinned(grown))
 
     def encoder_output(self, images: Array, *, encoder: str) -> Array:
-        """What one encoder alone, uncut, says of uint8[I, H, W, 3]: float[I, N, E], row-major."""
-        return getattr(self, encoder)(self._normalise(images)).x
+        """What one encoder alone, unpruned, makes of uint8[I, H, W, 3]:
+        float[I, N, E], row-major."""
+        return getattr(self, encoder)(self._pixels(images)).x
 
-    def _normalise(self, images: Array) -> Array:
-        size = self.config.image_size
-        if images.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"expected images of {size}×{size}×3, got {'×'.join(map(str, images.shape[1:]))}; "
-                "set model.image_size or resize the data."
-            )
-        if jnp.issubdtype(images.dtype, jnp.floating):
-            return images.astype(self.config.dtype)
-        pixels = (images / jnp.float32(255) - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
-        return pixels.astype(self.config.dtype)
+    def _pixels(self, images: Array) -> Array:
+        return normalise(images, size=self.config.image_size, dtype=self.config.dtype)
 
-    def _run_segments(
+    def projector_of(self, name: str) -> Projector:
+        """One encoder's projector."""
+        return getattr(self, f"projector_{name}")
+
+    def _method_params(self) -> dict[str, Any] | None:
+        return self.pruning() if self.config.learned_methods else None
+
+    def _run_decoder(
         self,
         visual: VisualTokens,
         *,
@@ -318,20 +272,20 @@ class Meteor(nn.Module):
         tokens: Array,
         text_valid: Array,
         plan: PrunePlan,
-        num_new: int,
+        decode_capacity: int,
         segment_ids: Array | None = None,
-    ) -> SegmentRun:
-        longest = tokens.shape[1] + image_valid.shape[1] * visual.span + num_new
-        if longest > self.config.llama.max_positions and not self.is_initializing():
+    ) -> DecoderRun:
+        config, num_text, max_images = self.config, tokens.shape[1], image_valid.shape[1]
+        longest = num_text + max_images * visual.span + decode_capacity
+        if longest > config.llama.max_positions and not self.is_initializing():
             raise ValueError(
-                f"a row of {tokens.shape[1]} text places, {image_valid.shape[1]} × {visual.span} "
-                f"positions of images and {num_new} new tokens needs {longest} positions, but "
-                f"llama.max_positions={self.config.llama.max_positions}; shorten the text, or set "
-                "the plan's positions='contiguous'."
+                f"a row of {num_text} text places, {max_images} × {visual.span} positions of "
+                f"images and {decode_capacity} new tokens needs {longest} positions, but "
+                f"llama.max_positions={config.llama.max_positions}; shorten the text, or set the "
+                "plan's positions='contiguous'."
             )
-        text = self.llama.embed(jnp.maximum(tokens, 0))
         sequence = splice(
-            text,
+            self.llama.embed(jnp.maximum(tokens, 0)),
             tokens=tokens,
             text_valid=text_valid,
             visual=visual,
@@ -341,50 +295,30 @@ class Meteor(nn.Module):
         sequence = sequence.replace(x=constrain(sequence.x, "btd"))
         if self.is_initializing():
             out = self.llama.run(sequence.x, sequence.position, start=0, stop=1)
-            return SegmentRun(sequence.replace(x=out.x), segments=(), cuts=())
-        return run_segments(
-            Llama(self.config.llama, jnp.dtype(self.config.dtype), parent=None),
+            return DecoderRun(sequence.replace(x=out.x), ranges=(), prune_steps=())
+        return run_decoder(
+            Llama(config.llama, jnp.dtype(config.dtype), parent=None),
             self.llama.variables,
             sequence,
-            plan=plan.decode,
-            num_text=tokens.shape[1],
+            plan=plan,
+            num_text=num_text,
             num_images=image_valid.sum(1),
-            max_images=image_valid.shape[1],
+            max_images=max_images,
             visual_per_image=visual.num_tokens,
-            num_new=num_new,
+            decode_capacity=decode_capacity,
+            learned=self._method_params(),
         )
 
 
 def _pinned(cache: DecodeCache) -> DecodeCache:
     """`cache` by rows and kv heads, so that it stays where it is from one program to the next."""
     return cache.replace(
-        segments=tuple(
-            segment.replace(
-                k=constrain(segment.k, "lbshd"),
-                v=constrain(segment.v, "lbshd"),
-                valid=constrain(segment.valid, "bs"),
+        ranges=tuple(
+            layers.replace(
+                k=constrain(layers.k, "lbshd"),
+                v=constrain(layers.v, "lbshd"),
+                valid=constrain(layers.valid, "bs"),
             )
-            for segment in cache.segments
+            for layers in cache.ranges
         )
     )
-
-
-def _keep_all(encoder: Any) -> tuple[EncoderCut, ...]:
-    return (EncoderCut(keep=encoder.num_tokens),) * NUM_SEGMENTS
-
-
-def _on_common_grid(x: Array) -> VisualTokens:
-    """VisualTokens of [I, N, D] whose tokens lie on one grid that all encoders share."""
-    place = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    return VisualTokens(
-        x=x, encoder=jnp.zeros_like(place), raster=place, position=place, span=x.shape[1]
-    )
-
-
-def _hash_images(images: Array) -> Array:
-    """uint32[I]: a hash of the pixels, exact, so the same on every device and in every batch."""
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        images = jax.lax.bitcast_convert_type(images.astype(jnp.float32), jnp.uint32)
-    flat = images.reshape(images.shape[0], -1).astype(jnp.uint32)
-    weight = jnp.arange(flat.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
-    return (flat * weight).sum(1, dtype=jnp.uint32)

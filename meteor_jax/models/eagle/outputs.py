@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import flax.struct
 
-from meteor_jax.types import Array, CutTrace, DecodeCache, PruneTrace, VisualTokens
+from meteor_jax.types import Array, DecodeCache, PruneStepTrace, PruneTrace, VisualTokens
 
 
 @flax.struct.dataclass
@@ -36,11 +36,11 @@ class Forward:
 
 @flax.struct.dataclass
 class Prefilled:
-    """`logits` float32[B, V] of each row's last prompt token, the cache, and the cuts made."""
+    """`logits` float32[B, V] of each row's last prompt token, the cache, and what the steps did."""
 
     logits: Array
     cache: DecodeCache
-    cuts: tuple[CutTrace, ...]
+    prune_steps: tuple[PruneStepTrace, ...]
 
 
 @flax.struct.dataclass

@@ -1,275 +1,272 @@
-"""The decoder run segment by segment, with a cut and a cache between.
+"""The decoder run from one prune step to the next, with a cache for each range of layers.
 
-    layers 0..8   S entries     →  cut: text + K₁ visual   →  layers 8..16   →  cut  →  …
-    cache 0       [8, B, S + room]                             cache 1  [8, B, T + K₁ + room]
+    layers 0..8   S entries     →  step: text + K₁ visual   →  layers 8..16   →  step  →  …
+    cache 0       [8, B, S + room]                              cache 1  [8, B, T + K₁ + room]
 
-Under an adaptive budget every row keeps another number of tokens. The rows then lie in buffers of
-one of a few static sizes (`ragged`), whichever holds what they keep together, so that a segment
-costs what the rows of a batch need on average.
+Under an adaptive budget every row keeps another number of tokens. The rows are then in buffers of
+one of a few static sizes (`ragged`), whichever holds what they keep together, so that the layers
+cost what the rows of a batch need on average.
 
-B examples, T text tokens, S entries, L layers of a segment.
+B examples, T text tokens, S entries, L layers of a range.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.decoders.llama.model import Llama, rotary_tables
-from meteor_jax.models.layers.ragged import RaggedLayout, num_row_shards
-from meteor_jax.pruning.decode import (
-    cut_scores,
-    num_kept,
-    query_weights,
-    recycle_dropped,
-    select_entries,
-    take_entries,
-    text_query_mask,
-    trace_cut,
-)
+from meteor_jax.models.decoders.llama.caches import HeldRange, LayerRange
+from meteor_jax.models.decoders.llama.layer_runs import run_layers, run_rows
+from meteor_jax.models.decoders.llama.model import Llama
+from meteor_jax.models.layers.ragged import num_row_shards
+from meteor_jax.pruning.budgets import steps_that_drop
+from meteor_jax.pruning.method import Reduction, ReductionContext, gather
 from meteor_jax.pruning.ops.select import keep_topk
-from meteor_jax.pruning.plan import DecodePlan
-from meteor_jax.types import Array, CutTrace, SegmentCache, Sequence
+from meteor_jax.pruning.plan import PrunePlan, Step
+from meteor_jax.types import Array, PruneStepTrace, RangeCache, Sequence
 
 
 @flax.struct.dataclass
-class SegmentRun:
-    """The sequence as it left the last layer, a cache a segment, and what each cut did."""
+class DecoderRun:
+    """The sequence as it left the last layer, a cache a range of layers, and what each step did."""
 
     sequence: Sequence
-    segments: tuple[SegmentCache, ...]
-    cuts: tuple[CutTrace, ...]
+    ranges: tuple[RangeCache, ...]
+    prune_steps: tuple[PruneStepTrace, ...]
 
 
-@flax.struct.dataclass
-class Segment:
-    """One segment's result: `last_input` is its last layer's, float[B, S, D]."""
-
-    sequence: Sequence
-    last_input: Array
-    k: Array
-    v: Array
-
-
-@flax.struct.dataclass
-class _Row:
-    """How many entries a row has, at most: all static.
-
-    Attributes:
-        num_text: places of its text. max_images: places of its images.
-        available: visual tokens of an image that reach the next cut.
-    """
-
-    num_text: int = flax.struct.field(pytree_node=False)
-    max_images: int = flax.struct.field(pytree_node=False)
-    available: int = flax.struct.field(pytree_node=False)
-
-    def length(self, num_visual: int) -> int:
-        """Entries of a row with so many visual tokens an image."""
-        return self.num_text + self.max_images * num_visual
-
-
-def run_segments(
+def run_decoder(
     llama: Llama,
     variables: Any,
     sequence: Sequence,
     *,
-    plan: DecodePlan | None,
+    plan: PrunePlan,
     num_text: int,
     num_images: Array,
     max_images: int,
     visual_per_image: int,
-    num_new: int,
-) -> SegmentRun:
-    """Runs all layers over a packed sequence, with the cuts of `plan` between them.
+    decode_capacity: int,
+    learned: Mapping[str, Any] | None = None,
+) -> DecoderRun:
+    """Runs all layers over a packed sequence, with the prune steps of a plan between them.
 
-    A cut that can drop nothing is no cut: its layers belong to the segment before.
+    A step that can drop nothing is none: its layers belong to the range before.
 
     Args:
+        plan: its steps in the decoder, and where visual tokens enter it.
         num_text: text places of a row; num_images: int32[B]; max_images: M.
         visual_per_image: tokens of one image in `sequence`.
-        num_new: room for new tokens in every cache.
+        decode_capacity: room for new tokens in every cache.
+        learned: parameters of methods that have their own, by name.
 
     Raises:
-        ValueError: if a cut lies outside the decoder or keeps more than there is.
+        ValueError: if a step is outside the decoder or keeps more than there is.
     """
-    depth = llama.config.depth
-    layers = plan.layers if plan else ()
-    if layers and not 0 < layers[0] <= layers[-1] < depth:
-        raise ValueError(f"decode.layers={layers} must lie within 1..{depth - 1}.")
+    depth, steps, layers = llama.config.depth, plan.decoder_steps, plan.decoder_layers
+    if (plan.enter_at or layers) and max((plan.enter_at, *layers)) >= depth:
+        raise ValueError(
+            f"decode.layers={layers} and enter_at={plan.enter_at} must be within 1..{depth - 1}."
+        )
+    if layers and layers[0] < 1:
+        raise ValueError(f"decode.layers={layers} must be within 1..{depth - 1}.")
     if layers and sequence.segment_ids is not None:
         raise ValueError(
             "decode: independent questions share their image's tokens, so nothing can be pruned by "
-            "the question of one; train with the plan's stages 1 and 2, or give segment_ids=None."
+            "the question of one; train with the plan's other steps, or give segment_ids=None."
         )
-    raters = None
-    if plan and plan.queries == "raters":
-        raters = text_query_mask(sequence, num_text=num_text)
-    row = _Row(num_text=num_text, max_images=max_images, available=visual_per_image)
-    drops = plan.cuts_that_drop(available=visual_per_image) if plan else ()
-    bounds = (0, *(layers[cut] for cut in drops), depth)
-    segment = _run(llama, variables, sequence, start=0, stop=bounds[1])
-    segments = [_cache(segment, num_new=num_new, lengths=(segment.k.shape[2],))]
-    cuts: list[CutTrace] = []
-    for cut in range(len(layers)):
-        if cut not in drops:
-            cuts.append(_trace_of_none(cuts, segment.sequence, row))
+    dropping = steps_that_drop([step.budget for step in steps], available=visual_per_image)
+    context = ReductionContext(
+        sequence=sequence,
+        num_images=num_images,
+        num_text=num_text,
+        max_images=max_images,
+        available=visual_per_image,
+        learned=learned,
+    )
+    held: list[HeldRange] = []
+    if plan.enter_at:
+        sequence, alone = _text_alone(
+            llama, variables, sequence, stop=plan.enter_at, num_text=num_text
+        )
+        held.append(HeldRange.of(alone, row=sequence, lengths={num_text}))
+    with jax.named_scope("scores"):
+        states = {steps[i].method: steps[i].method.begin(context=context) for i in dropping}
+    bounds = (plan.enter_at, *(layers[i] for i in dropping), depth)
+    done = run_layers(llama, variables, sequence, start=plan.enter_at, stop=bounds[1])
+    held.append(HeldRange.of(done, row=sequence, lengths={done.k.shape[2]}))
+    traces: list[PruneStepTrace] = []
+    for index, step in enumerate(steps):
+        if index not in dropping:
+            traces.append(traces[-1] if traces else _trace_of_all(done.sequence, context))
             continue
-        start, stop = bounds[drops.index(cut) + 1 :][:2]
-        with jax.named_scope(f"prune_{cut}"):
-            segment, trace = _cut_and_run(
-                llama,
-                variables,
-                segment,
-                plan=plan,
-                cut=cut,
-                start=start,
-                stop=stop,
-                row=row,
-                num_images=num_images,
-                raters=raters,
+        context = context.replace(
+            sequence=done.sequence,
+            keep=step.budget.keep,
+            index=index,
+            state=states[step.method],
+        )
+        start, stop = bounds[dropping.index(index) + 1 :][:2]
+        with jax.named_scope(f"prune_{index}"):
+            done, trace, reduction = _prune_and_run(
+                llama, variables, done, step=step, context=context, start=start, stop=stop
             )
-        cuts.append(trace)
-        longest = segment.k.shape[2]
-        lengths = plan.cache_lengths(cut, available=row.available)
-        row = row.replace(available=min(plan.bounds(cut)[1], row.available))
-        lengths = sorted({min(row.length(length), longest) for length in lengths})
-        segments.append(_cache(segment, num_new=num_new, lengths=tuple(lengths)))
-    return SegmentRun(sequence=segment.sequence, segments=tuple(segments), cuts=tuple(cuts))
+        if reduction.state is not None:
+            states[step.method] = reduction.state
+        traces.append(trace)
+        lengths = {
+            num_text + max_images * length
+            for length in step.budget.cache_lengths(available=context.available)
+        }
+        context = context.replace(available=min(step.budget.bounds[1], context.available))
+        new = HeldRange.of(done, row=done.sequence, lengths=lengths)
+        entered = held[plan.enter_at > 0 :]  # those that hold visual tokens
+        entered = [earlier.follow(reduction.idx) for earlier in entered]
+        if step.cut_caches:
+            entered = [e.cut(new.valid, lengths=new.lengths) for e in entered]
+        held = [*held[: plan.enter_at > 0], *entered, new]
+    return DecoderRun(
+        sequence=done.sequence,
+        ranges=tuple(layers.cache(capacity=decode_capacity) for layers in held),
+        prune_steps=tuple(traces),
+    )
 
 
-def new_position(cache: SegmentCache, num_new: Array, *, count: int) -> Array:
-    """int32[B, T]: rotary positions of the next `count` tokens in a segment."""
-    return cache.next_position[:, None] + num_new + jnp.arange(count)
+def _text_alone(
+    llama: Llama, variables: Any, sequence: Sequence, *, stop: int, num_text: int
+) -> tuple[Sequence, LayerRange]:
+    """Layers `[0, stop)` over the text, packed; also the whole row with what they made of it."""
+    is_text = sequence.is_text
+    selection = keep_topk(is_text, keep=min(num_text, is_text.shape[1]), valid=is_text)
+    text = pack_entries(sequence, gather(sequence.x, selection))
+    done = run_layers(llama, variables, text, start=0, stop=stop)
+    place = jnp.maximum(jnp.cumsum(is_text, axis=1) - 1, 0)
+    ran = jnp.take_along_axis(done.sequence.x, place[..., None], axis=1)
+    return sequence.replace(x=jnp.where(is_text[..., None], ran, sequence.x)), done
 
 
-def _cut_and_run(
+def _prune_and_run(
     llama: Llama,
     variables: Any,
-    before: Segment,
+    before: LayerRange,
     *,
-    plan: DecodePlan,
-    cut: int,
+    step: Step,
+    context: ReductionContext,
     start: int,
     stop: int,
-    row: _Row,
-    num_images: Array,
-    raters: Array | None,
-) -> tuple[Segment, CutTrace]:
-    """Chooses K for every example, packs each row, and runs the layers up to the next cut over
+) -> tuple[LayerRange, PruneStepTrace, Reduction]:
+    """Chooses K for every example, packs each row, and runs the layers up to the next step over
     the smallest static total that holds what the rows keep: a branch of a `lax.switch` each."""
-    sequence = before.sequence
-    received = None
-    if plan.criterion == "text_attention":
-        received = _text_attention(
-            llama, variables, before, plan=plan, start=start, num_text=row.num_text, raters=raters
+    sequence, method, budget = before.sequence, step.method, step.budget
+    if "attention_received" in method.needs:
+        received = _attention_received(
+            llama, variables, before, step=step, context=context, start=start
         )
-    scores, mass, vav = cut_scores(
-        sequence, plan=plan, cut=cut, num_images=num_images, received=received, keys=before.k[-1]
+        context = context.replace(attention_received=received)
+    if "keys" in method.needs:
+        context = context.replace(keys=before.k[-1])
+    with jax.named_scope("scores"):
+        ranking = method.rank(sequence.x, context=context)
+    kept = budget.num_kept(
+        ranking.budget_signal,
+        num_images=context.num_images,
+        available=sequence.is_visual.sum(1),
     )
-    kept = num_kept(mass, sequence, plan=plan, cut=cut, num_images=num_images)
-    recycled, clusters = plan.recycling(cut, available=row.available)
-    if clusters:
-        sequence, scores = recycle_dropped(
-            sequence,
-            scores,
-            recycled=recycled,
-            clusters=clusters,
-            num_images=num_images,
-            max_images=row.max_images,
-            num_kept=kept,
-        )
     rows = kept.shape[0] // num_row_shards(kept.shape[0])
-    totals = plan.totals(cut, rows=rows * row.max_images, available=row.available)
+    totals = budget.totals(rows=rows * context.max_images, available=context.available)
     capacity = totals[-1] // rows
-    selection = select_entries(
-        sequence, scores, num_kept=kept, num_text=row.num_text, num_visual=capacity
-    )
-    packed = take_entries(sequence, selection, positions=plan.positions)
-    segment, computed = run_rows(
+    context = context.replace(num_kept=kept, capacity=capacity)
+    with jax.named_scope("scores"):
+        reduction = method.select(sequence.x, ranking.scores, context=context)
+    packed = pack_entries(sequence, reduction, positions=step.positions)
+    after, computed = run_rows(
         llama,
         variables,
         packed,
         num_kept=kept,
         totals=totals,
-        num_text=row.num_text,
+        num_text=context.num_text,
         start=start,
         stop=stop,
     )
-    return segment, trace_cut(packed, capacity=capacity, vav=vav, num_computed=computed)
-
-
-def run_rows(
-    llama: Llama,
-    variables: Any,
-    sequence: Sequence,
-    *,
-    num_kept: Array,
-    totals: tuple[int, ...],
-    num_text: int,
-    start: int,
-    stop: int,
-) -> tuple[Segment, Array]:
-    """Layers `[start, stop)` over packed rows, over the smallest total that holds them.
-
-    Args:
-        num_kept: int32[B], visual tokens of every row.
-        totals: static numbers of visual tokens of a shard's rows together, increasing; the last
-            holds any.
-        num_text: text places of a row.
-
-    Returns:
-        The segment, and float32[B]: visual tokens computed, a row's share of the total.
-    """
-    num_shards = num_row_shards(num_kept.shape[0])
-    rows = num_kept.shape[0] // num_shards
-    # The first total that no shard's rows exceed together: the same on all shards, because the
-    # branches gather parameters.
-    needed = num_kept.reshape(num_shards, -1).sum(1).max()
-    index = (needed > jnp.asarray(totals[:-1], jnp.int32)).sum()
-    segment = _run_packed(
-        llama,
-        variables,
-        sequence,
-        start=start,
-        stop=stop,
-        index=index,
-        num_buffers=num_shards,
-        sizes=tuple(rows * num_text + total for total in totals),
+    trace = trace_step(
+        packed, capacity=capacity, signal=ranking.budget_signal, num_computed=computed
     )
-    computed = jnp.asarray(totals, jnp.float32)[index] / rows
-    return segment, jnp.broadcast_to(computed, num_kept.shape)
+    return after, trace, reduction
+
+
+def pack_entries(
+    sequence: Sequence, reduction: Reduction, *, positions: str = "original"
+) -> Sequence:
+    """The sequence that a step leaves; "contiguous" gives its entries the positions 0, 1, 2, …"""
+
+    def take(array: Array) -> Array:
+        return jnp.take_along_axis(array, reduction.idx, axis=1)
+
+    position = take(sequence.position)
+    if positions == "contiguous":
+        position = jnp.broadcast_to(jnp.arange(position.shape[1]), position.shape)
+    return Sequence(
+        x=reduction.x,
+        position=position,
+        valid=reduction.valid,
+        text_index=take(sequence.text_index),
+        visual=take(sequence.visual),
+        segment_ids=None if sequence.segment_ids is None else take(sequence.segment_ids),
+    )
+
+
+def trace_step(
+    sequence: Sequence, *, capacity: int, num_computed: Array, signal: Array | None = None
+) -> PruneStepTrace:
+    """The trace of the sequence that a step left; `capacity` visual tokens at most."""
+    is_visual = sequence.is_visual
+    capacity = min(capacity, is_visual.shape[1])
+    first = keep_topk(jnp.zeros(is_visual.shape), keep=capacity, valid=is_visual)
+    visual = jnp.take_along_axis(sequence.visual, first.idx, axis=1)
+    return PruneStepTrace(
+        visual=jnp.where(first.valid, visual, -1),
+        num_kept=is_visual.sum(1).astype(jnp.int32),
+        num_computed=num_computed,
+        budget_signal=jnp.zeros(len(visual)) if signal is None else signal,
+    )
+
+
+def _trace_of_all(sequence: Sequence, context: ReductionContext) -> PruneStepTrace:
+    """The trace of a step that drops nothing: all that came."""
+    capacity = context.max_images * context.available
+    computed = jnp.full((len(sequence.valid),), capacity, jnp.float32)
+    return trace_step(sequence, capacity=capacity, num_computed=computed)
 
 
 @jax.named_scope("scores")
-def _text_attention(
+def _attention_received(
     llama: Llama,
     variables: Any,
-    before: Segment,
+    before: LayerRange,
     *,
-    plan: DecodePlan,
+    step: Step,
+    context: ReductionContext,
     start: int,
-    num_text: int,
-    raters: Array | None,
 ) -> Array:
-    """float32[B, H, S]: what each entry receives from the text rows that count.
+    """float32[B, H, S]: what each entry receives from the queries that count.
 
-    The keys are those in the cache where these are what the plan asks for.
+    The keys are those in the cache where these are what the method asks for.
     """
-    sequence = before.sequence
-    weights = query_weights(sequence, plan=plan, raters=raters)
-    num_rows = 1 if plan.queries == "last" else min(num_text, weights.shape[1])
+    sequence, method = before.sequence, step.method
+    weights = method.query_weights(context=context)
+    num_rows = min(method.max_queries(context.num_text), weights.shape[1])
     rows = keep_topk(weights, keep=num_rows).idx
-    previous = plan.score_layer == "previous"
+    previous = method.score_layer == "previous"
     x, layer = (before.last_input, start - 1) if previous else (sequence.x, start)
-    if previous and plan.rotary == "with":
+    if previous and method.rotary == "with":
         keys = before.k[-1]
     else:
         keys = llama.apply(
-            variables, x, sequence.position, layer=layer, rotary=plan.rotary, method="keys"
+            variables, x, sequence.position, layer=layer, rotary=method.rotary, method="keys"
         )
     return llama.apply(
         variables,
@@ -278,102 +275,7 @@ def _text_attention(
         keys,
         layer=layer,
         rows=rows,
-        rotary=plan.rotary,
+        rotary=method.rotary,
         row_weight=jnp.take_along_axis(weights, rows, axis=1),
         method="text_attention",
-    )
-
-
-def _run(llama: Llama, variables: Any, sequence: Sequence, *, start: int, stop: int) -> Segment:
-    """Layers `[start, stop)`, every row by itself."""
-    out = llama.apply(
-        variables,
-        sequence.x,
-        sequence.position,
-        start=start,
-        stop=stop,
-        segment_ids=sequence.segment_ids,
-        method="run",
-    )
-    k, v = out.extras
-    return Segment(sequence.replace(x=out.x), last_input=out.last_input, k=k, v=v)
-
-
-def _run_packed(
-    llama: Llama,
-    variables: Any,
-    sequence: Sequence,
-    *,
-    start: int,
-    stop: int,
-    index: Array,
-    sizes: tuple[int, ...],
-    num_buffers: int,
-) -> Segment:
-    """Layers `[start, stop)`, the rows in buffers of `sizes[index]` entries, which hold them."""
-    batch, longest = sequence.valid.shape
-    if len(sizes) == 1:
-        return _run(llama, variables, sequence, start=start, stop=stop)
-    layout, x, position = None, sequence.x, sequence.position  # the same for all sizes
-    if batch > num_buffers:  # else a row is its buffer
-        layout = RaggedLayout.pack(sequence.valid.sum(1), longest=longest, num_buffers=num_buffers)
-        x, position = layout.to_buffers(x), layout.to_buffers(position)
-
-    cos, sin = rotary_tables(position, config=llama.config)
-
-    def run(size: int) -> tuple[Array, ...]:
-        size = min(size, x.shape[1])
-        with jax.named_scope(f"entries_{size}"):
-            out = llama.apply(
-                variables,
-                x[:, :size],
-                (cos[:, :size], sin[:, :size]),
-                start=start,
-                stop=stop,
-                layout=layout and layout.shrink(size),
-                method="run",
-            )
-        k, v = out.extras
-        states = (_pad(array, x.shape[1], axis=1) for array in (out.x, out.last_input))
-        return *states, _pad(k, longest, axis=2), _pad(v, longest, axis=2)
-
-    x, last_input, k, v = jax.lax.switch(index, [lambda size=size: run(size) for size in sizes])
-    if layout is not None:
-        x, last_input = layout.to_rows(x), layout.to_rows(last_input)
-    return Segment(sequence.replace(x=x), last_input=last_input, k=k, v=v)
-
-
-def _pad(array: Array, length: int, *, axis: int) -> Array:
-    widths = [(0, length - array.shape[i] if i == axis else 0) for i in range(array.ndim)]
-    return jnp.pad(array, widths)
-
-
-def _trace_of_none(cuts: list[CutTrace], sequence: Sequence, row: _Row) -> CutTrace:
-    """The trace of a cut that drops nothing: all that came."""
-    if cuts:
-        return cuts[-1]
-    capacity = row.max_images * row.available
-    batch = len(sequence.valid)
-    return trace_cut(
-        sequence,
-        capacity=capacity,
-        vav=jnp.zeros((batch, 1)),
-        num_computed=jnp.full((batch,), capacity, jnp.float32),
-    )
-
-
-def _cache(segment: Segment, *, num_new: int, lengths: tuple[int, ...]) -> SegmentCache:
-    """The segment's keys and values, and room for `num_new` tokens behind them."""
-    sequence = segment.sequence
-    count = sequence.valid.sum(1)
-    last = jnp.maximum(count - 1, 0)[:, None]
-    position = jnp.take_along_axis(sequence.position, last, axis=1)[:, 0] + 1
-    room = ((0, 0), (0, 0), (0, num_new), (0, 0), (0, 0))
-    return SegmentCache(
-        k=jnp.pad(segment.k, room),
-        v=jnp.pad(segment.v, room),
-        valid=jnp.pad(sequence.valid, ((0, 0), (0, num_new))),
-        next_position=position,
-        decode_capacity=num_new,
-        lengths=lengths,
     )

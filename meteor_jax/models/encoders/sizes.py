@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 from meteor_jax.models.layers.stack import segment_bounds
-from meteor_jax.pruning.encode import NUM_SEGMENTS
+from meteor_jax.pruning.points import NUM_SEGMENTS
 
 
 class TransformerSizes:
-    """What stage 1 must know of an encoder (`encode_plan.EncoderShape`), the base of its config.
+    """What a plan must know of an encoder (`EncoderShape`): the base of its config.
 
     Attributes:
         grid: side of the output grid.
-        cuttable: at which boundaries tokens can be dropped.
+        prunable: after which segments tokens can be dropped.
         num_windows: what a number of kept tokens must be a multiple of.
-        has_attention: whether the criterion "attention" makes sense.
-        period: blocks after which their kinds repeat; no boundary lies inside a period.
+        period: blocks after which their kinds repeat; no segment ends inside a period.
+        prunes_in_blocks: whether tokens can be reduced between attention and MLP of a block.
     """
 
     grid: int
+    width: int
     depth: int
-    cuttable = (True, True, True)
+    prunable = (True, True, True)
     num_windows = 1
-    has_attention = True
     period = 1
+    prunes_in_blocks = True
 
     @property
     def num_tokens(self) -> int:
         return self.grid**2
 
     @property
+    def token_width(self) -> int:
+        """Width of a token between the segments, as pruning methods see it."""
+        return self.width
+
+    @property
     def segment_ends(self) -> tuple[int, ...]:
-        """The block at which each segment of stage 1 ends."""
+        """The block at which each segment ends."""
         return segment_bounds(self.depth, NUM_SEGMENTS, period=self.period)
 
 

@@ -9,11 +9,12 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from meteor_jax.models.layers.kernels import cpu
 from meteor_jax.models.layers.kernels.fused import (
     attend_cudnn,
     attend_splash,
@@ -29,8 +30,6 @@ from meteor_jax.types import Array
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
 
 MASKED = -1e30  # a score that softmax turns into exactly 0 in float32, without NaN in empty rows
-CPU_CHUNK = 256  # query rows of one attention map that stays in a CPU's cache
-CAUSAL_CHUNK = 128  # query rows of one causal map on a CPU: fewer compute less that nobody may see
 QUERY_CHUNK = 256  # query rows of one attention map that `attention_received` holds at a time
 
 _AUTO: contextvars.ContextVar[Kernel] = contextvars.ContextVar("attention_kernel", default="auto")
@@ -123,88 +122,14 @@ def _attend_xla(
     if mask is not None:
         bias = bias + jnp.where(mask[:, None, None], 0.0, MASKED)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    if target_platform() != "cpu":
-        weights = jax.nn.softmax(_scores(q, k) + bias, axis=-1)
-        out = _values(weights.astype(v.dtype), v).astype(v.dtype)
-    elif mask is None and not causal and num_queries > CPU_CHUNK:
-        out = _in_chunks(q, k, v, bias)
-    elif mask is None and causal and CAUSAL_CHUNK < num_queries == k.shape[2]:
-        out = _causal_in_chunks(q, k, v, bias)
+    if target_platform() == "cpu":
+        out = cpu.attend(q, k, v, bias, causal=causal, masked=mask is not None)
     else:
-        out = _weighted_values(q, k, v, bias)
+        logits = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkgts,bksd->bkgtd", weights, v, preferred_element_type=jnp.float32)
+        out = out.astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, v.shape[-1])
-
-
-def _causal_in_chunks(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """`_weighted_values` a chunk of queries at a time, over the keys that these can see alone."""
-    chunks = []
-    for start in range(0, q.shape[3], CAUSAL_CHUNK):
-        stop = min(start + CAUSAL_CHUNK, q.shape[3])
-        chunks.append(
-            _weighted_values(
-                q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :], bias[start:stop, :stop]
-            )
-        )
-    return jnp.concatenate(chunks, axis=3)
-
-
-def _in_chunks(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """`_weighted_values` a head and a chunk of queries at a time: such a part of the map stays in
-    a CPU's cache, which takes a third of the time of the whole map."""
-    batch, num_kv, groups, num_queries, head_dim = q.shape
-    rows = max(n for n in range(1, CPU_CHUNK + 1) if groups * num_queries % n == 0)
-    if rows < CPU_CHUNK // 4:  # too small products
-        return _weighted_values(q, k, v, bias)
-    q = q.reshape(batch * num_kv, -1, rows, head_dim)
-    k, v = (array.reshape(-1, *array.shape[2:]) for array in (k, v))
-
-    def head(arrays: tuple[Array, Array, Array]) -> Array:
-        q, k, v = arrays
-        k, v = k[None, None], v[None, None]
-
-        def chunk(q: Array) -> Array:
-            return _weighted_values(q[None, None, None], k, v, bias)[0, 0, 0]
-
-        return jax.lax.map(chunk, q)
-
-    out = jax.lax.map(head, (q, k, v))
-    return out.reshape(batch, num_kv, groups, num_queries, -1)
-
-
-@jax.custom_jvp
-def _weighted_values(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """softmax(q·k + bias)·v for float[B, K, G, T, d] and float[B, K, S, d]; no derivative by the
-    bias."""
-    return _mix(q, k, v, bias)[0]
-
-
-def _mix(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Array, Array]:
-    """The result, and the weights before they are divided by their float32 sums."""
-    logits = _scores(q, k) + bias
-    weight = jnp.exp(logits - logits.max(-1, keepdims=True))
-    total = weight.sum(-1, keepdims=True)
-    weight = weight.astype(v.dtype)
-    return (_values(weight, v) / total).astype(v.dtype), weight, total
-
-
-def _scores(q: Array, k: Array) -> Array:
-    return jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
-
-
-def _values(weight: Array, v: Array) -> Array:
-    return jnp.einsum("bkgts,bksd->bkgtd", weight, v, preferred_element_type=jnp.float32)
-
-
-@_weighted_values.defjvp
-def _weighted_values_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # What a change of the scores moves is ∂o = Σ_s p·∂s·v − (Σ_s p·∂s)·o. Written so, the backward
-    # pass takes Σ_d o·∂o where that of a softmax sums over the map (FlashAttention).
-    q, k, v, bias = primals
-    dq, dk, dv, _ = tangents
-    out, weight, total = _mix(q, k, v, bias)
-    moved = weight * (_scores(dq, k) + _scores(q, dk))
-    change = _values(moved, v) - moved.sum(-1, keepdims=True) * out + _values(weight, dv)
-    return out, (change / total).astype(v.dtype)
 
 
 def attend_cached(q: Array, k: Array, v: Array, cache: tuple[Array, Array, Array]) -> Array:

@@ -10,7 +10,7 @@ that a slow moment of the machine falls on all; compile time stands apart; media
 all batches, with the fastest and the slowest.
 
 Below, what a whole prefill needs beside its arguments and results: the compiler's temporaries,
-unpruned and with three cuts.
+unpruned and with three prune steps.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from meteor_jax.models.decoders.llama.layer_runs import run_rows
 from meteor_jax.models.decoders.llama.model import Llama, LlamaConfig
 from meteor_jax.models.eagle.fusion import splice
-from meteor_jax.models.eagle.prefill import run_rows, run_segments
+from meteor_jax.models.eagle.prefill import run_decoder
+from meteor_jax.pruning.budgets import Adaptive
+from meteor_jax.pruning.methods.text_attention import TextAttention
 from meteor_jax.pruning.ops.budgets import fit_edges
-from meteor_jax.pruning.plan import DecodePlan
+from meteor_jax.pruning.plan import PrunePlan, Step, decoder_steps
 from meteor_jax.types import IMAGE_TOKEN, Array, Sequence, VisualTokens
 
 NUM_ROWS = 64  # that are drawn, and that the totals are measured on
@@ -86,14 +89,11 @@ def bench_rows(
     batches = spread_kept(mean, batch=batch)
     kept = np.random.default_rng(0).permutation(batches.ravel())
     high = min(round(1.5 * mean), decoder.num_visual)
-    plan = DecodePlan(
-        layers=(start,),
-        keep=(mean,),
-        edges=(fit_edges([kept[i : i + 1] for i in range(NUM_ROWS)], high=high, num_totals=3),),
-    )
+    edges = fit_edges([kept[i : i + 1] for i in range(NUM_ROWS)], high=high, num_totals=3)
+    budget = Adaptive(mean, edges=edges)
     ways = {
         "fixed": (batch * mean,),
-        "adaptive": plan.totals(0, rows=batch, available=decoder.num_visual),
+        "adaptive": budget.totals(rows=batch, available=decoder.num_visual),
         "padded": (batch * high,),
     }
     key = jax.random.key(1)
@@ -149,10 +149,10 @@ def _layers_after(
         x=x,
         position=place,
         valid=place < decoder.num_text + kept[:, None],
-        slot=place,
+        text_index=place,
         visual=place,
     )
-    segment, computed = run_rows(
+    layers, computed = run_rows(
         decoder.llama,
         variables,
         sequence,
@@ -162,10 +162,10 @@ def _layers_after(
         start=start,
         stop=decoder.llama.config.depth,
     )
-    return (segment.sequence.x, segment.k, segment.v), computed
+    return (layers.sequence.x, layers.k, layers.v), computed
 
 
-def temporaries(decoder: Decoder, *, plan: DecodePlan | None, batch: int) -> int:
+def temporaries(decoder: Decoder, *, steps: tuple[Step, ...], batch: int) -> int:
     """Bytes that a compiled prefill of `batch` prompts needs beside its arguments and results."""
     config = decoder.llama.config
 
@@ -180,18 +180,18 @@ def temporaries(decoder: Decoder, *, plan: DecodePlan | None, batch: int) -> int
             visual=visual,
             image_valid=valid,
         )
-        run = run_segments(
+        run = run_decoder(
             decoder.llama,
             variables,
             sequence,
-            plan=plan,
+            plan=PrunePlan(steps=steps),
             num_text=decoder.num_text,
             num_images=valid.sum(1),
             max_images=1,
             visual_per_image=decoder.num_visual,
-            num_new=0,
+            decode_capacity=0,
         )
-        return run.sequence.x, run.segments, run.cuts
+        return run.sequence.x, run.ranges, run.prune_steps
 
     tokens = np.ones((batch, decoder.num_text), np.int32)
     tokens[:, 0] = IMAGE_TOKEN
@@ -200,14 +200,14 @@ def temporaries(decoder: Decoder, *, plan: DecodePlan | None, batch: int) -> int
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def three_cuts(decoder: Decoder) -> DecodePlan:
+def three_steps(decoder: Decoder) -> tuple[Step, ...]:
     """METEOR's: at a quarter, a half and three quarters of the depth."""
     depth, count = decoder.llama.config.depth, decoder.num_visual
-    return DecodePlan(
-        layers=(depth // 4, depth // 2, 3 * depth // 4),
-        keep=(count // 4, count // 8, count // 16),
-        scale=(1.0,) * 3,
-        heads=4,
+    return decoder_steps(
+        (depth // 4, depth // 2, 3 * depth // 4),
+        (count // 4, count // 8, count // 16),
+        method=TextAttention(heads=4),
+        budget=functools.partial(Adaptive, lambda_=1.0),
     )
 
 
@@ -247,12 +247,12 @@ def main(argv: list[str]) -> None:
         )
     console = Console()
     console.print(table)
-    full, cut = (
-        temporaries(decoder, plan=plan, batch=2) / 1e6 for plan in (None, three_cuts(decoder))
+    full, pruned = (
+        temporaries(decoder, steps=steps, batch=2) / 1e6 for steps in ((), three_steps(decoder))
     )
     console.print(
         f"temporaries of a prefill of 2 × {VISUAL.value} tokens: {full:.0f} MB unpruned, "
-        f"{cut:.0f} MB with three cuts ({cut / full:.2f})."
+        f"{pruned:.0f} MB with three prune steps ({pruned / full:.2f})."
     )
     if OUTPUT.value:
         rows = [json.dumps(dataclasses.asdict(timing)) for timing in timings]

@@ -49,8 +49,9 @@ from meteor_jax.perf.bench.programs import (
     train_states,
 )
 from meteor_jax.perf.bench.table import Row, draw, print_table
-from meteor_jax.pruning.baselines import split_plans
-from meteor_jax.pruning.plan import Calibration, PrunePlan
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import split_plans
 
 
 def bench(

@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meteor_jax.experiment.config import StageConfig
-from meteor_jax.inference.budgets import chosen_mass
 from meteor_jax.inference.generate import (
     Started,
     choose_cache_length,
@@ -31,7 +30,8 @@ from meteor_jax.models.family import ModelConfig, build_model, count_cost
 from meteor_jax.models.flops import Cost
 from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.parallel.rules import parameter_shardings
-from meteor_jax.pruning.ops.budgets import fit_edges, fit_scale
+from meteor_jax.pruning.budgets import Adaptive, Fixed
+from meteor_jax.pruning.ops.budgets import fit_edges, fit_lambda
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.flops import train_step_flops
 from meteor_jax.training.optimizer import make_optimizer
@@ -76,9 +76,9 @@ class Inference(Programs):
 
 
 def form_of(model: ModelConfig, plan: PrunePlan) -> ModelConfig:
-    """The model that `plan` runs in: METEOR's form, a projector an encoder, where it cuts inside
+    """The model that `plan` runs in: METEOR's form, a projector an encoder, where it prunes inside
     the encoders; else the config's own."""
-    return dataclasses.replace(model, fusion="post") if plan.encode else model
+    return dataclasses.replace(model, fusion="post") if plan.prunes_encoders else model
 
 
 def make_inputs(
@@ -167,8 +167,8 @@ def compile_inference(
     compiler = Compiler()
     encode = compiler.compile(encode, params, inputs.images)
     visual = encode(params, inputs.images)
-    if plan.decode is not None and plan.decode.budget == "adaptive":
-        plan = _with_scale(model, params, visual, inputs, plan=plan)
+    if plan.is_adaptive:
+        plan = _with_lambda(model, params, visual, inputs, plan=plan)
     programs = compile_generation(
         compiler, meteor, params, visual, inputs, plan=plan, new_tokens=new_tokens
     )
@@ -189,7 +189,7 @@ def compile_inference(
         return dict(zip(("encode", "prefill", "decode"), np.diff(times).tolist(), strict=True))
 
     rows, text_tokens = inputs.tokens.shape
-    computed = tuple(float(cut.num_computed.mean()) for cut in started.cuts)
+    computed = tuple(float(step.num_computed.mean()) for step in started.prune_steps)
     cost = count_cost(model, plan, text_tokens=text_tokens, computed=computed or None, rows=rows)
     return Inference(
         run=run,
@@ -258,11 +258,11 @@ def compile_generation(
     )
 
 
-def _with_scale(
+def _with_lambda(
     model: ModelConfig, params: Any, visual: VisualTokens, inputs: Batch, *, plan: PrunePlan
 ) -> PrunePlan:
-    """`plan` with the λ that meets its `keep` when every earlier cut does."""
-    fixed = dataclasses.replace(plan, decode=dataclasses.replace(plan.decode, budget="fixed"))
+    """`plan` with the λ that meets its `keep` when every earlier step does."""
+    asked_for = [step.budget for step in plan.decoder_steps]
     started = start(
         build_model(model).module,
         params,
@@ -270,30 +270,30 @@ def _with_scale(
         image_valid=inputs.image_valid,
         tokens=inputs.tokens,
         text_valid=inputs.text_valid,
-        plan=fixed,
+        plan=plan.with_decoder_budgets([Fixed(budget.keep) for budget in asked_for]),
         max_new_tokens=0,
         key=jax.random.key(0),
     )
-    scales, edges, available = [], [], visual.num_tokens
-    for cut, trace in enumerate(jax.device_get(started.cuts)):
-        mass, low_high = chosen_mass(trace, plan=plan.decode), plan.decode.bounds(cut)
-        target = plan.decode.keep[cut]
-        scales.append(
-            fit_scale(
-                mass, low_high=low_high, target=target, available=np.full(mass.shape, available)
+    budgets, available = [], visual.num_tokens
+    for budget, trace in zip(asked_for, jax.device_get(started.prune_steps), strict=True):
+        if isinstance(budget, Adaptive):
+            total_vav, low_high = trace.budget_signal, budget.bounds
+            lambda_ = fit_lambda(
+                total_vav,
+                low_high=low_high,
+                target=budget.keep,
+                available=np.full(total_vav.shape, available),
             )
-        )
-        kept = np.clip(np.round(scales[-1] * mass), *low_high)
-        edges.append(
-            fit_edges(
+            kept = np.clip(np.round(lambda_ * total_vav), *low_high)
+            edges = fit_edges(
                 [kept[row : row + 1] for row in range(len(kept))],
                 high=low_high[1],
-                num_totals=plan.decode.num_totals,
+                num_totals=budget.num_totals,
             )
-        )
-        available = target
-    decode = dataclasses.replace(plan.decode, scale=tuple(scales), edges=tuple(edges))
-    return dataclasses.replace(plan, decode=decode)
+            budget = dataclasses.replace(budget, lambda_=lambda_, edges=edges)
+        budgets.append(budget)
+        available = budget.keep
+    return plan.with_decoder_budgets(budgets)
 
 
 def train_states(

@@ -43,7 +43,7 @@ from meteor_jax.perf.bench.programs import (
     make_inputs,
     make_params,
 )
-from meteor_jax.pruning.baselines import full
+from meteor_jax.pruning.methods.full import full
 from meteor_jax.types import Array, VisualTokens
 
 Run = Callable[[], dict[str, float]]

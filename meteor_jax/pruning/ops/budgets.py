@@ -15,27 +15,27 @@ BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # for which edges are measured
 NUM_BATCHES = 2000  # that are drawn for each
 NUM_CANDIDATES = 60  # quantiles of their means that an edge may be
 
-Edges = tuple[tuple[int, tuple[float, ...]], ...]
 
-
-def fit_scale(
-    masses: np.ndarray, *, low_high: tuple[int, int], target: float, available: np.ndarray
+def fit_lambda(
+    total_vav: np.ndarray, *, low_high: tuple[int, int], target: float, available: np.ndarray
 ) -> float:
-    """λ by bisection: the mean of min(clip(round(λ · mass), low, high), available) meets `target`.
+    """λ by bisection: min(clip(round(λ · total_vav), low, high), available) is `target` on average.
 
     Shapes:
-        masses: float[B]; available: int[B], the tokens of each example that reach the cut.
+        total_vav: float[B]; available: int[B], the tokens of each example that reach the cut.
 
     Raises:
         ConfigError: if no attention falls on the image, so that no λ can.
     """
-    if not masses.max() > 0:
+    if not total_vav.max() > 0:
         raise ConfigError("no text attention falls on the image; is the model trained?")
 
-    def mean(scale: float) -> float:
-        return float(np.minimum(np.clip(np.round(scale * masses), *low_high), available).mean())
+    def mean(lambda_: float) -> float:
+        return float(
+            np.minimum(np.clip(np.round(lambda_ * total_vav), *low_high), available).mean()
+        )
 
-    low, high = 0.0, 2 * low_high[1] / masses[masses > 0].min()
+    low, high = 0.0, 2 * low_high[1] / total_vav[total_vav > 0].min()
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < target else (low, middle)
@@ -44,8 +44,8 @@ def fit_scale(
 
 def fit_edges(
     kept: Sequence[np.ndarray], *, high: int, num_totals: int, num_shards: int = 1
-) -> Edges:
-    """`DecodePlan.edges` of one cut: what the smaller totals hold, mean over a batch's rows.
+) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    """`Adaptive.edges` of one step: what the smaller totals hold, mean over a batch's rows.
 
     Batches are drawn as evaluation makes them, the questions about an image side by side, since
     these keep alike numbers and their sum varies more than that of as many others. The edges are

@@ -5,7 +5,9 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from meteor_jax.pruning.ops.windows import window_quotas, window_slots
 from meteor_jax.types import Array
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -91,3 +93,26 @@ def largest(scores: Array, count: int) -> tuple[Array, Array]:
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     falling, place = jax.lax.sort((-scores, place), num_keys=1)
     return -falling[..., :count], place[..., :count]
+
+
+def keep_in_windows(scores: Array, *, keep: int, sizes: tuple[int, ...]) -> Selection:
+    """The best tokens of each window, in proportion to what it holds, so that every shape is static
+    (METEOR is silent on windows: our reading).
+
+    Shapes:
+        scores: float[B, N], window after window, of `sizes` tokens each.
+    """
+    quotas = window_quotas(keep, sizes)
+    slots, real = window_slots(sizes, length=max(sizes))
+    scores = scores[:, slots]
+    selection = keep_topk(
+        scores,
+        keep=max(quotas),
+        valid=jnp.broadcast_to(real, scores.shape),
+        num_keep=jnp.broadcast_to(jnp.asarray(quotas), scores.shape[:2]),
+    )
+    idx = selection.idx + slots[:, :1]
+    # How many of a window's places are filled is known, so the gaps go without a mask.
+    filled = np.flatnonzero(np.arange(max(quotas)) < np.asarray(quotas)[:, None])
+    idx = idx.reshape(idx.shape[0], -1)[:, filled]
+    return Selection(idx=idx, valid=jnp.ones(idx.shape, bool))

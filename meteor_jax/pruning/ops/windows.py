@@ -6,7 +6,7 @@ import numpy as np
 
 
 def window_order(grid: int, window: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The raster places of a grid's tokens window by window, and how many are in each window.
+    """The patch_index places of a grid's tokens window by window, and how many are in each window.
 
     Windows lie from the first row and column on, so those at the far edges may be smaller.
     """

@@ -101,7 +101,7 @@ def test_images_are_looked_up_without_leaving_their_lane():
         group = VisualTokens(
             x=jax.ShapeDtypeStruct((8, 4, 6, 5), np.float32, sharding=split),
             encoder=place,
-            raster=place,
+            patch_index=place,
             position=place,
             span=6,
         )

@@ -10,8 +10,8 @@ from meteor_jax.models.eagle.cost import _count_prefill, count_cost
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.models.flops import counted_forms, trace_flops
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
-from meteor_jax.pruning.baselines import parse_plan
-from meteor_jax.pruning.plan import Calibration
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.text import parse_plan
 from tests import tiny_model as tiny
 
 # By closed formulas: 2 operations a multiply-add of every projection, MLP and convolution, all
@@ -107,7 +107,7 @@ def test_of_an_adaptive_budget_the_totals_that_ran_count():
         cost = count_cost(tiny.CONFIG, plan, text_tokens=12, computed=computed, rows=rows)
         return dict(cost.rows)["llm"]
 
-    low, high = (plan.decode.totals(1, rows=8, available=21)[i] / 8 for i in (0, -1))
+    low, high = (plan.decoder_steps[1].budget.totals(rows=8, available=21)[i] / 8 for i in (0, -1))
     middle = (low + high) / 2
     assert llm(15, low) < llm(15, middle) < llm(15, high)
     assert llm(15, middle) == pytest.approx((llm(15, low) + llm(15, high)) / 2)

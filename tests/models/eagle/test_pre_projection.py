@@ -11,8 +11,8 @@ import pytest
 from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.models.eagle.projector import Projector
-from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from tests import tiny_model as tiny
 
 
@@ -46,8 +46,8 @@ def test_pre_projection_is_pruned_place_by_place_without_training():
 
     whole, cut = encode(params, "full").tokens, encode(params, "meteor(fuse=6)").tokens
     assert cut.x.shape == (3, 6, 32)
-    assert (np.diff(cut.raster, axis=1) > 0).all()
-    places = np.asarray(cut.raster)[..., None]
+    assert (np.diff(cut.patch_index, axis=1) > 0).all()
+    places = np.asarray(cut.patch_index)[..., None]
     np.testing.assert_array_equal(cut.x, np.take_along_axis(np.asarray(whole.x), places, axis=1))
     np.testing.assert_array_equal(encode(params, "meteor(fuse=16)").tokens.x, whole.x)
     with pytest.raises(ValueError, match=r"fuse\.num_iterations=1"):

@@ -1,6 +1,5 @@
 """What the decoder computes under an adaptive budget, and what it keeps room for."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,14 +8,16 @@ import numpy as np
 import pytest
 
 from meteor_jax.models.eagle.cost import count_cost
+from meteor_jax.pruning.budgets import Adaptive, Fixed
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import override
 from tests import tiny_model as tiny
 from tests.executed import count_executed
 
 ROWS, TEXT = 8, 60
-ADAPTIVE = dataclasses.replace(
-    tiny.plan("meteor(fuse=48, layers=(1,), keep=(14,), decode.heads=2, decode.scale=(8.6,))"),
-    fuse=None,
-)
+ADAPTIVE = tiny.plan(
+    "meteor(fuse=48, layers=(1,), keep=(14,), decode.heads=2, decode.lambda_=8.6)"
+).without("fuse")
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +39,12 @@ def executed(plan, visual, batch):
 
 
 def fixed(keep):
-    decode = dataclasses.replace(ADAPTIVE.decode, keep=(keep,), budget="fixed")
-    return dataclasses.replace(ADAPTIVE, decode=decode)
+    return ADAPTIVE.with_decoder_budgets([Fixed(keep)])
 
 
 def test_a_batch_computes_what_its_rows_keep_on_average(prompts):
     batch, visual = prompts
-    kept = np.asarray(prefill(ADAPTIVE, visual, batch).cuts[0].num_kept)
+    kept = np.asarray(prefill(ADAPTIVE, visual, batch).prune_steps[0].num_kept)
     mean = kept.mean()
     assert kept.max() > mean + 2 and kept.min() < mean - 2  # one hard row must not lift all
     before = executed(fixed(int(mean)), visual, batch)
@@ -56,7 +56,7 @@ def test_a_batch_computes_what_its_rows_keep_on_average(prompts):
 
 def test_what_is_reported_is_what_ran(prompts):
     batch, visual = prompts
-    cut = prefill(ADAPTIVE, visual, batch).cuts[0]
+    step = prefill(ADAPTIVE, visual, batch).prune_steps[0]
     ran = executed(ADAPTIVE, visual, batch) / ROWS
     head = 2 * tiny.CONFIG.llama.width * tiny.VOCAB
     cost = count_cost(
@@ -64,29 +64,25 @@ def test_what_is_reported_is_what_ran(prompts):
         ADAPTIVE,
         text_tokens=TEXT,
         rows=ROWS,
-        computed=(float(cut.num_computed[0]),),
+        computed=(float(step.num_computed[0]),),
     )
     parts = dict(cost.rows)
     assert parts["llm"] + parts["scores"] + head == pytest.approx(ran, rel=1e-9)
 
 
-def test_a_cut_that_can_drop_nothing_costs_nothing(prompts):
+def test_a_step_that_can_drop_nothing_costs_nothing(prompts):
     batch, visual = prompts
-    unpruned = executed(dataclasses.replace(ADAPTIVE, decode=None), visual, batch)
+    unpruned = executed(PrunePlan(), visual, batch)
     assert executed(fixed(48), visual, batch) == unpruned
-    cuts = prefill(fixed(48), visual, batch).cuts
-    assert len(cuts) == 1 and (np.asarray(cuts[0].num_kept) == 48).all()
+    (step,) = prefill(fixed(48), visual, batch).prune_steps
+    assert (np.asarray(step.num_kept) == 48).all()
 
 
 @pytest.mark.parametrize("edges", [(12.0, 14.0), (20.0,), ()])
 def test_rows_do_not_depend_on_the_total_that_they_are_packed_into(prompts, edges):
     batch, visual = prompts
-    plan = dataclasses.replace(
-        ADAPTIVE,
-        decode=dataclasses.replace(
-            ADAPTIVE.decode, edges=(((1, edges),),), num_totals=1 + len(edges)
-        ),
-    )
+    budget = Adaptive(14, lambda_=8.6, edges=((1, edges),), num_totals=1 + len(edges))
+    plan = ADAPTIVE.with_decoder_budgets([budget])
     together = tiny.prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=4)
     for row in range(ROWS):
         alone = tiny.prefill(
@@ -97,8 +93,8 @@ def test_rows_do_not_depend_on_the_total_that_they_are_packed_into(prompts, edge
             max_new_tokens=4,
         )
         np.testing.assert_allclose(alone.logits[0], together.logits[row], rtol=0, atol=2e-5)
-        assert alone.cuts[0].num_kept[0] == together.cuts[0].num_kept[row]
-        for one, all_ in zip(alone.cache.segments, together.cache.segments, strict=True):
+        assert alone.prune_steps[0].num_kept[0] == together.prune_steps[0].num_kept[row]
+        for one, all_ in zip(alone.cache.ranges, together.cache.ranges, strict=True):
             held = np.asarray(one.valid[0])
             np.testing.assert_array_equal(held, all_.valid[row])
             np.testing.assert_allclose(
@@ -128,10 +124,10 @@ def test_a_full_cache_is_never_overwritten():
     for token in (5, 6, 7, 8):
         extended = tiny.extend(tiny.params(), cache, jnp.full((3, 1), token, jnp.int32))
         cache = extended.cache
-        keys.append(np.asarray(cache.segments[0].k))
+        keys.append(np.asarray(cache.ranges[0].k))
     np.testing.assert_array_equal(keys[3], keys[1])
     assert np.isnan(np.asarray(extended.logits)).all()  # said loudly, and by name:
-    assert cache.overflowed and cache.num_new == 2
+    assert cache.overflowed and cache.cache_index == 2
 
 
 def test_more_tokens_than_there_is_room_for_are_refused_where_shapes_show_it():
@@ -152,10 +148,10 @@ def test_a_trimmed_cache_answers_the_same():
     assert cache.num_lengths == 2
     short = jax.jit(lambda cache: cache.trim(0))(cache)
     fits = [
-        segment.valid[:, : small.valid.shape[1] - 2].sum() == segment.valid.sum()
-        for segment, small in zip(cache.segments, short.segments, strict=True)
+        layers.valid[:, : small.valid.shape[1] - 2].sum() == layers.valid.sum()
+        for layers, small in zip(cache.ranges, short.ranges, strict=True)
     ]
-    assert all(fits) and short.segments[1].k.shape[2] < cache.segments[1].k.shape[2]
+    assert all(fits) and short.ranges[1].k.shape[2] < cache.ranges[1].k.shape[2]
     tokens = jnp.full((3, 1), 7, jnp.int32)
     np.testing.assert_allclose(
         tiny.extend(tiny.params(), short, tokens).logits,
@@ -166,18 +162,16 @@ def test_a_trimmed_cache_answers_the_same():
 
 
 def test_totals_share_most_of_the_program():
-    """Three totals at three cuts: three copies of a layer each, and all else once."""
+    """Three totals at three steps: three copies of a layer each, and all else once."""
     batch, adaptive = (
         tiny.make_batch(),
-        tiny.plan(
-            "meteor(fuse=48, layers=(1, 2, 3), keep=(24, 16, 8), decode.scale=(9.0, 9.0, 9.0))"
-        ),
+        tiny.plan("meteor(fuse=48, layers=(1, 2, 3), keep=(24, 16, 8), decode.lambda_=9.0)"),
     )
     visual = jax.eval_shape(lambda: tiny.encode(tiny.params(), batch.images, plan=adaptive).tokens)
 
-    def lines(budget):
-        decode = dataclasses.replace(adaptive.decode, budget=budget)
-        run = jax.jit(functools.partial(prefill, dataclasses.replace(adaptive, decode=decode)))
+    def lines(plan):
+        run = jax.jit(functools.partial(prefill, plan))
         return len(run.lower(visual, batch).compile().as_text().splitlines())
 
-    assert lines("adaptive") < 1.6 * lines("fixed")
+    fixed = override(adaptive, **{"decode.budget": "fixed"})
+    assert lines(adaptive) < 1.6 * lines(fixed)

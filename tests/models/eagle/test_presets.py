@@ -17,8 +17,8 @@ from meteor_jax.models.eagle.presets import MODELS, eagle_config
 from meteor_jax.models.encoders.convnext import model as convnext
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings
-from meteor_jax.pruning.baselines import parse_plan
 from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import parse_plan
 from meteor_jax.types import IMAGE_TOKEN, Batch
 
 
@@ -108,7 +108,7 @@ def test_config_file(name):
     is_meteor = name.startswith("meteor_")
     assert experiment.model.fusion == ("post" if is_meteor else "pre")
     plan = parse_plan("meteor", library=experiment.plans)
-    assert (plan.encode is not None) == is_meteor
+    assert plan.prunes_encoders == is_meteor
     if name == "x4_7b":  # that of METEOR's form is in test_cost.py
         cost = count_cost(experiment.model, plan)
         assert cost.visual_tokens_fused == 576

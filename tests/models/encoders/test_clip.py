@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from meteor_jax.models.encoders.clip.model import Clip, ClipConfig, quick_gelu
-from meteor_jax.pruning.encode import EncoderCut
+from tests.encoder_steps import segment_steps
 
 SIZES = {"image_size": 16, "patch_size": 4, "width": 8, "depth": 3, "num_heads": 2, "mlp_dim": 12}
 KEEP = 7
@@ -31,8 +31,8 @@ def naive_map(params, x, num_heads=2):
     return jax.nn.softmax(q @ k.transpose(0, 1, 3, 2) / q.shape[-1] ** 0.5, axis=-1)
 
 
-def first_cut(config, criterion):
-    """Places kept by the first boundary, and the input of the block before it."""
+def first_step(config, method):
+    """Places kept after the first segment, and the input of the block before it."""
     model = Clip(config)
     random = np.random.default_rng(1)
     # Large weights, so that attention is far from even.
@@ -40,10 +40,9 @@ def first_cut(config, criterion):
         lambda leaf: jnp.asarray(random.normal(scale=0.7, size=leaf.shape), leaf.dtype),
         jax.eval_shape(model.init, jax.random.key(1), images()),
     )
-    cuts = (EncoderCut(KEEP, criterion), EncoderCut(KEEP), EncoderCut(KEEP))
     apply = functools.partial(
         model.apply,
-        cuts=cuts,
+        steps=segment_steps((KEEP,), method),
         capture_intermediates=lambda module, _: module.name == "pre_norm",
         mutable=["intermediates"],
     )
@@ -58,19 +57,19 @@ def top(scores):
 
 @pytest.mark.parametrize("keep_cls", [False, True])
 def test_attention_received_is_the_maps_column_mean(keep_cls):
-    kept, weights = first_cut(ClipConfig(**SIZES, keep_cls=keep_cls), "attention")
+    kept, weights = first_step(ClipConfig(**SIZES, keep_cls=keep_cls), "attention")
     np.testing.assert_array_equal(kept, top(weights.mean((1, 2))[:, int(keep_cls) :]))
 
 
 def test_cls_attention_is_the_maps_first_row():
-    kept, weights = first_cut(ClipConfig(**SIZES, keep_cls=True), "cls")
+    kept, weights = first_step(ClipConfig(**SIZES, keep_cls=True), "cls")
     np.testing.assert_array_equal(kept, top(weights.mean(1)[:, 0, 1:]))
 
 
 def test_cls_needs_a_cls_token():
     model = Clip(ClipConfig(**SIZES))
     with pytest.raises(ValueError, match="keep_cls=True"):
-        model.init(jax.random.key(0), images(), cuts=(EncoderCut(4, "cls"),) * 3)
+        model.init(jax.random.key(0), images(), steps=segment_steps((4,), "cls"))
 
 
 def test_cls_token_is_a_parameter_only_where_it_is_read():

@@ -12,7 +12,7 @@ from meteor_jax.models.encoders.convnext.model import (
     depthwise_conv_tpu,
     depthwise_shifted,
 )
-from meteor_jax.pruning.encode import EncoderCut
+from tests.encoder_steps import segment_steps
 
 
 @pytest.mark.parametrize("form", [depthwise_shifted, depthwise_conv_tpu])
@@ -56,23 +56,21 @@ def test_any_number_of_stages(num_stages, grid):
     assert out.x.shape == (1, grid**2, 4)
 
 
-def trace(config, cuts):
-    init = functools.partial(ConvNext(config).init, cuts=cuts)
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+def trace(config, steps):
+    init = functools.partial(ConvNext(config).init_with_output, steps=steps)
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))[0]
 
 
-def test_only_the_output_can_be_cut():
+def test_tokens_are_dropped_at_the_end_only():
     config = ConvNextConfig(image_size=16, depths=(1,), widths=(4,))
-    assert config.cuttable == (False, False, True)
-    with pytest.raises(ValueError, match=r"first two to keep all 16, got \[16, 8\]"):
-        trace(config, cuts=(EncoderCut(16), EncoderCut(8), EncoderCut(8)))
+    assert config.prunable == (False, False, True)
+    with pytest.raises(ValueError, match=r"encoder.segment2: .* keep all 16 there"):
+        trace(config, segment_steps((16, 8, 8)))
 
 
-def test_attention_cannot_be_asked_for():
+def test_without_attention_the_mean_token_decides():
     config = ConvNextConfig(image_size=16, depths=(1,), widths=(4,))
-    cuts = (EncoderCut(16), EncoderCut(16), EncoderCut(8, "attention"))
-    with pytest.raises(ValueError, match="needs attention"):
-        trace(config, cuts=cuts)
+    assert trace(config, segment_steps((16, 16, 8), "attention")).x.shape == (1, 8, 4)
 
 
 def test_bad_sizes():

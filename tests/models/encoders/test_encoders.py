@@ -12,7 +12,7 @@ import pytest
 from meteor_jax.models.encoders.clip.model import Clip, ClipConfig
 from meteor_jax.models.encoders.convnext.model import ConvNext, ConvNextConfig
 from meteor_jax.models.encoders.pix2struct.model import Pix2Struct, Pix2StructConfig
-from meteor_jax.pruning.encode import EncoderCut
+from tests.encoder_steps import segment_steps
 
 MODELS = {
     "clip": Clip(
@@ -50,75 +50,75 @@ def variables(name):
     )
 
 
-def cuts_for(name, keeps=(30, 20, 9), criteria=("mean_token", "attention", "attention")):
-    """Three cuts, or, where only the output can be cut, the last by mean token."""
-    if not all(MODELS[name].config.cuttable):
-        keeps, criteria = (NUM_TOKENS, NUM_TOKENS, keeps[-1]), ("mean_token",) * 3
-    return tuple(EncoderCut(k, c) for k, c in zip(keeps, criteria, strict=True))
+def steps_for(name, keeps=(30, 20, 9), methods=("mean_token", "attention", "attention")):
+    """Three steps, or, where tokens can be dropped at the end only, the last by mean token."""
+    if not all(MODELS[name].config.prunable):
+        keeps, methods = (NUM_TOKENS, NUM_TOKENS, keeps[-1]), "mean_token"
+    return segment_steps(keeps, methods)
 
 
 @functools.cache
-def compiled(name, cuts):
-    return jax.jit(functools.partial(MODELS[name].apply, cuts=cuts))
+def compiled(name, steps):
+    return jax.jit(functools.partial(MODELS[name].apply, steps=steps))
 
 
-def encode(name, cuts, x=None):
-    return compiled(name, cuts)(variables(name), images() if x is None else x)
+def encode(name, steps=(), x=None):
+    return compiled(name, steps)(variables(name), images() if x is None else x)
 
 
 @pytest.mark.parametrize("name", MODELS)
 class TestEncoder:
     def test_config_tells_the_shape(self, name):
         config = MODELS[name].config
-        out = encode(name, None)
+        out = encode(name)
         assert out.x.shape == (NUM_IMAGES, config.num_tokens, config.width)
         assert config.num_tokens == config.grid**2 == NUM_TOKENS
         assert config.num_windows == 1
         assert out.kept == ()
-        np.testing.assert_array_equal(out.raster, [np.arange(NUM_TOKENS)] * NUM_IMAGES)
+        np.testing.assert_array_equal(out.patch_index, [np.arange(NUM_TOKENS)] * NUM_IMAGES)
 
     def test_keeping_everything_changes_nothing(self, name):
-        kept = encode(name, cuts_for(name, keeps=(NUM_TOKENS,) * 3))
-        full = encode(name, None)
+        kept = encode(name, steps_for(name, keeps=(NUM_TOKENS,) * 3))
+        full = encode(name)
         np.testing.assert_array_equal(kept.x, full.x)
-        np.testing.assert_array_equal(kept.raster, full.raster)
+        np.testing.assert_array_equal(kept.patch_index, full.patch_index)
 
-    def test_cuts_shorten_and_keep_order(self, name):
-        cuts = cuts_for(name)
-        out = encode(name, cuts)
+    def test_steps_shorten_and_keep_order(self, name):
+        steps = steps_for(name)
+        out = encode(name, steps)
         assert out.x.shape == (NUM_IMAGES, 9, MODELS[name].config.width)
-        assert [kept.shape for kept in out.kept] == [(NUM_IMAGES, cut.keep) for cut in cuts]
-        np.testing.assert_array_equal(out.kept[-1], out.raster)
-        assert (np.diff(np.asarray(out.raster), axis=1) > 0).all()
+        assert [kept.shape for kept in out.kept] == [(NUM_IMAGES, step.keep) for step in steps]
+        np.testing.assert_array_equal(out.kept[-1], out.patch_index)
+        assert (np.diff(np.asarray(out.patch_index), axis=1) > 0).all()
         for before, after in itertools.pairwise(out.kept):
             for old, new in zip(np.asarray(before), np.asarray(after), strict=True):
                 assert set(new) <= set(old)
 
-    def test_raster_travels_with_its_token(self, name):
-        """A cut at the output only: each kept token is the uncut model's token at that place."""
-        out = encode(name, cuts_for(name, (NUM_TOKENS, NUM_TOKENS, 9), ("mean_token",) * 3))
-        full = np.asarray(encode(name, None).x)
-        expected = np.take_along_axis(full, np.asarray(out.raster)[..., None], axis=1)
+    def test_patch_index_travels_with_its_token(self, name):
+        """A step at the end only: each kept token is the unpruned model's token at that place."""
+        out = encode(name, steps_for(name, (NUM_TOKENS, NUM_TOKENS, 9), "mean_token"))
+        full = np.asarray(encode(name).x)
+        expected = np.take_along_axis(full, np.asarray(out.patch_index)[..., None], axis=1)
         np.testing.assert_allclose(out.x, expected, atol=1e-5)
 
-    def test_tree_does_not_depend_on_cuts(self, name):
-        init = functools.partial(MODELS[name].init, cuts=cuts_for(name))
-        cut = jax.eval_shape(init, jax.random.key(0), images())
-        assert jax.tree.map(lambda leaf: leaf.shape, cut) == jax.tree.map(
+    def test_tree_does_not_depend_on_steps(self, name):
+        init = functools.partial(MODELS[name].init, steps=steps_for(name))
+        pruned = jax.eval_shape(init, jax.random.key(0), images())
+        assert jax.tree.map(lambda leaf: leaf.shape, pruned) == jax.tree.map(
             lambda leaf: leaf.shape, variables(name)
         )
 
     def test_image_does_not_depend_on_its_batch_mates(self, name):
         mates = images(seed=7).at[1].set(images()[1])
-        ours, theirs = encode(name, cuts_for(name)), encode(name, cuts_for(name), mates)
-        np.testing.assert_array_equal(ours.raster[1], theirs.raster[1])
+        ours, theirs = encode(name, steps_for(name)), encode(name, steps_for(name), mates)
+        np.testing.assert_array_equal(ours.patch_index[1], theirs.patch_index[1])
         np.testing.assert_allclose(ours.x[1], theirs.x[1], atol=1e-5)
-        assert (ours.raster != theirs.raster).any()
+        assert (ours.patch_index != theirs.patch_index).any()
 
     def test_compiles_once(self, name):
         for seed in range(3):
-            encode(name, cuts_for(name), images(seed))
-        assert compiled(name, cuts_for(name))._cache_size() == 1
+            encode(name, steps_for(name), images(seed))
+        assert compiled(name, steps_for(name))._cache_size() == 1
 
     def test_gradients_reach_every_parameter(self, name):
         def loss(variables):
@@ -132,17 +132,15 @@ class TestEncoder:
     def test_dtype_and_remat_reach_the_blocks(self, name):
         config = dataclasses.replace(MODELS[name].config, remat="nothing_saveable")
         model = MODELS[name].clone(config=config, dtype=jnp.bfloat16)
-        program = jax.make_jaxpr(functools.partial(model.apply, cuts=cuts_for(name)))(
+        program = jax.make_jaxpr(functools.partial(model.apply, steps=steps_for(name)))(
             variables(name), images()
         )
         assert program.out_avals[0].dtype == jnp.bfloat16
         assert "checkpoint" in str(program) or "remat" in str(program)
 
-    def test_bad_cuts(self, name):
-        with pytest.raises(ValueError, match="expected 3, one a segment, got 1"):
-            encode(name, (EncoderCut(4),))
+    def test_bad_steps(self, name):
         with pytest.raises(ValueError, match="37 of 36"):
-            encode(name, cuts_for(name, keeps=(36, 36, 37)))
+            encode(name, steps_for(name, keeps=(36, 36, 37)))
 
 
 def num_parameters(model):

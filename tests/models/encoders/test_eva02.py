@@ -1,4 +1,4 @@
-"""EVA-02 against EAGLE's PyTorch code, and its cut blocks against the same sums without windows."""
+"""EVA-02 against EAGLE's PyTorch code, and pruned blocks against sums without windows."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.models.encoders.eva02.model import Eva02, Eva02Config, rotary_tables
-from meteor_jax.pruning.encode import EncoderCut
+from meteor_jax.models.encoders.eva02.model import Eva02, Eva02Config, rope_freqs
+from tests.encoder_steps import segment_steps
 from tests.models.encoders.test_golden import assert_close, dense, encode, norm, patches, stack
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -77,10 +77,10 @@ def test_equals_eagle(weights):
     assert_close(encode(Eva02(config), params), theirs)
 
 
-def test_rotary_tables_are_those_of_the_checkpoint(weights):
+def test_rope_freqs_are_those_of_the_checkpoint(weights):
     config = Eva02Config(width=32, num_heads=2)
     stored = golden_params(weights, depth=3)["tables"]
-    for name, table in rotary_tables(config).items():
+    for name, table in rope_freqs(config).items():
         np.testing.assert_allclose(table, stored[name], atol=2e-7, err_msg=name)
 
 
@@ -93,20 +93,20 @@ def params():
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0), images())["params"]
     random = np.random.default_rng(1)
     drawn = jax.tree.map(lambda s: random.normal(scale=0.5, size=s.shape).astype(s.dtype), shapes)
-    return drawn | {"tables": rotary_tables(CONFIG)}
+    return drawn | {"tables": rope_freqs(CONFIG)}
 
 
-def run(*keeps, criteria=("attention",) * 3):
-    cuts = tuple(map(EncoderCut, keeps, criteria)) or None
-    return jax.jit(functools.partial(MODEL.apply, cuts=cuts))({"params": params()}, images())
+def run(*keeps, methods="attention"):
+    steps = segment_steps(keeps, methods)
+    return jax.jit(functools.partial(MODEL.apply, steps=steps))({"params": params()}, images())
 
 
-def naive_block(index, x, raster):
-    """One block over float[N, E] at `raster`, every pair of tokens and every rotation written
+def naive_block(index, x, patch_index):
+    """One block over float[N, E] at `patch_index`, every pair of tokens and every rotation written
     out: what comes out, and the mean over heads of the attention map."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf[index], np.float64), params()["blocks"]["stack"])
     side, window, heads = CONFIG.grid, CONFIG.window, CONFIG.num_heads
-    row, column = np.divmod(raster, side)
+    row, column = np.divmod(patch_index, side)
 
     def normed(x, p):
         x = x - x.mean(-1, keepdims=True)
@@ -148,20 +148,20 @@ def naive_block(index, x, raster):
 
 def naive_blocks(blocks, out, boundary, image):
     """Runs blocks over the tokens that an output holds at a boundary."""
-    raster = np.asarray(out.kept[boundary])[image]
+    patch_index = np.asarray(out.kept[boundary])[image]
     x = np.asarray(out.features[boundary], np.float64)[image]
     for block in blocks:
-        x, weight = naive_block(block, x, raster)
-    return x, weight, raster
+        x, weight = naive_block(block, x, patch_index)
+    return x, weight, patch_index
 
 
 @pytest.mark.parametrize("keep", [64, 40])
-def test_blocks_after_a_cut(keep):
+def test_blocks_after_a_step(keep):
     """A window block, then a global one, over the tokens that the first boundary left."""
-    out = run(keep, keep, keep, criteria=("mean_token",) * 3)
+    out = run(keep, keep, keep, methods="mean_token")
     for image in range(3):
-        x, _, raster = naive_blocks((1, 2), out, 0, image)
-        np.testing.assert_array_equal(out.raster[image], raster)
+        x, _, patch_index = naive_blocks((1, 2), out, 0, image)
+        np.testing.assert_array_equal(out.patch_index[image], patch_index)
         np.testing.assert_allclose(out.x[image], x, atol=1e-3 * np.abs(x).max())
 
 
@@ -171,16 +171,16 @@ def test_attention_received(keeps, block):
     or, after a global block, from everywhere."""
     out = run(*keeps)
     for image in range(3):
-        _, weight, raster = naive_blocks((block,), out, block - 1, image)
-        windows = raster // 8 // 4 * 2 + raster % 8 // 4
+        _, weight, patch_index = naive_blocks((block,), out, block - 1, image)
+        windows = patch_index // 8 // 4 * 2 + patch_index % 8 // 4
         expected = [
             token
             for w in range(4)
             for token in sorted(
-                raster[windows == w], key=lambda t: -weight.mean(0)[list(raster).index(t)]
+                patch_index[windows == w], key=lambda t: -weight.mean(0)[list(patch_index).index(t)]
             )[:5]
         ]
-        np.testing.assert_array_equal(out.raster[image], sorted(expected))
+        np.testing.assert_array_equal(out.patch_index[image], sorted(expected))
 
 
 def test_a_kept_number_must_divide_by_the_windows():
@@ -189,13 +189,13 @@ def test_a_kept_number_must_divide_by_the_windows():
 
 
 def test_a_deeper_encoder_is_no_larger_a_program():
-    """Cut three times, eight periods of blocks take the program of three."""
-    cuts = tuple(map(EncoderCut, (40, 20, 12), ("mean_token", "attention", "attention")))
+    """Pruned three times, eight periods of blocks take the program of three."""
+    steps = segment_steps((40, 20, 12), ("mean_token", "attention", "attention"))
 
     def lines(depth):
         model = MODEL.clone(config=dataclasses.replace(CONFIG, depth=depth))
         shapes = jax.eval_shape(model.init, jax.random.key(0), images())
-        lowered = jax.jit(functools.partial(model.apply, cuts=cuts)).lower(shapes, images())
+        lowered = jax.jit(functools.partial(model.apply, steps=steps)).lower(shapes, images())
         return lowered.as_text().count("\n")
 
     assert lines(24) < 1.2 * lines(9)

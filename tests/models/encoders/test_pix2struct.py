@@ -5,7 +5,7 @@ import pytest
 
 from meteor_jax.models.encoders.pix2struct.model import Pix2Struct, Pix2StructConfig, preprocess
 from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD
-from meteor_jax.pruning.encode import EncoderCut
+from tests.encoder_steps import segment_steps
 
 CONFIG = Pix2StructConfig(
     grid_side=4, patch_size=4, width=8, depth=3, num_heads=2, mlp_dim=12, num_positions=6
@@ -52,7 +52,7 @@ def test_attention_received_is_the_maps_column_mean():
     out, state = model.apply(
         variables,
         images(),
-        cuts=(EncoderCut(KEEP, "attention"), EncoderCut(KEEP), EncoderCut(KEEP)),
+        steps=segment_steps((KEEP,), "attention"),
         capture_intermediates=lambda module, _: module.name == "patch_embedding",
         mutable=["intermediates"],
     )
@@ -73,8 +73,8 @@ def test_attention_received_is_the_maps_column_mean():
 
 
 def test_there_is_no_cls():
-    with pytest.raises(ValueError, match="no CLS token"):
-        Pix2Struct(CONFIG).init(jax.random.key(0), images(), cuts=(EncoderCut(4, "cls"),) * 3)
+    with pytest.raises(ValueError, match="Pix2Struct has none"):
+        Pix2Struct(CONFIG).init(jax.random.key(0), images(), steps=segment_steps((4,), "cls"))
 
 
 def test_bad_sizes():

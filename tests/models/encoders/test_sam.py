@@ -1,4 +1,4 @@
-"""SAM against Hugging Face's, and its cut blocks against the same sums without windows."""
+"""SAM against Hugging Face's, and its pruned blocks against the same sums without windows."""
 
 import functools
 
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from meteor_jax.models.encoders.sam.model import (
-    Place,
     Sam,
     SamConfig,
+    WindowLayout,
     join_relative_positions,
     padded_windows,
 )
-from meteor_jax.pruning.encode import EncoderCut
 from meteor_jax.pruning.ops.windows import window_order
+from tests.encoder_steps import segment_steps
 from tests.models.encoders.test_golden import dense, norm, patches, stack
 
 # 10×10 tokens, so 4×4 windows are cut off at the far edges. Segments end after blocks 0, 2, 3.
@@ -44,9 +44,9 @@ def params():
     return jax.tree.map(lambda s: random.normal(scale=0.5, size=s.shape).astype(s.dtype), shapes)
 
 
-def run(params, *keeps, criterion="attention"):
-    cuts = tuple(EncoderCut(keep, criterion) for keep in keeps) or None
-    return jax.jit(functools.partial(MODEL.apply, cuts=cuts))({"params": params}, images())
+def run(params, *keeps, method="attention"):
+    steps = segment_steps(keeps, method)
+    return jax.jit(functools.partial(MODEL.apply, steps=steps))({"params": params}, images())
 
 
 def to_raster(groups):
@@ -130,20 +130,20 @@ def test_neck_equals_torch():
     np.testing.assert_allclose(out.x, x.flatten(2).transpose(1, 2).numpy(), atol=1e-5)
 
 
-def places(raster):
+def places(patch_index):
     """Rows and columns of the tokens of groups, float[4N] each."""
-    row, column = np.divmod(raster, CONFIG.grid)
+    row, column = np.divmod(patch_index, CONFIG.grid)
     row = 2 * row[:, None] + np.array([0, 0, 1, 1])
     column = 2 * column[:, None] + np.array([0, 1, 0, 1])
     return row.reshape(-1), column.reshape(-1)
 
 
-def naive_block(index, x, raster):
-    """One block over the groups float[N, 4E] at `raster`, every pair of tokens written out: what
-    comes out, and the attention that each group receives, mean over its tokens and all queries."""
+def naive_block(index, x, patch_index):
+    """One block over the squares float[N, 4E] at `patch_index`, every pair of tokens written out:
+    what comes out, and the attention that each square receives, a mean over its tokens."""
     leaves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params())
     p = jax.tree.map(lambda leaf: leaf[index], leaves["blocks"]["stack"])
-    row, column = places(raster)
+    row, column = places(patch_index)
     num_tokens = len(row)
     x = x.reshape(num_tokens, -1)
 
@@ -156,7 +156,7 @@ def naive_block(index, x, raster):
 
     is_global = index in CONFIG.global_blocks
     y = normed(x, p["norm1"])
-    if not is_global and len(raster) == CONFIG.num_tokens:
+    if not is_global and len(patch_index) == CONFIG.num_tokens:
         more_rows, more_columns = np.divmod(np.arange(144), 12)
         outside = (more_rows >= 10) | (more_columns >= 10)
         row = np.concatenate([row, more_rows[outside]])
@@ -180,20 +180,20 @@ def naive_block(index, x, raster):
     x = x + linear(np.asarray(jax.nn.gelu(hidden, approximate=False)), p["mlp"]["fc2"])
     # Windows hold unequal numbers, so a window's mean is over its own queries.
     received = (weight.mean(0).sum(0) / near.sum(0))[:num_tokens]
-    return x.reshape(len(raster), -1), received.reshape(-1, 4).mean(-1)
+    return x.reshape(len(patch_index), -1), received.reshape(-1, 4).mean(-1)
 
 
 @pytest.mark.parametrize("keep", [25, 18])
 def test_blocks(keep):
     """Relative positions of the original places, and the edge windows: padded while all tokens
-    are there, of unequal quotas and without padding after a cut."""
-    out = run(params(), keep, keep, keep, criterion="mean_token")
+    are there, of unequal quotas and without padding after a step."""
+    out = run(params(), keep, keep, keep, method="mean_token")
     for image in range(2):
-        raster = np.asarray(out.kept[0])[image]
+        patch_index = np.asarray(out.kept[0])[image]
         x = np.asarray(out.features[0], np.float64)[image]
         for boundary, blocks in ((1, (1, 2)), (2, (3,))):
             for block in blocks:
-                x, _ = naive_block(block, x, raster)
+                x, _ = naive_block(block, x, patch_index)
             theirs = np.asarray(out.features[boundary])[image]
             np.testing.assert_allclose(theirs, x, atol=1e-3 * np.abs(x).max())
 
@@ -206,14 +206,14 @@ def test_attention_received(keeps, blocks):
     out = run(params(), *keeps)
     before = keeps.index(9) - 1
     for image in range(2):
-        raster = np.asarray(out.kept[before])[image]
+        patch_index = np.asarray(out.kept[before])[image]
         x = np.asarray(out.features[before], np.float64)[image]
         for block in blocks:
-            x, received = naive_block(block, x, raster)
-        window = raster // 5 // 2 * 3 + raster % 5 // 2
-        kept = np.asarray(out.raster)[image]
+            x, received = naive_block(block, x, patch_index)
+        window = patch_index // 5 // 2 * 3 + patch_index % 5 // 2
+        kept = np.asarray(out.patch_index)[image]
         for w in range(9):
-            inside = raster[window == w]
+            inside = patch_index[window == w]
             best = inside[np.argsort(-received[window == w], kind="stable")]
             chosen = kept[np.isin(kept, inside)]
             np.testing.assert_array_equal(chosen, np.sort(best[: len(chosen)]))
@@ -234,7 +234,7 @@ def test_padding_of_the_edge_windows():
 
 def test_relative_positions_by_hand():
     """Relative positions meet the queries before the scale 1/√d."""
-    place = Place(
+    layout = WindowLayout(
         row=np.array([[0, 1]]),
         column=np.array([[0, 0]]),
         real=np.ones((1, 2), bool),
@@ -244,7 +244,7 @@ def test_relative_positions_by_hand():
     )
     q, k = jnp.full((1, 1, 2, 1, 4), 3.0), jnp.full((1, 1, 2, 1, 4), 5.0)
     relative = {"height": jnp.arange(3.0)[:, None] * jnp.ones(4), "width": jnp.zeros((3, 4))}
-    q, k = join_relative_positions(q, k, place=place, relative=relative)
+    q, k = join_relative_positions(q, k, layout=layout, relative=relative)
     logits = jnp.einsum("iwshd,iwthd->st", q, k)
     # q·k / √d = 4 · 3 · 5 / 2; row − row + 1 picks the entry, 4 · 3 times it.
     np.testing.assert_allclose(logits, 30 + 12 * np.array([[1, 0], [2, 1]]))
@@ -253,7 +253,7 @@ def test_relative_positions_by_hand():
 def test_bad_sizes():
     with pytest.raises(ValueError, match="image_size: expected a multiple of 2 · patch_size 32"):
         SamConfig(image_size=1008)
-    with pytest.raises(ValueError, match="window: expected a multiple of a group's side, 2"):
+    with pytest.raises(ValueError, match="window: expected a multiple of a square's side, 2"):
         SamConfig(window=7)
     with pytest.raises(ValueError, match="block_width: expected a multiple of num_heads 15"):
         SamConfig(num_heads=15)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meteor_jax.models.layers import attention
 from meteor_jax.models.layers.attention import attend, attention_kernel, select_kernel
+from meteor_jax.models.layers.kernels import cpu
 from meteor_jax.models.layers.kernels import fused as fused_attention
 from meteor_jax.models.layers.platform import compiling_for
 from meteor_jax.models.layers.windows import attend_windows
@@ -81,10 +81,10 @@ def test_xla_is_attention_by_definition():
 def test_a_map_in_chunks_is_the_whole_map(causal, monkeypatch):
     """On CPUs: 3 heads over one of keys, whose 3·130 query rows are ten chunks of 39."""
     q, k, v = make(heads=6, kv=2, value=6)
-    monkeypatch.setattr(attention, "CAUSAL_CHUNK", 130)
+    monkeypatch.setattr(cpu, "CAUSAL_CHUNK", 130)
     whole = outputs_and_gradients(q, k, v, kernel="xla", causal=causal)
-    monkeypatch.setattr(attention, "CPU_CHUNK", 48)
-    monkeypatch.setattr(attention, "CAUSAL_CHUNK", 48)
+    monkeypatch.setattr(cpu, "CHUNK", 48)
+    monkeypatch.setattr(cpu, "CAUSAL_CHUNK", 48)
     assert_same(outputs_and_gradients(q, k, v, kernel="xla", causal=causal), whole)
 
 

@@ -19,8 +19,11 @@ from meteor_jax.models.layers.windows import (
     from_windows,
     to_windows,
 )
-from meteor_jax.pruning.encode import EncoderCut
+from meteor_jax.pruning.encoder_steps import EncoderStep
+from meteor_jax.pruning.method import ReductionContext
 from meteor_jax.pruning.ops.windows import window_order, window_quotas
+from meteor_jax.pruning.points import Point
+from tests.encoder_steps import METHODS, segment_steps
 
 MODELS = {
     "eva02": Eva02(
@@ -68,91 +71,92 @@ def variables(name):
     )
 
 
-def cuts_for(name, keeps=None, criterion="attention"):
-    return tuple(EncoderCut(keep, criterion) for keep in keeps or KEEPS[name])
+def steps_for(name, keeps=None, method="attention"):
+    return segment_steps(keeps or KEEPS[name], method)
 
 
 @functools.cache
-def compiled(name, cuts):
-    return jax.jit(functools.partial(MODELS[name].apply, cuts=cuts))
+def compiled(name, steps):
+    return jax.jit(functools.partial(MODELS[name].apply, steps=steps))
 
 
-def encode(name, cuts, x=None):
+def encode(name, steps=(), x=None):
     x = images() if x is None else x
-    return compiled(name, cuts)(variables(name), x, image_seed=jnp.arange(len(x), dtype=jnp.uint32))
+    context = ReductionContext(image_seed=jnp.arange(len(x), dtype=jnp.uint32))
+    return compiled(name, steps)(variables(name), x, context=context)
 
 
 def keep_all(name):
-    return cuts_for(name, (MODELS[name].config.num_tokens,) * 3)
+    return steps_for(name, (MODELS[name].config.num_tokens,) * 3)
 
 
-def window_of(name, raster):
+def window_of(name, patch_index):
     grid = MODELS[name].config.grid
     side = {"eva02": 4, "sam": 2}[name]
-    return raster // grid // side * -(-grid // side) + raster % grid // side
+    return patch_index // grid // side * -(-grid // side) + patch_index % grid // side
 
 
 @pytest.mark.parametrize("name", MODELS)
 class TestEncoder:
     def test_config_tells_the_shape(self, name):
-        config, out = MODELS[name].config, encode(name, None)
+        config, out = MODELS[name].config, encode(name)
         assert out.x.shape == (3, config.num_tokens, config.width)
         assert config.num_tokens == config.grid**2
         assert out.kept == ()
-        np.testing.assert_array_equal(out.raster, [np.arange(config.num_tokens)] * 3)
+        np.testing.assert_array_equal(out.patch_index, [np.arange(config.num_tokens)] * 3)
 
     def test_keeping_everything_changes_nothing(self, name):
-        kept, full = encode(name, keep_all(name)), encode(name, None)
+        kept, full = encode(name, keep_all(name)), encode(name)
         np.testing.assert_array_equal(kept.x, full.x)
-        np.testing.assert_array_equal(kept.raster, full.raster)
+        np.testing.assert_array_equal(kept.patch_index, full.patch_index)
 
-    @pytest.mark.parametrize("criterion", ["attention", "mean_token", "random", "uniform"])
-    def test_every_window_keeps_its_quota(self, name, criterion):
-        cuts = cuts_for(name, criterion=criterion)
-        out = encode(name, cuts)
+    @pytest.mark.parametrize("method", ["attention", "mean_token", "random", "uniform"])
+    def test_every_window_keeps_its_quota(self, name, method):
+        steps = steps_for(name, method=method)
+        out = encode(name, steps)
         assert out.x.shape == (3, KEEPS[name][-1], MODELS[name].config.width)
-        assert [kept.shape for kept in out.kept] == [(3, cut.keep) for cut in cuts]
-        assert [f.shape[:2] for f in out.features] == [(3, cut.keep) for cut in cuts]
-        np.testing.assert_array_equal(out.kept[-1], out.raster)
+        assert [kept.shape for kept in out.kept] == [(3, step.keep) for step in steps]
+        assert [f.shape[:2] for f in out.features] == [(3, step.keep) for step in steps]
+        np.testing.assert_array_equal(out.kept[-1], out.patch_index)
         for kept in out.kept:
             assert (np.diff(np.asarray(kept), axis=1) > 0).all()
         for before, after in itertools.pairwise(np.asarray(kept) for kept in out.kept):
             for old, new in zip(before, after, strict=True):
                 assert set(new) <= set(old)
-        for raster in np.asarray(out.raster):
-            held = np.bincount(window_of(name, raster), minlength=len(QUOTAS[name]))
+        for patch_index in np.asarray(out.patch_index):
+            held = np.bincount(window_of(name, patch_index), minlength=len(QUOTAS[name]))
             np.testing.assert_array_equal(held, QUOTAS[name])
 
-    def test_raster_travels_with_its_token(self, name):
-        """A cut at the output only: each kept token is the uncut model's token at that place."""
+    def test_patch_index_travels_with_its_token(self, name):
+        """A step at the end only: each kept token is the unpruned model's token at that place."""
         keeps = (MODELS[name].config.num_tokens,) * 2 + KEEPS[name][-1:]
-        out = encode(name, cuts_for(name, keeps))
-        full = np.asarray(encode(name, None).x)
-        expected = np.take_along_axis(full, np.asarray(out.raster)[..., None], axis=1)
+        out = encode(name, steps_for(name, keeps))
+        full = np.asarray(encode(name).x)
+        expected = np.take_along_axis(full, np.asarray(out.patch_index)[..., None], axis=1)
         np.testing.assert_allclose(out.x, expected, atol=1e-5)
 
-    def test_tree_does_not_depend_on_cuts(self, name):
-        init = functools.partial(MODELS[name].init, cuts=cuts_for(name))
-        cut = jax.eval_shape(init, jax.random.key(0), images())
-        assert jax.tree.map(lambda leaf: leaf.shape, cut) == jax.tree.map(
+    def test_tree_does_not_depend_on_steps(self, name):
+        init = functools.partial(MODELS[name].init, steps=steps_for(name))
+        pruned = jax.eval_shape(init, jax.random.key(0), images())
+        assert jax.tree.map(lambda leaf: leaf.shape, pruned) == jax.tree.map(
             lambda leaf: leaf.shape, variables(name)
         )
 
     def test_image_does_not_depend_on_its_batch_mates(self, name):
         mates = images(seed=7).at[1].set(images()[1])
-        ours, theirs = encode(name, cuts_for(name)), encode(name, cuts_for(name), mates)
-        np.testing.assert_array_equal(ours.raster[1], theirs.raster[1])
+        ours, theirs = encode(name, steps_for(name)), encode(name, steps_for(name), mates)
+        np.testing.assert_array_equal(ours.patch_index[1], theirs.patch_index[1])
         np.testing.assert_allclose(ours.x[1], theirs.x[1], atol=1e-5)
-        assert (ours.raster != theirs.raster).any()
+        assert (ours.patch_index != theirs.patch_index).any()
 
     def test_compiles_once(self, name):
         for seed in range(3):
-            encode(name, cuts_for(name), images(seed))
-        assert compiled(name, cuts_for(name))._cache_size() == 1
+            encode(name, steps_for(name), images(seed))
+        assert compiled(name, steps_for(name))._cache_size() == 1
 
     def test_gradients_reach_every_parameter_through_the_kept_tokens(self, name):
         def loss(params):
-            out = MODELS[name].apply({"params": params}, images(), cuts=cuts_for(name))
+            out = MODELS[name].apply({"params": params}, images(), steps=steps_for(name))
             return (out.x**2).sum()
 
         grads = jax.jit(jax.grad(loss))(variables(name)["params"])
@@ -164,20 +168,20 @@ class TestEncoder:
     def test_dtype_and_remat_reach_the_blocks(self, name):
         config = dataclasses.replace(MODELS[name].config, remat="nothing_saveable")
         model = MODELS[name].clone(config=config, dtype=jnp.bfloat16)
-        program = jax.make_jaxpr(functools.partial(model.apply, cuts=cuts_for(name)))(
+        program = jax.make_jaxpr(functools.partial(model.apply, steps=steps_for(name)))(
             variables(name), images()
         )
         assert program.out_avals[0].dtype == jnp.bfloat16
         assert "checkpoint" in str(program) or "remat" in str(program)
 
-    def test_bad_cuts(self, name):
+    def test_bad_steps(self, name):
         most = MODELS[name].config.num_tokens
-        with pytest.raises(ValueError, match="expected 3, one a segment, got 1"):
-            encode(name, (EncoderCut(4),))
+        with pytest.raises(ValueError, match=r"no reduction point encoder\.block1"):
+            encode(name, (EncoderStep(Point("encoder", "block", 1), 4, METHODS["attention"]),))
         with pytest.raises(ValueError, match=f"cannot keep {most + 4} of {most}"):
-            encode(name, cuts_for(name, (most, most, most + 4)))
-        with pytest.raises(ValueError, match="has no CLS token; use 'attention'"):
-            encode(name, cuts_for(name, criterion="cls"))
+            encode(name, steps_for(name, (most, most, most + 4)))
+        with pytest.raises(ValueError, match="has none; or use queries='all'"):
+            encode(name, steps_for(name, method="cls"))
 
 
 def test_order_of_a_grid_that_windows_do_not_divide():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from meteor_jax.pruning.ops.budgets import BATCH_ROWS, expected_total, fit_edges, fit_scale
-from meteor_jax.pruning.plan import DecodePlan
+from meteor_jax.pruning.budgets import Adaptive
+from meteor_jax.pruning.ops.budgets import BATCH_ROWS, expected_total, fit_edges, fit_lambda
 
 HIGH = 42
 
@@ -17,20 +17,20 @@ def kept(spread=4.0, num_images=200):
 
 
 def test_the_mean_of_k_meets_the_target():
-    masses = np.random.default_rng(0).uniform(0.2, 1.0, 500)
+    total_vav = np.random.default_rng(0).uniform(0.2, 1.0, 500)
     many = np.full(500, 100)
-    scale = fit_scale(masses, low_high=(10, 60), target=30, available=many)
-    kept = np.clip(np.round(scale * masses), 10, 60)
+    lambda_ = fit_lambda(total_vav, low_high=(10, 60), target=30, available=many)
+    kept = np.clip(np.round(lambda_ * total_vav), 10, 60)
     assert abs(kept.mean() - 30) < 0.1 and kept.std() > 3
     with pytest.raises(ValueError, match="no text attention"):
-        fit_scale(np.zeros(4), low_high=(1, 2), target=1, available=np.full(4, 9))
+        fit_lambda(np.zeros(4), low_high=(1, 2), target=1, available=np.full(4, 9))
 
 
-def test_the_mean_of_k_meets_the_target_where_fewer_tokens_reach_the_cut():
-    masses = np.random.default_rng(0).uniform(0.2, 1.0, 500)
+def test_the_mean_of_k_meets_the_target_where_fewer_tokens_reach_the_step():
+    total_vav = np.random.default_rng(0).uniform(0.2, 1.0, 500)
     few = np.full(500, 35)
-    scale = fit_scale(masses, low_high=(10, 60), target=30, available=few)
-    kept = np.clip(np.round(scale * masses), 10, 60)
+    lambda_ = fit_lambda(total_vav, low_high=(10, 60), target=30, available=few)
+    kept = np.clip(np.round(lambda_ * total_vav), 10, 60)
     assert abs(np.minimum(kept, few).mean() - 30) < 0.1
     assert kept.mean() > 32  # what would have been enough without the limit keeps too few
 
@@ -42,8 +42,8 @@ def test_at_most_so_many_totals_increasing_and_none_above_the_largest_k(num_tota
     for rows, of_rows in edges:
         assert len(of_rows) <= num_totals - 1
         assert list(of_rows) == sorted(of_rows) and all(edge <= HIGH for edge in of_rows)
-        plan = DecodePlan(layers=(1,), keep=(28,), num_totals=num_totals, edges=(edges,))
-        totals = plan.totals(0, rows=rows, available=HIGH)
+        budget = Adaptive(28, num_totals=num_totals, edges=edges)
+        totals = budget.totals(rows=rows, available=HIGH)
         assert len(totals) <= num_totals and totals[-1] == rows * HIGH
 
 

@@ -4,13 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.pruning.ops.diversity import (
-    density_peaks,
-    farthest_points,
-    mean_of_clusters,
-    merge_rest,
-    unlike_pivots,
-)
+from meteor_jax.pruning.methods.dart import unlike_pivots
+from meteor_jax.pruning.methods.divprune import farthest_points
+from meteor_jax.pruning.methods.visionzip import merge_rest
+from meteor_jax.pruning.ops.merge import density_peaks, mean_of_clusters
 
 
 def angles(*degrees, lengths=1.0):
@@ -79,14 +76,14 @@ def test_merge_rest_by_hand():
     # 1 and 4 dominate. Of 0, 2, 3, 5 the targets are 0 and 3; 2 is like 0, and 5 like 3.
     x = jnp.asarray([[[1, 0], [7, 7], [2, 0.25], [0, 1], [-7, 7], [0, 4]]], jnp.float32)
     scores = jnp.asarray([[0, 9, 0, 0, 8, 0]], jnp.float32)
-    merged, places = merge_rest(x, scores, keep=4, merged=2)
+    merged, places = merge_rest(x, scores, keep=4, num_merge_targets=2)
     np.testing.assert_array_equal(places, [[0, 1, 3, 4]])
     np.testing.assert_allclose(merged, [[[3, 0.25], [7, 7], [0, 5], [-7, 7]]])
 
 
 def test_merge_rest_averages_what_goes_to_one_target():
     x = jnp.asarray([[[1, 0], [2, 0], [4, 0], [0, 9]]], jnp.float32)
-    merged, places = merge_rest(x, jnp.asarray([[0, 0, 0, 1.0]]), keep=2, merged=1)
+    merged, places = merge_rest(x, jnp.asarray([[0, 0, 0, 1.0]]), keep=2, num_merge_targets=1)
     np.testing.assert_array_equal(places, [[0, 3]])
     np.testing.assert_allclose(merged, [[[1 + 3, 0], [0, 9]]])
 
@@ -95,7 +92,7 @@ def test_gradients_flow_through_what_was_merged_but_not_through_the_choice():
     x = jnp.asarray([[[1, 0], [2, 0], [4, 0], [0, 9]]], jnp.float32)
 
     def first_kept(x, scores):
-        return merge_rest(x, scores, keep=2, merged=1)[0][0, 0, 0]
+        return merge_rest(x, scores, keep=2, num_merge_targets=1)[0][0, 0, 0]
 
     to_x, to_scores = jax.grad(first_kept, argnums=(0, 1))(x, jnp.asarray([[0, 0, 0, 1.0]]))
     np.testing.assert_allclose(to_x[0, :, 0], [1, 0.5, 0.5, 0])
@@ -136,7 +133,7 @@ def test_what_is_not_finite_is_no_pivots_choice_and_in_no_mean():
     np.testing.assert_array_equal(taken, [[0, 0, 1, 0, 1, 1]])
     # As in test_merge_rest_by_hand: 2 is merged into nothing, 3 becomes the mean of what it gets.
     x = jnp.asarray([[[1, 0], [7, 7], [2, jnp.nan], [jnp.inf, 1], [-7, 7], [3, 4]]], jnp.float32)
-    merged, places = merge_rest(x, jnp.asarray([[0, 9, 0, 0, 8.0, 0]]), keep=4, merged=2)
+    merged, places = merge_rest(x, jnp.asarray([[0, 9, 0, 0, 8.0, 0]]), keep=4, num_merge_targets=2)
     np.testing.assert_array_equal(places, [[0, 1, 3, 4]])
     np.testing.assert_allclose(merged, [[[4, 4], [7, 7], [0, 0], [-7, 7]]])
 

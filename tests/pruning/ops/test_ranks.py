@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.pruning.encode_plan import EncodePlan
+from meteor_jax.pruning.budgets import Shared
 from meteor_jax.pruning.ops import ranks
 from meteor_jax.pruning.ops.ranks import RankKind, numerical_ranks, singular_values
 
@@ -42,7 +42,7 @@ def test_effective_by_hand():
 def test_forty_factors_are_forty_after_a_cast_to_bfloat16(shape):
     """The default must not count the cast's rounding; the tolerance does, so it is not that."""
     features = jnp.asarray(factors(*shape, count=40), jnp.bfloat16)
-    kind = EncodePlan(keep=(0, 0, 0)).rank_kind
+    kind = Shared(9).rank_kind
     measured = numerical_ranks(features, kinds=[kind, RankKind("tolerance")])
     assert abs(measured[str(kind)] - 40) <= 1
     assert measured["tolerance"] > 0.9 * min(shape)
@@ -78,4 +78,4 @@ def test_kinds_that_there_are_not():
         RankKind("exact")
     for share in (0.0, 1.0, 99):
         with pytest.raises(ValueError, match="energy: expected a share between 0 and 1"):
-            EncodePlan(keep=(0, 0, 0), energy=share)
+            Shared(9, energy=share)

@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meteor_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from meteor_jax.perf.aot import open_topology
-from meteor_jax.pruning.ops.diversity import density_peaks, merge_rest
+from meteor_jax.pruning.methods.visionzip import merge_rest
+from meteor_jax.pruning.ops.merge import density_peaks
 from meteor_jax.pruning.ops.select import keep_topk
 from tests.compiled import collectives
 
@@ -126,7 +127,7 @@ def test_every_chip_ranks_its_own_rows():
 
 def test_merging_stays_on_its_shard_too():
     x, row = ((8, 12, 4), jnp.float32), ((8, 12), jnp.float32)
-    merge = on_shards(lambda x, scores: merge_rest(x, scores, keep=6, merged=2), x, row)
+    merge = on_shards(lambda x, scores: merge_rest(x, scores, keep=6, num_merge_targets=2), x, row)
 
     def peaks(x, valid):
         count = valid.sum(1)

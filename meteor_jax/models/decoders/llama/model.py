@@ -1,4 +1,4 @@
-"""The decoder: LLaMA with stacked layers, run segment by segment.
+"""The decoder: LLaMA with stacked layers, run range by range.
 
 B rows, S entries of the packed sequence, T new tokens, H heads, K kv heads, D width, d head width,
 L layers, V vocabulary.
@@ -19,7 +19,7 @@ from meteor_jax.models.layers.attention import attend, attend_cached, attention_
 from meteor_jax.models.layers.ragged import RaggedLayout
 from meteor_jax.models.layers.remat import save_as
 from meteor_jax.models.layers.stack import Stack, constrain, dense, gated_silu
-from meteor_jax.types import Array, SegmentCache
+from meteor_jax.types import Array, RangeCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _float32_product_jvp(
 
 
 class Llama(nn.Module):
-    """Embedding, stacked layers, final norm and head; the caller decides where segments end."""
+    """Embedding, stacked layers, final norm and head; the caller decides where ranges end."""
 
     config: LlamaConfig
     dtype: Any = jnp.float32
@@ -288,7 +288,7 @@ class Llama(nn.Module):
         return self.blocks(x, tables, mask, layout, start=start, stop=stop)
 
     def run_cached(
-        self, x: Array, position: Array, cache: SegmentCache, *, start: int, stop: int
+        self, x: Array, position: Array, cache: RangeCache, *, start: int, stop: int
     ) -> Any:
         """Layers `[start, stop)` over new entries float[B, T, D] that also see `cache`."""
         tables = rotary_tables(position, config=self.config)

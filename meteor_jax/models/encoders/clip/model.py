@@ -16,16 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from meteor_jax.models.encoders.sizes import TransformerSizes, check_multiple
-from meteor_jax.models.layers.attention import attend, attention_received
-from meteor_jax.models.layers.remat import save_as
-from meteor_jax.models.layers.resize import patchify, resize
-from meteor_jax.models.layers.stack import Stack, StackOutput, constrain, dense
-from meteor_jax.pruning.encode import (
-    EncoderCut,
+from meteor_jax.models.encoders.tokens import (
     EncoderOutput,
-    EncoderState,
-    encode_segments,
+    EncoderTokens,
+    check_cls,
+    finish,
+    prune_after,
+    run_blocks,
+    split_depth,
 )
+from meteor_jax.models.layers.resize import patchify, resize
+from meteor_jax.models.layers.stack import Stack, constrain, dense
+from meteor_jax.models.layers.vit_block import Mlp, SelfAttention, VitBlock, layer_norm
+from meteor_jax.pruning.encoder_steps import EncoderStep
+from meteor_jax.pruning.method import ReductionContext
 from meteor_jax.types import Array
 
 EPSILON = 1e-5
@@ -37,7 +41,7 @@ class ClipConfig(TransformerSizes):
 
     Attributes:
         image_size: pixels that the encoder sees; the image is resized to it.
-        keep_cls: keeps a CLS token beside the patches, so that the criterion "cls" can ask it.
+        keep_cls: keeps a CLS token beside the patches, so that a method can ask for its attention.
             It is not among the tokens that come out. EAGLE's checkpoints run without it.
         position_side: side of the grid that the position embedding was trained on, resampled to
             the grid in use (bicubic, antialiased); 0 where they are the same. EAGLE's tower called
@@ -65,63 +69,17 @@ class ClipConfig(TransformerSizes):
         return self.image_size // self.patch_size
 
 
-class Attention(nn.Module):
-    """Self-attention over all tokens, biases everywhere."""
+class Block(VitBlock):
+    """Biases everywhere, QuickGELU."""
 
-    config: ClipConfig
-    dtype: Any = jnp.float32
+    def make_norm(self) -> nn.Module:
+        return layer_norm(self.dtype, epsilon=EPSILON)
 
-    def setup(self) -> None:
-        width = self.config.width
-        self.query = dense(width, dtype=self.dtype)
-        self.key = dense(width, dtype=self.dtype)
-        self.value = dense(width, dtype=self.dtype)
-        self.out = dense(width, dtype=self.dtype)
+    def make_attention(self) -> nn.Module:
+        return SelfAttention(self.config.width, self.config.num_heads, dtype=self.dtype)
 
-    def __call__(self, x: Array) -> Array:
-        q, k = self.query_key(x)
-        return self.out(attend(q, k, self._heads(self.value(x))).reshape(x.shape))
-
-    def query_key(self, x: Array) -> tuple[Array, Array]:
-        """Queries and keys before the scale 1/√d, float[I, N, H, d] each."""
-        return self._heads(self.query(x)), self._heads(self.key(x))
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.config.num_heads, -1)
-
-
-class MLP(nn.Module):
-    """Two layers with QuickGELU between them."""
-
-    config: ClipConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x))
-        return dense(self.config.width, dtype=self.dtype, name="fc2")(quick_gelu(x))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    config: ClipConfig
-    dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        self.norm1 = layer_norm(self.dtype)
-        self.attention = Attention(self.config, self.dtype)
-        self.norm2 = layer_norm(self.dtype)
-        self.mlp = MLP(self.config, self.dtype)
-
-    def __call__(self, x: Array) -> tuple[Array, None]:
-        x = save_as("residual", x + self.attention(self.norm1(x)))
-        x = x + self.mlp(self.norm2(x))
-        return constrain(x, "btd"), None
-
-    def query_key(self, x: Array) -> tuple[Array, Array]:
-        """Queries and keys of the block's attention, from the block's input."""
-        return self.attention.query_key(self.norm1(x))
+    def make_mlp(self) -> nn.Module:
+        return Mlp(self.config.width, self.config.mlp_dim, quick_gelu, dtype=self.dtype)
 
 
 class Clip(nn.Module):
@@ -135,47 +93,35 @@ class Clip(nn.Module):
         self,
         images: Array,
         *,
-        cuts: tuple[EncoderCut, ...] | None = None,
-        image_seed: Array | None = None,
+        steps: tuple[EncoderStep, ...] = (),
+        context: ReductionContext | None = None,
+        all_segments: bool = False,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
         Shapes:
             images: float[I, H, W, 3], H = W.
-            image_seed: uint32[I], a hash of each image, for cuts by "random".
-            returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps.
+            context: what the methods of `steps` may need that is not the encoder's own.
+            returns: `num_tokens` tokens, or what the last of the `steps` leaves; with
+                `all_segments` also the features after each segment.
 
         Raises:
-            ValueError: if there are not three cuts, one keeps more tokens than there are, or one
-                asks for the CLS token of an encoder that has none.
+            ValueError: if a step keeps more tokens than there are, or asks for the CLS token of an
+                encoder that has none.
         """
-        config = self.config
-        num_prefix = int(config.keep_cls)
-        if not config.keep_cls and any(cut.criterion == "cls" for cut in cuts or ()):
-            raise ValueError("criterion 'cls' needs keep_cls=True; or use 'attention'.")
-
-        x = self._embed(images)
-        stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
-
-        def run(tokens: EncoderState, start: int, stop: int) -> StackOutput:
-            return stack(tokens.x, start=start, stop=stop)
-
-        def attention(block: int, tokens: EncoderState, criterion: str) -> Array:
-            q, k = stack.layer(block, tokens.x, method="query_key")
-            rows = jnp.ones(q.shape[:2])
-            if criterion == "cls":
-                rows = rows.at[:, 1:].set(0.0)
-            return attention_received(q, k, row_weight=rows).mean(1)[:, num_prefix:]
-
-        return encode_segments(
-            x,
-            cuts=cuts,
-            bounds=config.segment_ends,
-            run=run,
-            attention=attention,
-            num_prefix=num_prefix,
-            image_seed=image_seed,
-        )
+        config, context = self.config, context or ReductionContext()
+        check_cls(steps, has_cls=config.keep_cls, advice="needs keep_cls=True")
+        tokens = EncoderTokens.start(self._embed(images), num_prefix=int(config.keep_cls))
+        blocks = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
+        passed = []
+        for segment in split_depth(config, steps, all_segments=all_segments):
+            tokens, last_input = run_blocks(blocks, tokens, segment, context=context)
+            for step in segment.after:
+                tokens = prune_after(
+                    blocks, tokens, step, segment, last_input=last_input, context=context
+                )
+            passed.append((segment, tokens))
+        return finish(passed, num_tokens=config.num_tokens)
 
     def _embed(self, images: Array) -> Array:
         """Patches with their positions, float[I, N, E], after CLS if there is one."""
@@ -191,7 +137,9 @@ class Clip(nn.Module):
             cls = jnp.broadcast_to(cls, (x.shape[0], 1, config.width))
             x = jnp.concatenate([cls, x], axis=1)
         position = self._position(init)
-        x = layer_norm(self.dtype, name="pre_norm")(x + position.astype(self.dtype))
+        x = layer_norm(self.dtype, epsilon=EPSILON, name="pre_norm")(
+            x + position.astype(self.dtype)
+        )
         return constrain(x, "btd")
 
     def _position(self, init: Any) -> Array:
@@ -207,7 +155,3 @@ class Clip(nn.Module):
 def quick_gelu(x: Array) -> Array:
     """x · σ(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-def layer_norm(dtype: Any, *, name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name)

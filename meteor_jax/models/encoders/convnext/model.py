@@ -1,6 +1,6 @@
 """ConvNeXt (Liu et al. 2022, arXiv 2201.03545) as EAGLE runs it: no norm after the last stage.
 
-Its grid stays dense, so tokens can be cut at its output only.
+Its grid stays dense, so tokens can be dropped at its end only.
 
 I images, H W the grid of a stage, C channels of a stage, E width of the last stage.
 """
@@ -14,11 +14,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from meteor_jax.models.encoders.tokens import (
+    EncoderOutput,
+    EncoderTokens,
+    drops,
+    finish,
+    prune_tokens,
+    split_depth,
+)
+from meteor_jax.models.layers.kernels.cpu import depthwise_shifted, sum_shifted
 from meteor_jax.models.layers.platform import target_platform
 from meteor_jax.models.layers.remat import save_as
 from meteor_jax.models.layers.resize import patchify, resize
 from meteor_jax.models.layers.stack import Stack, constrain, dense
-from meteor_jax.pruning.encode import EncoderCut, EncoderOutput, check_cuts, cut_tokens
+from meteor_jax.models.layers.vit_block import layer_norm
+from meteor_jax.pruning.encoder_steps import EncoderStep
+from meteor_jax.pruning.method import ReductionContext
+from meteor_jax.pruning.points import NUM_SEGMENTS
 from meteor_jax.types import Array
 
 EPSILON = 1e-5
@@ -67,6 +79,10 @@ class ConvNextConfig:
         return self.widths[-1]
 
     @property
+    def token_width(self) -> int:
+        return self.width
+
+    @property
     def grid(self) -> int:
         """Side of the output grid."""
         return self.image_size // self.stride
@@ -76,17 +92,21 @@ class ConvNextConfig:
         return self.grid**2
 
     @property
-    def cuttable(self) -> tuple[bool, bool, bool]:
-        """At which boundaries tokens can be dropped."""
+    def prunable(self) -> tuple[bool, bool, bool]:
+        """After which segments tokens can be dropped."""
         return (False, False, True)
 
-    @property
-    def num_windows(self) -> int:
-        return 1
+    num_windows = 1
+    prunes_in_blocks = False
 
     @property
-    def has_attention(self) -> bool:
-        return False
+    def depth(self) -> int:
+        return sum(self.depths)
+
+    @property
+    def segment_ends(self) -> tuple[int, ...]:
+        """After all blocks: the grid is whole until then."""
+        return (self.depth,) * NUM_SEGMENTS
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ class Block(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, None]:
         width = self.config.width
         y = DepthwiseConv(self.dtype, name="depthwise")(x)
-        y = layer_norm(self.dtype, name="norm")(y)
+        y = layer_norm(self.dtype, epsilon=EPSILON, name="norm")(y)
         y = save_as("mlp", dense(4 * width, dtype=self.dtype, name="fc1")(y))
         y = dense(width, dtype=self.dtype, name="fc2")(gelu(y))
         init = nn.initializers.constant(self.config.layer_scale_init)
@@ -140,29 +160,30 @@ class ConvNext(nn.Module):
         self,
         images: Array,
         *,
-        cuts: tuple[EncoderCut, ...] | None = None,
-        image_seed: Array | None = None,
+        steps: tuple[EncoderStep, ...] = (),
+        context: ReductionContext | None = None,
+        all_segments: bool = False,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
         Shapes:
             images: float[I, H, W, 3], H = W.
-            image_seed: uint32[I], a hash of each image, for cuts by "random".
-            returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps; the
-                first two must keep all.
+            context: what the methods of `steps` may need that is not the encoder's own.
+            returns: `num_tokens` tokens, or what the last of the `steps` leaves, which can be at
+                the end only; with `all_segments` also the features after each segment. The grid is
+                whole until the end, so these are the output's three times.
 
         Raises:
-            ValueError: if there are not three cuts, one of the first two drops tokens, or the
-                last keeps more than there are or wants attention.
+            ValueError: if a step before the end drops tokens, or one keeps more than there are.
         """
         config = self.config
         x = resize(images, size=config.image_size).astype(self.dtype)
         x = patchify(x, patch=STEM)
         x = dense(config.widths[0], dtype=self.dtype, name="stem")(x)
-        x = constrain(layer_norm(self.dtype, name="stem_norm")(x), "bhwd")
+        x = constrain(layer_norm(self.dtype, epsilon=EPSILON, name="stem_norm")(x), "bhwd")
         for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             if stage:
-                x = layer_norm(self.dtype, name=f"downsample{stage}_norm")(x)
+                x = layer_norm(self.dtype, epsilon=EPSILON, name=f"downsample{stage}_norm")(x)
                 x = patchify(x, patch=2)
                 x = dense(width, dtype=self.dtype, name=f"downsample{stage}")(x)
             stage_config = StageConfig(width, config.layer_scale_init)
@@ -170,23 +191,18 @@ class ConvNext(nn.Module):
                 x
             ).x
 
-        x = x.reshape(x.shape[0], -1, config.width)
-        num_tokens = x.shape[1]
-        raster = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), x.shape[:2])
-        if cuts is None:
-            return EncoderOutput(x=x, raster=raster)
-        check_cuts(cuts)
-        early = [cut.keep for cut in cuts[:-1]]
-        if any(keep != num_tokens for keep in early):
-            raise ValueError(
-                f"cuts: ConvNeXt can drop tokens at its output only; expected the first two to "
-                f"keep all {num_tokens}, got {early}."
-            )
-        # Its grid is whole until the output, so that is what it holds at every boundary.
-        kept, last = cut_tokens(x, raster, cut=cuts[-1], image_seed=image_seed)
-        return EncoderOutput(
-            x=kept, raster=last, kept=(raster, raster, last), features=(x, x, kept)
-        )
+        tokens = EncoderTokens.start(x.reshape(x.shape[0], -1, config.width))
+        passed = []
+        for segment in split_depth(config, steps, all_segments=all_segments):
+            for step in segment.after:
+                if segment.number < NUM_SEGMENTS and drops(step, tokens):
+                    raise ValueError(
+                        f"{step.point}: ConvNeXt can drop tokens at its end only; keep all "
+                        f"{config.num_tokens} there."
+                    )
+                tokens = prune_tokens(tokens, step, context=context or ReductionContext())
+            passed.append((segment, tokens))
+        return finish(passed, num_tokens=config.num_tokens)
 
 
 def gelu(x: Array) -> Array:
@@ -226,78 +242,5 @@ def depthwise_conv_tpu(x: Array, kernel: Array) -> Array:
 @depthwise_conv_tpu.defjvp
 def _conv_tpu_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    by_kernel = _sum_shifted(x.astype(jnp.float32), dkernel.astype(jnp.float32))
+    by_kernel = sum_shifted(x.astype(jnp.float32), dkernel.astype(jnp.float32))
     return depthwise_conv(x, kernel), depthwise_conv(dx, kernel) + by_kernel.astype(x.dtype)
-
-
-def _sum_shifted(x: Array, kernel: Array) -> Array:
-    """The depthwise convolution as a sum of shifted products."""
-    height, width = x.shape[1:3]
-    padded = _pad(x)
-    total = jnp.zeros_like(x)
-    for row in range(KERNEL):
-        for column in range(KERNEL):
-            window = padded[:, row : row + height, column : column + width]
-            total += window * kernel[row, column, 0]
-    return total
-
-
-@jax.custom_jvp
-def depthwise_shifted(x: Array, kernel: Array) -> Array:
-    """The depthwise convolution as a sum of shifted products, which CPUs run far faster.
-
-    Differentiating the sum is ten times slower than it, so its derivatives are written in forms
-    whose transposes, which are the gradients, are fast.
-    """
-    return _sum_shifted(x, kernel)
-
-
-@depthwise_shifted.defjvp
-def _depthwise_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (x, kernel), (dx, dkernel) = primals, tangents
-    return _sum_shifted(x, kernel), _sum_placed(dx, kernel) + _sum_rows(x, dkernel)
-
-
-def _sum_placed(x: Array, kernel: Array) -> Array:
-    """The depthwise convolution that places every product instead of fetching it: transposed, it
-    fetches, which is `_sum_shifted`."""
-    height, width = x.shape[1:3]
-    total = 0
-    for row in range(KERNEL):
-        for column in range(KERNEL):
-            rows, columns = (KERNEL - 1 - row, row), (KERNEL - 1 - column, column)
-            total += jnp.pad(x * kernel[row, column, 0], ((0, 0), rows, columns, (0, 0)))
-    margin = KERNEL // 2
-    return total[:, margin : margin + height, margin : margin + width]
-
-
-def _sum_rows(x: Array, kernel: Array) -> Array:
-    """The depthwise convolution row by row. Transposed by the kernel, each step is a plain
-    elementwise product, added to one total a kernel column, [kernel row, W, C]; the sums over W
-    come last."""
-    num_images, height, width, channels = x.shape
-    padded = _pad(x)
-    columns = jnp.broadcast_to(
-        kernel.astype(jnp.float32)[:, :, 0, None], (KERNEL, KERNEL, width, channels)
-    )
-    columns = tuple(columns[:, column] for column in range(KERNEL))
-
-    def line(_: None, place: Array) -> tuple[None, Array]:
-        image, row = place // height, place % height
-        sizes = (1, KERNEL, padded.shape[2], channels)
-        band = jax.lax.dynamic_slice(padded, (image, row, 0, 0), sizes)[0].astype(jnp.float32)
-        return None, sum(
-            (band[:, i : i + width] * column).sum(0) for i, column in enumerate(columns)
-        ).astype(x.dtype)
-
-    _, lines = jax.lax.scan(line, None, jnp.arange(num_images * height))
-    return lines.reshape(x.shape)
-
-
-def _pad(x: Array) -> Array:
-    margin = KERNEL // 2
-    return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
-
-
-def layer_norm(dtype: Any, *, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name)

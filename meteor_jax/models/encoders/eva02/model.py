@@ -7,6 +7,7 @@ I images, N tokens, W windows, S tokens of a window, E width, H heads, d head wi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.models.encoders.sizes import TransformerSizes, check_multiple
-from meteor_jax.models.layers.remat import save_as
+from meteor_jax.models.encoders.tokens import (
+    EncoderOutput,
+    EncoderTokens,
+    Segment,
+    check_cls,
+    drops,
+    finish,
+    prune_tokens,
+    split_depth,
+)
 from meteor_jax.models.layers.resize import patchify, resize
-from meteor_jax.models.layers.stack import Stack, StackOutput, constrain, dense, gated_silu
+from meteor_jax.models.layers.stack import Stack, constrain, dense, gated_silu
+from meteor_jax.models.layers.vit_block import GatedMlp, SelfAttention, VitBlock, layer_norm
 from meteor_jax.models.layers.windows import (
     attend_windows,
     contiguous_runs,
@@ -27,12 +38,8 @@ from meteor_jax.models.layers.windows import (
     received_in_windows,
     to_windows,
 )
-from meteor_jax.pruning.encode import (
-    EncoderCut,
-    EncoderOutput,
-    EncoderState,
-    encode_segments,
-)
+from meteor_jax.pruning.encoder_steps import EncoderStep
+from meteor_jax.pruning.method import ReductionContext
 from meteor_jax.types import Array
 
 EPSILON = 1e-6
@@ -66,13 +73,15 @@ class Eva02Config(TransformerSizes):
     def __post_init__(self) -> None:
         check_multiple("image_size", self.image_size, of="patch_size", factor=self.patch_size)
         check_multiple("grid", self.grid, of="window", factor=self.window)
-        # A head's channels: rows and columns, each in pairs that turn together.
+        # A head's channels: rows and columns, each in pairs that rotate together.
         check_multiple("width", self.width, of="4 · num_heads", factor=4 * self.num_heads)
 
     @property
     def grid(self) -> int:
         """Side of the output grid."""
         return self.image_size // self.patch_size
+
+    prunes_in_blocks = False
 
     @property
     def num_windows(self) -> int:
@@ -90,7 +99,7 @@ class Eva02Config(TransformerSizes):
 
 @flax.struct.dataclass
 class Rotary:
-    """The windows of a block, and how far to turn the queries and keys of their tokens.
+    """The windows of a block, and the angles by which the queries and keys of their tokens rotate.
 
     Shapes:
         cos_sin: float32[I, W, S, 2, d].
@@ -107,76 +116,45 @@ class Rotary:
     def window_sizes(self) -> tuple[int, ...]:
         return (self.length,) * self.cos_sin.shape[1]
 
-    def turn(self, x: Array) -> Array:
-        """Turns the channel pairs (0, 1), (2, 3), … of float[I, W, S, H, d], in float32."""
+    def apply_rotary(self, x: Array) -> Array:
+        """Rotates the channel pairs (0, 1), (2, 3), … of float[I, W, S, H, d], in float32."""
         first, second = x[..., ::2], x[..., 1::2]
         across = jnp.stack([-second, first], axis=-1).reshape(x.shape)
         cos, sin = self.cos_sin[..., :1, :], self.cos_sin[..., 1:, :]
         return (x * cos + across * sin).astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Self-attention inside windows with rotary positions; the keys have no bias."""
-
-    config: Eva02Config
-    dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        width = self.config.width
-        self.query = dense(width, dtype=self.dtype)
-        self.key = dense(width, use_bias=False, dtype=self.dtype)
-        self.value = dense(width, dtype=self.dtype)
-        self.out = dense(width, dtype=self.dtype)
+class WindowAttention(SelfAttention):
+    """Self-attention inside windows with rotary positions."""
 
     def __call__(self, x: Array, rotary: Rotary) -> Array:
         q, k = self.query_key(x, rotary)
-        mixed = attend_windows(q, k, self._heads(self.value(x), rotary))
+        mixed = attend_windows(q, k, self._windows(self.value(x), rotary))
         return self.out(from_windows(mixed, sizes=rotary.window_sizes).reshape(x.shape))
 
     def query_key(self, x: Array, rotary: Rotary) -> tuple[Array, Array]:
         """Queries and keys before the scale 1/√d, float[I, W, S, H, d] each."""
-        q, k = self._heads(self.query(x), rotary), self._heads(self.key(x), rotary)
-        return rotary.turn(q), rotary.turn(k)
+        q, k = self._windows(self.query(x), rotary), self._windows(self.key(x), rotary)
+        return rotary.apply_rotary(q), rotary.apply_rotary(k)
 
-    def _heads(self, x: Array, rotary: Rotary) -> Array:
-        x = x.reshape(*x.shape[:-1], self.config.num_heads, -1)
-        return to_windows(x, sizes=rotary.window_sizes, length=rotary.length)
-
-
-class GatedMLP(nn.Module):
-    """out(norm(silu(gate(x)) · up(x))), biases everywhere."""
-
-    config: Eva02Config
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        gate = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="gate")(x))
-        up = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="up")(x))
-        x = layer_norm(self.dtype, name="norm")(gated_silu(gate, up))
-        return dense(self.config.width, dtype=self.dtype, name="out")(x)
+    def _windows(self, x: Array, rotary: Rotary) -> Array:
+        return to_windows(self.heads(x), sizes=rotary.window_sizes, length=rotary.length)
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block."""
+class Block(VitBlock):
+    """Gated SiLU with a norm inside; the keys have no bias."""
 
-    config: Eva02Config
-    dtype: Any = jnp.float32
+    def make_norm(self) -> nn.Module:
+        return layer_norm(self.dtype, epsilon=EPSILON)
 
-    def setup(self) -> None:
-        self.norm1 = layer_norm(self.dtype)
-        self.attention = Attention(self.config, self.dtype)
-        self.norm2 = layer_norm(self.dtype)
-        self.mlp = GatedMLP(self.config, self.dtype)
+    def make_attention(self) -> nn.Module:
+        width, num_heads = self.config.width, self.config.num_heads
+        return WindowAttention(width, num_heads, key_bias=False, dtype=self.dtype)
 
-    def __call__(self, x: Array, rotary: Rotary) -> tuple[Array, None]:
-        x = save_as("residual", x + self.attention(self.norm1(x), rotary))
-        x = x + self.mlp(self.norm2(x))
-        return constrain(x, "btd"), None
-
-    def query_key(self, x: Array, rotary: Rotary) -> tuple[Array, Array]:
-        """Queries and keys of the block's attention, from the block's input."""
-        return self.attention.query_key(self.norm1(x), rotary)
+    def make_mlp(self) -> nn.Module:
+        norm = functools.partial(layer_norm, epsilon=EPSILON)
+        width, hidden = self.config.width, self.config.mlp_dim
+        return GatedMlp(width, hidden, gated_silu, norm=norm, dtype=self.dtype)
 
 
 class Eva02(nn.Module):
@@ -190,13 +168,14 @@ class Eva02(nn.Module):
         self,
         images: Array,
         *,
-        cuts: tuple[EncoderCut, ...] | None = None,
-        image_seed: Array | None = None,
+        steps: tuple[EncoderStep, ...] = (),
+        context: ReductionContext | None = None,
+        all_segments: bool = False,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
-        How cuts meet windows is our reading, METEOR speaks of thirds of the blocks and not of
-        windows: a cut keeps equally many tokens in every window, and kept tokens turn by their
+        How steps meet windows is our reading, METEOR speaks of thirds of the blocks and not of
+        windows: a step keeps equally many tokens in every window, and kept tokens rotate by their
         original places. No segment ends inside a period, so that each segment is one scan over
         periods: the thirds of 24 blocks, 8, 16 and 24, become 9, 15 and 24. Every segment then ends
         with a global block, so the attention that a token receives is that from the whole grid.
@@ -205,43 +184,40 @@ class Eva02(nn.Module):
 
         Shapes:
             images: float[I, H, W, 3], H = W.
-            image_seed: uint32[I], a hash of each image, for cuts by "random".
-            returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps.
+            context: what the methods of `steps` may need that is not the encoder's own.
+            returns: `num_tokens` tokens, or what the last of the `steps` leaves; with
+                `all_segments` also the features after each segment.
 
         Raises:
-            ValueError: if there are not three cuts, one keeps more tokens than there are or not a
-                multiple of `num_windows`, or one asks for a CLS token.
+            ValueError: if a step keeps more tokens than there are or not a multiple of
+                `num_windows`, or asks for a CLS token.
         """
-        config = self.config
-        for cut in cuts or ():
-            if cut.criterion == "cls":
-                raise ValueError("criterion 'cls': EVA-02 has no CLS token; use 'attention'.")
-            check_multiple("keep", cut.keep, of="num_windows", factor=config.num_windows)
+        config, context = self.config, context or ReductionContext()
+        check_cls(steps, has_cls=False, advice="EVA-02 has none")
+        for step in steps:
+            check_multiple("keep", step.keep, of="num_windows", factor=config.num_windows)
 
-        x = self._embed(images)
-        tables = jax.lax.stop_gradient(self.param("tables", lambda _: rotary_tables(config)))
-        tables = tables_by_place(config, tables)
-        stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
-
-        def run(tokens: EncoderState, start: int, stop: int) -> StackOutput:
-            rotary = tuple((self._rotary(tokens, tables, kind),) for kind in (False, True))
-            runs = tuple(contiguous_runs(start, stop, global_blocks=config.global_blocks))
-            return stack.alternate(tokens.x, runs=runs, aux=rotary)
-
-        def attention(block: int, tokens: EncoderState, criterion: str) -> Array:
-            rotary = self._rotary(tokens, tables, block in config.global_blocks)
-            q, k = stack.layer(block, tokens.x, rotary, method="query_key")
-            return received_in_windows(q, k).reshape(tokens.raster.shape)
-
-        return encode_segments(
-            x,
-            cuts=cuts,
-            bounds=config.segment_ends,
-            run=run,
-            attention=attention,
-            window=config.window,
-            image_seed=image_seed,
-        )
+        tokens = EncoderTokens.start(self._embed(images), window=config.window)
+        freqs = jax.lax.stop_gradient(self.param("tables", lambda _: rope_freqs(config)))
+        freqs = freqs_by_place(config, freqs)
+        blocks = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
+        passed = []
+        for segment in split_depth(config, steps, all_segments=all_segments):
+            rotary = tuple(self._rotary(tokens, freqs, is_global) for is_global in (False, True))
+            runs = contiguous_runs(segment.start, segment.stop, global_blocks=config.global_blocks)
+            out = blocks.alternate(
+                tokens.x, runs=tuple(runs), aux=tuple((kind,) for kind in rotary)
+            )
+            tokens = tokens.replace(x=out.x)
+            for step in segment.after:
+                if drops(step, tokens) and "attention_received" in step.method.needs:
+                    kind = rotary[segment.last_block in config.global_blocks]
+                    received = _attention_received(blocks, segment, out.last_input, kind)
+                    received = received.reshape(tokens.patch_index.shape)
+                    context = context.replace(attention_received=received)
+                tokens = prune_tokens(tokens, step, context=context)
+            passed.append((segment, tokens))
+        return finish(passed, num_tokens=config.num_tokens)
 
     def _embed(self, images: Array) -> Array:
         """Patches with their positions, float[I, N, E]."""
@@ -257,30 +233,37 @@ class Eva02(nn.Module):
         x = x + resize(position, size=config.grid, method="bicubic").astype(self.dtype)
         return constrain(x.reshape(x.shape[0], -1, config.width), "btd")
 
-    def _rotary(self, tokens: EncoderState, tables: tuple[Array, Array], is_global: bool) -> Rotary:
+    def _rotary(self, tokens: EncoderTokens, freqs: tuple[Array, Array], is_global: bool) -> Rotary:
         num_windows = 1 if is_global else self.config.num_windows
-        place = tokens.raster.reshape(tokens.raster.shape[0], num_windows, -1)
-        return Rotary(tables[is_global].at[place].get(mode="promise_in_bounds"))
+        place = tokens.patch_index.reshape(tokens.patch_index.shape[0], num_windows, -1)
+        return Rotary(freqs[is_global].at[place].get(mode="promise_in_bounds"))
 
 
-def tables_by_place(config: Eva02Config, tables: dict[str, Array]) -> tuple[Array, Array]:
+@jax.named_scope("scores")
+def _attention_received(blocks: Stack, segment: Segment, x: Array, rotary: Rotary) -> Array:
+    """float32[I, W, S]: what each token gets in the last block of a segment, whose input is x."""
+    q, k = blocks.layer(segment.last_block, x, rotary, method="query_key")
+    return received_in_windows(q, k)
+
+
+def freqs_by_place(config: Eva02Config, freqs: dict[str, Array]) -> tuple[Array, Array]:
     """Cosines and sines float32[N, 2, d] of every place of the grid, in a windowed block and in a
-    global one, of the tables that the parameters hold."""
+    global one, of those that the parameters hold."""
     row, column = np.divmod(np.arange(config.num_tokens), config.grid)
     in_window = row % config.window * config.window + column % config.window
     windowed, whole = (
-        jnp.stack([tables[f"{name}_cos"], tables[f"{name}_sin"]], axis=1)
+        jnp.stack([freqs[f"{name}_cos"], freqs[f"{name}_sin"]], axis=1)
         for name in ("window", "global")
     )
     return windowed[in_window], whole
 
 
-def rotary_tables(config: Eva02Config) -> dict[str, Array]:
+def rope_freqs(config: Eva02Config) -> dict[str, Array]:
     """Cosines and sines for the places of a window, and for those of the grid, whose places are
     drawn together so that the grid is as wide as a window.
 
-    Half of a head's channels turn by the row, half by the column; a pair of channels turns by one
-    angle. EAGLE's checkpoints carry these tables, rounded to the dtype that they were trained in.
+    Half of a head's channels rotate by the row, half by the column; a pair of channels rotates by
+    one angle. EAGLE's checkpoints carry these tables, rounded to the dtype of their training.
 
     Shapes:
         returns: float32[window², d] for "window_cos" and "window_sin", float32[grid², d] for
@@ -288,15 +271,11 @@ def rotary_tables(config: Eva02Config) -> dict[str, Array]:
     """
     axis_dim = config.width // config.num_heads // 2
     frequency = np.repeat(ROTARY_BASE ** (-np.arange(0, axis_dim, 2) / axis_dim), 2)
-    tables = {}
+    freqs = {}
     for name, side in (("window", config.window), ("global", config.grid)):
-        turns = np.arange(side)[:, None] / side * config.window * frequency
-        rows = np.broadcast_to(turns[:, None], (side, side, axis_dim))
+        angles = np.arange(side)[:, None] / side * config.window * frequency
+        rows = np.broadcast_to(angles[:, None], (side, side, axis_dim))
         angle = np.concatenate([rows, rows.swapaxes(0, 1)], axis=-1).reshape(side**2, -1)
-        tables[f"{name}_cos"] = jnp.asarray(np.cos(angle), jnp.float32)
-        tables[f"{name}_sin"] = jnp.asarray(np.sin(angle), jnp.float32)
-    return tables
-
-
-def layer_norm(dtype: Any, *, name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name)
+        freqs[f"{name}_cos"] = jnp.asarray(np.cos(angle), jnp.float32)
+        freqs[f"{name}_sin"] = jnp.asarray(np.sin(angle), jnp.float32)
+    return freqs

@@ -15,16 +15,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from meteor_jax.models.encoders.sizes import TransformerSizes, check_multiple
-from meteor_jax.models.layers.attention import attend, attention_received
-from meteor_jax.models.layers.remat import save_as
-from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
-from meteor_jax.models.layers.stack import Stack, StackOutput, constrain, dense
-from meteor_jax.pruning.encode import (
-    EncoderCut,
+from meteor_jax.models.encoders.tokens import (
     EncoderOutput,
-    EncoderState,
-    encode_segments,
+    EncoderTokens,
+    check_cls,
+    finish,
+    prune_after,
+    run_blocks,
+    split_depth,
 )
+from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
+from meteor_jax.models.layers.stack import Stack, constrain, dense
+from meteor_jax.models.layers.vit_block import GatedMlp, SelfAttention, VitBlock
+from meteor_jax.pruning.encoder_steps import EncoderStep
+from meteor_jax.pruning.method import ReductionContext
 from meteor_jax.types import Array
 
 EPSILON = 1e-6
@@ -68,69 +72,32 @@ class Pix2StructConfig(TransformerSizes):
         return self.grid_side
 
 
-class Attention(nn.Module):
-    """Self-attention over all tokens, without biases and without a scale."""
+class Block(VitBlock):
+    """RMS norms, no biases, gated GELU."""
 
-    config: Pix2StructConfig
-    dtype: Any = jnp.float32
+    def make_norm(self) -> nn.Module:
+        return nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype)
 
-    def setup(self) -> None:
-        width, head_dim = self.config.width, self.config.width // self.config.num_heads
-        # T5's initialiser: logits start at unit variance without a scale in the attention.
-        query_init = nn.initializers.normal((width * head_dim) ** -0.5)
-        self.query = dense(width, use_bias=False, dtype=self.dtype, kernel_init=query_init)
-        self.key = dense(width, use_bias=False, dtype=self.dtype)
-        self.value = dense(width, use_bias=False, dtype=self.dtype)
-        self.out = dense(width, use_bias=False, dtype=self.dtype)
+    def make_attention(self) -> nn.Module:
+        width, num_heads = self.config.width, self.config.num_heads
+        return SelfAttention(
+            width,
+            num_heads,
+            use_bias=False,
+            scale=ATTENTION_SCALE,
+            # T5's initialiser: logits start at unit variance without a scale in the attention.
+            query_init=nn.initializers.normal((width * (width // num_heads)) ** -0.5),
+            dtype=self.dtype,
+        )
 
-    def __call__(self, x: Array) -> Array:
-        q, k = self.query_key(x)
-        mixed = attend(q, k, self._heads(self.value(x)), scale=ATTENTION_SCALE)
-        return self.out(mixed.reshape(x.shape))
-
-    def query_key(self, x: Array) -> tuple[Array, Array]:
-        """Queries and keys, float[I, N, H, d] each."""
-        return self._heads(self.query(x)), self._heads(self.key(x))
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.config.num_heads, -1)
+    def make_mlp(self) -> nn.Module:
+        width, hidden = self.config.width, self.config.mlp_dim
+        return GatedMlp(width, hidden, gated_gelu, use_bias=False, dtype=self.dtype)
 
 
-class GatedMLP(nn.Module):
-    """out(gelu_tanh(gate(x)) · up(x)), without biases."""
-
-    config: Pix2StructConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        hidden = self.config.mlp_dim
-        gate = save_as("mlp", dense(hidden, use_bias=False, dtype=self.dtype, name="gate")(x))
-        up = save_as("mlp", dense(hidden, use_bias=False, dtype=self.dtype, name="up")(x))
-        x = nn.gelu(gate, approximate=True) * up
-        return dense(self.config.width, use_bias=False, dtype=self.dtype, name="out")(x)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block with RMS norms."""
-
-    config: Pix2StructConfig
-    dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        self.norm1 = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype)
-        self.attention = Attention(self.config, self.dtype)
-        self.norm2 = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype)
-        self.mlp = GatedMLP(self.config, self.dtype)
-
-    def __call__(self, x: Array) -> tuple[Array, None]:
-        x = save_as("residual", x + self.attention(self.norm1(x)))
-        x = x + self.mlp(self.norm2(x))
-        return constrain(x, "btd"), None
-
-    def query_key(self, x: Array) -> tuple[Array, Array]:
-        """Queries and keys of the block's attention, from the block's input."""
-        return self.attention.query_key(self.norm1(x))
+def gated_gelu(gate: Array, up: Array) -> Array:
+    """gelu_tanh(gate) · up."""
+    return nn.gelu(gate, approximate=True) * up
 
 
 class Pix2Struct(nn.Module):
@@ -144,43 +111,42 @@ class Pix2Struct(nn.Module):
         self,
         images: Array,
         *,
-        cuts: tuple[EncoderCut, ...] | None = None,
-        image_seed: Array | None = None,
+        steps: tuple[EncoderStep, ...] = (),
+        context: ReductionContext | None = None,
+        all_segments: bool = False,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
         Shapes:
             images: float[I, H, W, 3], H = W.
-            image_seed: uint32[I], a hash of each image, for cuts by "random".
-            returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps.
+            context: what the methods of `steps` may need that is not the encoder's own.
+            returns: `num_tokens` tokens, or what the last of the `steps` leaves; with
+                `all_segments` also the features after each segment.
 
         Raises:
-            ValueError: if there are not three cuts, one keeps more tokens than there are, or one
-                asks for a CLS token.
+            ValueError: if a step keeps more tokens than there are, or asks for a CLS token.
         """
-        config = self.config
-        if any(cut.criterion == "cls" for cut in cuts or ()):
-            raise ValueError("criterion 'cls': Pix2Struct has no CLS token; use 'attention'.")
-
-        x = self._embed(images)
-        stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
-
-        def run(tokens: EncoderState, start: int, stop: int) -> StackOutput:
-            return stack(tokens.x, start=start, stop=stop)
-
-        def attention(block: int, tokens: EncoderState, criterion: str) -> Array:
-            q, k = stack.layer(block, tokens.x, method="query_key")
-            rows = jnp.ones(q.shape[:2])
-            return attention_received(q, k, row_weight=rows, scale=ATTENTION_SCALE).mean(1)
-
-        out = encode_segments(
-            x,
-            cuts=cuts,
-            bounds=config.segment_ends,
-            run=run,
-            attention=attention,
-            image_seed=image_seed,
-        )
+        config, context = self.config, context or ReductionContext()
+        check_cls(steps, has_cls=False, advice="Pix2Struct has none")
+        tokens = EncoderTokens.start(self._embed(images))
+        blocks = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
+        passed = []
+        for segment in split_depth(config, steps, all_segments=all_segments):
+            tokens, last_input = run_blocks(
+                blocks, tokens, segment, context=context, scale=ATTENTION_SCALE
+            )
+            for step in segment.after:
+                tokens = prune_after(
+                    blocks,
+                    tokens,
+                    step,
+                    segment,
+                    last_input=last_input,
+                    context=context,
+                    scale=ATTENTION_SCALE,
+                )
+            passed.append((segment, tokens))
+        out = finish(passed, num_tokens=config.num_tokens)
         norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name="final_norm")
         return out.replace(x=norm(out.x))
 

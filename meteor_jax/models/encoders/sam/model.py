@@ -3,13 +3,14 @@
 
 Blocks attend in windows, a few over the whole grid, with relative positions by row and column.
 
-A cut decides about whole 2×2 groups: a group is one token of the loop between the blocks, its
-features joined, and four tokens in a block. I images, N groups, W windows, S slots of a window,
+A step decides about whole 2×2 squares: a square is one token between the segments, its features
+joined, and four tokens in a block. I images, N squares, W windows, S slots of a window,
 E width of a block, H heads, d head width, R rows (or columns) of a window.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.models.encoders.sizes import TransformerSizes, check_multiple
-from meteor_jax.models.layers.remat import save_as
+from meteor_jax.models.encoders.tokens import (
+    EncoderOutput,
+    EncoderTokens,
+    Segment,
+    check_cls,
+    drops,
+    finish,
+    prune_tokens,
+    split_depth,
+)
 from meteor_jax.models.layers.resize import patchify, resize
-from meteor_jax.models.layers.stack import Stack, StackOutput, constrain, dense
+from meteor_jax.models.layers.stack import Stack, constrain, dense
+from meteor_jax.models.layers.vit_block import Mlp, VitBlock, layer_norm
 from meteor_jax.models.layers.windows import (
     attend_windows,
     contiguous_runs,
@@ -30,17 +41,13 @@ from meteor_jax.models.layers.windows import (
     received_in_windows,
     to_windows,
 )
-from meteor_jax.pruning.encode import (
-    EncoderCut,
-    EncoderOutput,
-    EncoderState,
-    encode_segments,
-)
+from meteor_jax.pruning.encoder_steps import EncoderStep
+from meteor_jax.pruning.method import ReductionContext
 from meteor_jax.pruning.ops.windows import window_slots
 from meteor_jax.types import Array
 
 EPSILON = 1e-6
-GROUP = 2  # side of the squares of tokens that come out as one
+MERGE = 2  # side of the squares of tokens that come out as one
 SCALE = 1.0  # queries are scaled before their relative positions are joined to them
 SHARDING_RULES = (
     (r"neck/kernel$", ("tensor", "fsdp")),
@@ -77,9 +84,9 @@ class SamConfig(TransformerSizes):
 
     def __post_init__(self) -> None:
         check_multiple(
-            "image_size", self.image_size, of="2 · patch_size", factor=GROUP * self.patch_size
+            "image_size", self.image_size, of="2 · patch_size", factor=MERGE * self.patch_size
         )
-        check_multiple("window", self.window, of="a group's side,", factor=GROUP)
+        check_multiple("window", self.window, of="a square's side,", factor=MERGE)
         check_multiple("block_width", self.block_width, of="num_heads", factor=self.num_heads)
         if any(not 0 <= block < self.depth for block in self.global_blocks):
             raise ValueError(
@@ -87,18 +94,24 @@ class SamConfig(TransformerSizes):
                 f"depth={self.depth}, got {self.global_blocks}."
             )
 
+    prunes_in_blocks = False
+
     @property
     def grid(self) -> int:
         """Side of the output grid."""
-        return self.image_size // (GROUP * self.patch_size)
+        return self.image_size // (MERGE * self.patch_size)
+
+    @property
+    def token_width(self) -> int:
+        return MERGE**2 * self.block_width
 
     @property
     def width(self) -> int:
-        return GROUP**2 * self.neck_width
+        return MERGE**2 * self.neck_width
 
 
 @flax.struct.dataclass
-class Place:
+class WindowLayout:
     """The windows of a block, and what is in their slots.
 
     Shapes:
@@ -128,31 +141,33 @@ class Attention(nn.Module):
         self.qkv = dense(3 * self.config.block_width, dtype=self.dtype)
         self.out = dense(self.config.block_width, dtype=self.dtype)
 
-    def __call__(self, x: Array, place: Place, relative: dict[str, Array] | None) -> Array:
-        q, k, v = self._query_key_value(x, place, relative)
-        mixed = attend_windows(q, k, v, real=place.seen, scale=SCALE)
-        return self.out(from_windows(mixed, sizes=place.sizes).reshape(x.shape))
+    def __call__(
+        self, x: Array, layout: WindowLayout, relative: dict[str, Array] | None = None
+    ) -> Array:
+        q, k, v = self._query_key_value(x, layout, relative)
+        mixed = attend_windows(q, k, v, real=layout.seen, scale=SCALE)
+        return self.out(from_windows(mixed, sizes=layout.sizes).reshape(x.shape))
 
     def query_key(
-        self, x: Array, place: Place, relative: dict[str, Array] | None
+        self, x: Array, layout: WindowLayout, relative: dict[str, Array] | None
     ) -> tuple[Array, Array]:
         """Scaled queries and keys with their relative positions, float[I, W, S, H, d + 2R]."""
-        return self._query_key_value(x, place, relative)[:2]
+        return self._query_key_value(x, layout, relative)[:2]
 
     def _query_key_value(
-        self, x: Array, place: Place, relative: dict[str, Array] | None
+        self, x: Array, layout: WindowLayout, relative: dict[str, Array] | None
     ) -> tuple[Array, Array, Array]:
-        x = to_windows(x, sizes=place.sizes, length=place.row.shape[-1])
+        x = to_windows(x, sizes=layout.sizes, length=layout.row.shape[-1])
         qkv = self.qkv(x)
         qkv = qkv.reshape(*qkv.shape[:-1], 3, self.config.num_heads, -1)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         if relative is None:
             return q * q.shape[-1] ** -0.5, k, v
-        return *join_relative_positions(q, k, place=place, relative=relative), v
+        return *join_relative_positions(q, k, layout=layout, relative=relative), v
 
 
 def join_relative_positions(
-    q: Array, k: Array, *, place: Place, relative: dict[str, Array]
+    q: Array, k: Array, *, layout: WindowLayout, relative: dict[str, Array]
 ) -> tuple[Array, Array]:
     """Queries and keys whose product is q·k / √d + q·h[row_q − row_k] + q·w[column_q − column_k].
 
@@ -165,10 +180,10 @@ def join_relative_positions(
         relative: float[2R − 1, d] for "height" and "width".
         returns: float[I, W, S, H, d + 2R] twice.
     """
-    side = place.side
+    side = layout.side
     distance = np.arange(side)[:, None] - np.arange(side) + side - 1
     queries, keys = [q * q.shape[-1] ** -0.5], [k]
-    for name, own in (("height", place.row), ("width", place.column)):
+    for name, own in (("height", layout.row), ("width", layout.column)):
         entries = relative[name].astype(q.dtype)[distance][own]  # [..., W, S, R, d]
         queries.append(jnp.einsum("...hd,...rd->...hr", q, entries))
         at = jax.nn.one_hot(own, side, dtype=k.dtype)[..., None, :]
@@ -176,41 +191,19 @@ def join_relative_positions(
     return jnp.concatenate(queries, axis=-1), jnp.concatenate(keys, axis=-1)
 
 
-class MLP(nn.Module):
-    """Two layers with exact GELU between them."""
+class Block(VitBlock):
+    """Biases everywhere, exact GELU. The frequencies may be left out where only parameters are
+    made."""
 
-    config: SamConfig
-    dtype: Any = jnp.float32
+    def make_norm(self) -> nn.Module:
+        return layer_norm(self.dtype, epsilon=EPSILON)
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = save_as("mlp", dense(self.config.mlp_dim, dtype=self.dtype, name="fc1")(x))
-        x = nn.gelu(x, approximate=False)
-        return dense(self.config.block_width, dtype=self.dtype, name="fc2")(x)
+    def make_attention(self) -> nn.Module:
+        return Attention(self.config, self.dtype)
 
-
-class Block(nn.Module):
-    """A pre-norm transformer block. `relative` may be None where only parameters are made."""
-
-    config: SamConfig
-    dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        self.norm1 = layer_norm(self.dtype)
-        self.attention = Attention(self.config, self.dtype)
-        self.norm2 = layer_norm(self.dtype)
-        self.mlp = MLP(self.config, self.dtype)
-
-    def __call__(
-        self, x: Array, place: Place, relative: dict[str, Array] | None = None
-    ) -> tuple[Array, None]:
-        x = save_as("residual", x + self.attention(self.norm1(x), place, relative))
-        x = x + self.mlp(self.norm2(x))
-        return constrain(x, "btd"), None
-
-    def query_key(self, x: Array, place: Place, relative: dict[str, Array]) -> tuple[Array, Array]:
-        """Queries and keys of the block's attention, from the block's input."""
-        return self.attention.query_key(self.norm1(x), place, relative)
+    def make_mlp(self) -> nn.Module:
+        gelu = functools.partial(nn.gelu, approximate=False)
+        return Mlp(self.config.block_width, self.config.mlp_dim, gelu, dtype=self.dtype)
 
 
 class Sam(nn.Module):
@@ -224,38 +217,37 @@ class Sam(nn.Module):
         self,
         images: Array,
         *,
-        cuts: tuple[EncoderCut, ...] | None = None,
-        image_seed: Array | None = None,
+        steps: tuple[EncoderStep, ...] = (),
+        context: ReductionContext | None = None,
+        all_segments: bool = False,
     ) -> EncoderOutput:
         """Encodes images of any size, normalised with CLIP's mean and standard deviation.
 
-        How cuts meet windows and groups is our reading, METEOR speaks of neither: a cut keeps
-        whole 2×2 groups, whose score is their joined features' likeness to the mean group, or the
-        mean of the attention that the four receive (inside the windows where the segment's last
-        block has them); a window's quota is in proportion to the real tokens it holds; and the
-        zeros that fill the edge windows of the whole grid are gone after the first real cut.
-        Segments are thirds of the blocks, wherever the global ones lie: in whole periods, of which
+        How steps meet windows and 2×2 merging is our reading, METEOR speaks of neither: a step
+        keeps whole 2×2 squares, whose score is their joined features' likeness to the mean square,
+        or the mean of the attention that the four receive (inside the windows where the segment's
+        last block has them); a window's quota is in proportion to the real tokens it holds; and the
+        zeros that fill the edge windows of the whole grid are gone after the first real step.
+        Segments are thirds of the blocks, wherever the global ones are: in whole periods, of which
         there are four, they would end at 6, 18 and 24.
 
         Shapes:
             images: float[I, H, W, 3], H = W.
-            image_seed: uint32[I], a hash of each image, for cuts by "random".
-            returns: `num_tokens` tokens, or as many as the last of the three `cuts` keeps; the
-                features at a boundary are those of the four tokens of a group, joined.
+            context: what the methods of `steps` may need that is not the encoder's own.
+            returns: `num_tokens` tokens, or what the last of the `steps` leaves; with
+                `all_segments` also the features after each segment, those of the four tokens of a
+                square joined.
 
         Raises:
-            ValueError: if there are not three cuts, one keeps more tokens than there are, or one
-                asks for a CLS token.
+            ValueError: if a step keeps more tokens than there are, or asks for a CLS token.
         """
-        config = self.config
-        if any(cut.criterion == "cls" for cut in cuts or ()):
-            raise ValueError("criterion 'cls': SAM has no CLS token; use 'attention'.")
-
-        x = self._embed(images)
+        config, context = self.config, context or ReductionContext()
+        check_cls(steps, has_cls=False, advice="SAM has none")
+        tokens = EncoderTokens.start(self._embed(images), window=config.window // MERGE)
         relative = {kind: self._relative_positions(kind) for kind in (False, True)}
-        stack = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
+        blocks = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
 
-        def tables(start: int, stop: int, is_global: bool) -> dict[str, Array]:
+        def relative_of(start: int, stop: int, is_global: bool) -> dict[str, Array]:
             """Those of the blocks of a kind in `[start, stop)`."""
             before, after = (
                 sum((b in config.global_blocks) == is_global for b in range(end))
@@ -263,45 +255,40 @@ class Sam(nn.Module):
             )
             return jax.tree.map(lambda table: table[before:after], relative[is_global])
 
-        def run(tokens: EncoderState, start: int, stop: int) -> StackOutput:
-            runs = tuple(contiguous_runs(start, stop, global_blocks=config.global_blocks))
-            out = stack.alternate(
-                ungroup(tokens.x),
-                runs=runs,
-                aux=tuple((self._place(tokens, kind),) for kind in (False, True)),
-                per_layer=tuple((tables(start, stop, kind),) for kind in (False, True)),
+        passed = []
+        for segment in split_depth(config, steps, all_segments=all_segments):
+            start, stop, last = segment.start, segment.stop, segment.last_block
+            layouts = tuple(self._layout(tokens, is_global) for is_global in (False, True))
+            out = blocks.alternate(
+                unmerge_2x2(tokens.x),
+                runs=tuple(contiguous_runs(start, stop, global_blocks=config.global_blocks)),
+                aux=tuple((layout,) for layout in layouts),
+                per_layer=tuple((relative_of(start, stop, kind),) for kind in (False, True)),
             )
-            return out.replace(x=regroup(out.x), last_input=regroup(out.last_input))
-
-        def attention(block: int, tokens: EncoderState, criterion: str) -> Array:
-            is_global = block in config.global_blocks
-            place = self._place(tokens, is_global)
-            table = jax.tree.map(lambda t: t[0], tables(block, block + 1, is_global))
-            q, k = stack.layer(block, ungroup(tokens.x), place, table, method="query_key")
-            received = received_in_windows(q, k, rows=place.real, real=place.seen, scale=SCALE)
-            received = from_windows(received, sizes=place.sizes)
-            return received.reshape(*tokens.raster.shape, GROUP**2).mean(-1)
-
-        out = encode_segments(
-            x,
-            cuts=cuts,
-            bounds=config.segment_ends,
-            run=run,
-            attention=attention,
-            window=config.window // GROUP,
-            image_seed=image_seed,
-        )
+            tokens = tokens.replace(x=merge_2x2(out.x))
+            for step in segment.after:
+                if drops(step, tokens) and "attention_received" in step.method.needs:
+                    is_global = last in config.global_blocks
+                    own = jax.tree.map(lambda t: t[0], relative_of(last, last + 1, is_global))
+                    received = _attention_received(
+                        blocks, segment, out.last_input, layouts[is_global], own
+                    )
+                    received = received.reshape(*tokens.patch_index.shape, MERGE**2).mean(-1)
+                    context = context.replace(attention_received=received)
+                tokens = prune_tokens(tokens, step, context=context)
+            passed.append((segment, tokens))
+        out = finish(passed, num_tokens=config.num_tokens)
         return out.replace(x=self._neck(out.x))
 
     def _embed(self, images: Array) -> Array:
-        """Patches with their positions, joined in groups, float[I, N, 4E]."""
+        """Patches with their positions, joined in squares, float[I, N, 4E]."""
         config = self.config
         images = resize(images, size=config.image_size).astype(self.dtype)
         patches = patchify(images, patch=config.patch_size)
         x = dense(config.block_width, dtype=self.dtype, name="patch_embedding")(patches)
         init = nn.initializers.normal(0.02)
         position = self.param("position_embedding", init, x.shape[1:])
-        x = patchify(x + position.astype(self.dtype), patch=GROUP)
+        x = patchify(x + position.astype(self.dtype), patch=MERGE)
         return constrain(x.reshape(x.shape[0], config.num_tokens, -1), "btd")
 
     def _relative_positions(self, is_global: bool) -> dict[str, Array]:
@@ -310,56 +297,72 @@ class Sam(nn.Module):
         num_global = len(config.global_blocks)
         name, num_blocks, side = "relative_window", config.depth - num_global, config.window
         if is_global:
-            name, num_blocks, side = "relative_global", num_global, GROUP * config.grid
+            name, num_blocks, side = "relative_global", num_global, MERGE * config.grid
         shape = (num_blocks, 2 * side - 1, config.block_width // config.num_heads)
         zeros = nn.initializers.zeros
         return self.param(
             name, lambda key: {axis: zeros(key, shape) for axis in ("height", "width")}
         )
 
-    def _place(self, tokens: EncoderState, is_global: bool) -> Place:
-        grid, window = self.config.grid, self.config.window // GROUP
-        sizes, raster = tokens.window_sizes, tokens.raster
-        whole = raster.shape[1] == self.config.num_tokens
+    def _layout(self, tokens: EncoderTokens, is_global: bool) -> WindowLayout:
+        grid, window = self.config.grid, self.config.window // MERGE
+        sizes, patch_index = tokens.window_sizes, tokens.patch_index
+        whole = patch_index.shape[1] == self.config.num_tokens
         if is_global:
-            sizes, window = (raster.shape[1],), grid
-            raster = raster[:1] if whole else raster  # all images have the same tokens
+            sizes, window = (patch_index.shape[1],), grid
+            patch_index = (
+                patch_index[:1] if whole else patch_index
+            )  # all images have the same tokens
         if whole and not is_global:
             row, column = padded_windows(grid, window)
         else:
             row, column = (
                 to_windows(place, sizes=sizes, length=max(sizes))
-                for place in (raster // grid, raster % grid)
+                for place in (patch_index // grid, patch_index % grid)
             )
         _, real = window_slots(sizes, length=row.shape[-1])
-        real = np.repeat(real, GROUP**2, axis=-1)
-        dy, dx = np.divmod(np.arange(GROUP**2), GROUP)
-        return Place(
-            row=(GROUP * (row % window)[..., None] + dy).reshape(*row.shape[:-1], -1),
-            column=(GROUP * (column % window)[..., None] + dx).reshape(*row.shape[:-1], -1),
+        real = np.repeat(real, MERGE**2, axis=-1)
+        dy, dx = np.divmod(np.arange(MERGE**2), MERGE)
+        return WindowLayout(
+            row=(MERGE * (row % window)[..., None] + dy).reshape(*row.shape[:-1], -1),
+            column=(MERGE * (column % window)[..., None] + dx).reshape(*row.shape[:-1], -1),
             real=real,
             seen=None if whole or real.all() else real,
-            sizes=tuple(GROUP**2 * size for size in sizes),
-            side=GROUP * window,
+            sizes=tuple(MERGE**2 * size for size in sizes),
+            side=MERGE * window,
         )
 
     def _neck(self, x: Array) -> Array:
-        """Joined groups float[I, N, 4E] to what comes out, the channel slowest, then the row and
-        the column in the group (PyTorch's pixel_unshuffle)."""
+        """Joined squares float[I, N, 4E] to what comes out, the channel slowest, then the row and
+        the column in the square (PyTorch's pixel_unshuffle)."""
         neck = dense(self.config.neck_width, use_bias=False, dtype=self.dtype, name="neck")
-        x = layer_norm(self.dtype, name="neck_norm")(neck(ungroup(x)))
-        x = x.reshape(x.shape[0], -1, GROUP**2, self.config.neck_width)
+        x = layer_norm(self.dtype, epsilon=EPSILON, name="neck_norm")(neck(unmerge_2x2(x)))
+        x = x.reshape(x.shape[0], -1, MERGE**2, self.config.neck_width)
         return x.swapaxes(2, 3).reshape(x.shape[0], -1, self.config.width)
 
 
-def ungroup(x: Array) -> Array:
-    """float[I, N, 4E] → float[I, 4N, E]: the four tokens of a group one after the other."""
-    return x.reshape(x.shape[0], GROUP**2 * x.shape[1], -1)
+@jax.named_scope("scores")
+def _attention_received(
+    blocks: Stack,
+    segment: Segment,
+    x: Array,
+    layout: WindowLayout,
+    relative: dict[str, Array],
+) -> Array:
+    """float32[I, 4N]: what each token gets in the last block of a segment, whose input is x."""
+    q, k = blocks.layer(segment.last_block, x, layout, relative, method="query_key")
+    received = received_in_windows(q, k, rows=layout.real, real=layout.seen, scale=SCALE)
+    return from_windows(received, sizes=layout.sizes)
 
 
-def regroup(x: Array) -> Array:
+def unmerge_2x2(x: Array) -> Array:
+    """float[I, N, 4E] → float[I, 4N, E]: the four tokens of a square one after the other."""
+    return x.reshape(x.shape[0], MERGE**2 * x.shape[1], -1)
+
+
+def merge_2x2(x: Array) -> Array:
     """float[I, 4N, E] → float[I, N, 4E]."""
-    return x.reshape(x.shape[0], x.shape[1] // GROUP**2, -1)
+    return x.reshape(x.shape[0], x.shape[1] // MERGE**2, -1)
 
 
 def padded_windows(grid: int, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -370,7 +373,3 @@ def padded_windows(grid: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     padding = (row >= grid) | (column >= grid)
     order = np.lexsort((column, row, padding, column // window, row // window))
     return row[order].reshape(-1, window**2), column[order].reshape(-1, window**2)
-
-
-def layer_norm(dtype: Any, *, name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name)

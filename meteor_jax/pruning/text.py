@@ -1,0 +1,252 @@
+"""The text form of a plan, for command lines and config files.
+
+    full    fastv(layer=2, keep=256)    meteor(decode.heads=0, fuse.similarity=cosine)    plan.json
+
+A call of a preset, with its arguments; or of a plan in the config, whose fields the arguments
+replace. A dotted argument sets a field of all steps of a stage (`encode.`, `fuse.`, `decode.`) that
+have it: of the method, the budget or the step itself. A tuple with one value a step is spread over
+them; `decode.layers` sets where the decoder's steps are, `encode.method=random` another method,
+`decode.budget=fixed` another budget, `decode=None` drops the stage.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from meteor_jax.config import ConfigError, build, convert, suggest
+from meteor_jax.pruning.budgets import Budget
+from meteor_jax.pruning.method import Method
+from meteor_jax.pruning.plan import PrunePlan, Step, budget_class
+from meteor_jax.pruning.points import STAGES, Stage, before_layer
+from meteor_jax.pruning.registry import method_class, presets
+
+_DOT = "__dot__"  # stands for the dot of a dotted argument, which Python's grammar has not
+_CALL = r"([A-Za-z_]\w*)\s*(\(.*\))?"
+
+
+def parse_plan(text: str, *, library: Mapping[str, str | PrunePlan] | None = None) -> PrunePlan:
+    """The plan that `text` names: a call, a JSON file's path, or JSON itself.
+
+    A name is looked up in `library` (a config's `plans`: name → text or plan) first and then among
+    the presets.
+
+    Raises:
+        ConfigError: one line that says what is wrong and what would be right.
+    """
+    library = dict(library or {})
+    text = text.strip()
+    if text.startswith("{"):
+        return PrunePlan.from_json(text)
+    if text.endswith(".json"):
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"plan file {text} does not exist.")
+        return PrunePlan.from_json(path.read_text(), where=text)
+    name, arguments = _read_call(text)
+    if name in library:
+        plan = library[name]
+        if isinstance(plan, str):
+            rest = {key: value for key, value in library.items() if key != name}
+            plan = parse_plan(plan, library=rest)
+        plan = dataclasses.replace(plan, name=name)
+        return override(plan, **{"name": text.replace(" ", "")} | arguments) if arguments else plan
+    known = presets()
+    if name not in known:
+        raise ConfigError(f"no plan '{name}'.{suggest(name, [*library, *known])}")
+    parameters = inspect.signature(known[name]).parameters
+    direct = {key: value for key, value in arguments.items() if key in parameters}
+    fields = {key: value for key, value in arguments.items() if key not in parameters}
+    for key in fields:
+        if key.split(".")[0] not in (*STAGES, "name", "positions", "enter_at"):
+            raise ConfigError(f"plan '{text}': no argument '{key}'.{suggest(key, parameters)}")
+    required = [key for key, value in parameters.items() if value.default is value.empty]
+    missing = [key for key in required if key not in direct]
+    if missing:
+        raise ConfigError(
+            f"plan '{text}': missing {', '.join(missing)}; write {name}"
+            f"({', '.join(f'{key}=…' for key in required)})."
+        )
+    try:
+        return override(_call(known[name], direct), **fields)
+    except ConfigError as error:
+        raise ConfigError(f"plan '{text}': {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"plan '{text}': {error}") from error
+
+
+def parse_method(text: str) -> Method:
+    """The method that `text` names, `name` or `name(field=value)`.
+
+    Raises:
+        ConfigError: for an unknown method or field.
+    """
+    name, arguments = _read_call(text.strip())
+    return build(method_class(name), arguments, where=f"method '{name}'")
+
+
+def _call(function: Any, arguments: Mapping[str, Any]) -> PrunePlan:
+    hints = typing.get_type_hints(function)
+    return function(**{key: convert(hints[key], v, key) for key, v in arguments.items()})
+
+
+def split_plans(text: str) -> list[str]:
+    """Plans separated by commas; commas within parentheses belong to a plan."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1, "{": 1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def override(plan: PrunePlan, **fields: Any) -> PrunePlan:
+    """`plan` with fields replaced, those of a stage's steps by names such as `decode.heads`.
+
+    Raises:
+        ConfigError: for an unknown field, a wrong type, or a stage that the plan lacks.
+    """
+    # Stages first, then which steps they have, then their methods and budgets, then fields.
+    early = ("layers", "method", "budget")
+
+    def order(path: str) -> tuple[int, int]:
+        leaf = path.split(".")[-1]
+        return path.count("."), early.index(leaf) if leaf in early else len(early)
+
+    for path in sorted(fields, key=order):
+        stage, _, field = path.partition(".")
+        if not field and stage not in STAGES:
+            values = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+            plan = build(PrunePlan, {**values, path: fields[path]}, where=f"plan '{plan.name}'")
+        elif not field:
+            if fields[path] is not None:
+                raise ConfigError(f"plan '{plan.name}': only {stage}=None can be written.")
+            plan = plan.without(stage)
+        else:
+            plan = _set_in_stage(plan, stage, field, fields[path])
+    return plan
+
+
+def _set_in_stage(plan: PrunePlan, stage: Stage, field: str, value: Any) -> PrunePlan:
+    steps, where = plan.stage(stage), f"plan '{plan.name}': {stage}.{field}"
+    if not steps:
+        raise ConfigError(f"plan '{plan.name}' has no stage '{stage}' to set {stage}.{field} in.")
+    if field == "layers" and stage == "decode":
+        return _set_layers(plan, convert(tuple[int, ...], value, where))
+    having = [step for step in steps if field in _fields_of(step)]
+    if not having:
+        names = {name for step in steps for name in _fields_of(step)}
+        raise ConfigError(f"{where}: no such field.{suggest(field, names)}")
+    values = iter(_spread(having, field, value, where=where))
+    return plan.map_steps(
+        lambda step: _set(step, field, next(values), where) if field in _fields_of(step) else step,
+        stage=stage,
+    )
+
+
+def _set_layers(plan: PrunePlan, layers: tuple[int, ...]) -> PrunePlan:
+    """The decoder's steps before other layers; more of them repeat the last."""
+    steps = plan.decoder_steps
+    moved = [
+        dataclasses.replace(steps[min(i, len(steps) - 1)], at=before_layer(layer))
+        for i, layer in enumerate(layers)
+    ]
+    return dataclasses.replace(plan, steps=(*plan.without("decode").steps, *moved))
+
+
+def _fields_of(step: Step) -> dict[str, Any]:
+    """By name, the class that a field of a step is in: the method's, the budget's, its own."""
+    found = dict.fromkeys(("method", "budget", "positions", "cut_caches"), Step)
+    for part in (step.budget, step.method):
+        found |= {field.name: type(part) for field in dataclasses.fields(part)}
+    return found
+
+
+def _spread(steps: list[Step], field: str, value: Any, *, where: str) -> Iterable[Any]:
+    """`value` for every step, or its items, one a step."""
+
+    def check(step: Step, value: Any) -> Any:
+        if field in ("method", "budget"):
+            return value
+        return convert(typing.get_type_hints(_fields_of(step)[field])[field], value, where)
+
+    is_list = isinstance(value, (list, tuple))
+    try:
+        if is_list and field in ("method", "budget"):
+            raise ConfigError(f"{where}: expected one value a step, got {value!r}.")
+        return [check(step, value) for step in steps]
+    except ConfigError:
+        if not is_list or len(value) != len(steps):
+            raise
+        return [check(step, item) for step, item in zip(steps, value, strict=True)]
+
+
+def _set(step: Step, field: str, value: Any, where: str) -> Step:
+    if field == "method":
+        return dataclasses.replace(step, method=_other(step.method, value, method_class, where))
+    if field == "budget":
+        return dataclasses.replace(step, budget=_other(step.budget, value, budget_class, where))
+    part = {f.name: "budget" for f in dataclasses.fields(step.budget)} | {
+        f.name: "method" for f in dataclasses.fields(step.method)
+    }
+    try:
+        if field not in part:
+            return dataclasses.replace(step, **{field: value})
+        owner = dataclasses.replace(getattr(step, part[field]), **{field: value})
+        return dataclasses.replace(step, **{part[field]: owner})
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _other(old: Method | Budget, value: Any, class_of: Any, where: str) -> Any:
+    """An object of the class that `value` names, with the fields that both have."""
+    if isinstance(value, (Method, Budget)):
+        return value
+    name, arguments = (value, {}) if isinstance(value, str) else value
+    cls = class_of(name)
+    theirs = {field.name for field in dataclasses.fields(cls)}
+    same = {k: v for k, v in dataclasses.asdict(old).items() if k in theirs}
+    return build(cls, same | arguments, where=where)
+
+
+def _read_call(text: str) -> tuple[str, dict[str, Any]]:
+    """The name that is called, and its keyword arguments: Python literals or words."""
+    match = re.fullmatch(_CALL, text, flags=re.DOTALL)
+    try:
+        source = re.sub(r"\.(?=\w+\s*=(?!=))", _DOT, text)
+        tree = ast.parse(source, mode="eval").body if match else None
+    except SyntaxError:
+        tree = None
+    if isinstance(tree, ast.Name):
+        return tree.id, {}
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+        raise ConfigError(f"plan '{text}': expected a name, name(field=value, …) or a .json file.")
+    if tree.args or any(keyword.arg is None for keyword in tree.keywords):
+        got = ", ".join(map(ast.unparse, tree.args))
+        raise ConfigError(f"plan '{text}': expected field=value, got '{got}'.")
+    return tree.func.id, {
+        (keyword.arg or "").replace(_DOT, "."): _value(keyword.value, text)
+        for keyword in tree.keywords
+    }
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    """A literal; a bare word is a string; a call is (its name, its arguments)."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_value(item, text) for item in node.elts)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        return node.func.id, {k.arg: _value(k.value, text) for k in node.keywords}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ConfigError(f"plan '{text}': cannot read '{ast.unparse(node)}'.") from None
