@@ -10,6 +10,7 @@ import pytest
 
 from meteor_jax.config import ConfigError, build
 from meteor_jax.experiment.config import StageConfig
+from meteor_jax.models.family import build_model
 from meteor_jax.pruning.budgets import Fixed
 from meteor_jax.pruning.method import Method
 from meteor_jax.pruning.plan import PrunePlan, Step
@@ -125,7 +126,7 @@ def test_a_method_adds_a_term_to_the_training_loss():
             use_ema=False,
         )
         step = make_train_step(
-            tiny.MODEL,
+            build_model(tiny.CONFIG),
             optimizer=optimizer,
             plan=PrunePlan(steps=steps),
             stage=dataclasses.replace(stage, grad_accum_steps=parts),

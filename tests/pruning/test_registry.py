@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meteor_jax.models.eagle.family import Eagle
 from meteor_jax.models.eagle.fusion import concatenate_sequence, splice
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings, shard_batch
@@ -108,7 +109,9 @@ def test_an_example_depends_on_nothing_but_itself(texts):
         text_valid=np.pad(batch.text_valid, pad),
         labels=np.pad(batch.labels, pad),
     )
-    params = jax.device_put(tiny.params(), parameter_shardings(tiny.params(), mesh))
+    params = jax.device_put(
+        tiny.params(), parameter_shardings(tiny.params(), mesh, rules=Eagle.sharding_rules)
+    )
     with jax.set_mesh(mesh):
         split = jax.device_get(forward(plan)(params, shard_batch(longer, mesh)))
     assert_rows_equal(alone, split, rows=np.arange(ROWS))

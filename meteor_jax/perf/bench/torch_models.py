@@ -12,7 +12,7 @@ from typing import Any
 
 from meteor_jax.models.eagle.model import MeteorConfig
 from meteor_jax.models.encoders.convnext.model import ConvNextConfig
-from meteor_jax.models.encoders.eva02.model import Eva02Config, rotary_tables
+from meteor_jax.models.encoders.eva02.model import Eva02Config, rope_freqs
 
 Steps = dict[str, Callable[[], Any]]
 
@@ -99,7 +99,7 @@ def _eva02(config: Eva02Config) -> tuple[Any, dict[str, Any]]:
 
     width, heads, grid, window = config.width, config.num_heads, config.grid, config.window
     across = grid // window
-    tables = {name: torch.tensor(np.asarray(x)) for name, x in rotary_tables(config).items()}
+    tables = {name: torch.tensor(np.asarray(x)) for name, x in rope_freqs(config).items()}
 
     def to_windows(x: Any) -> Any:
         x = x.view(-1, across, window, across, window, width).transpose(2, 3)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.models import conversion as cv
-from meteor_jax.models.encoders.eva02.model import Eva02Config, rotary_tables
+from meteor_jax.models.encoders.eva02.model import Eva02Config, rope_freqs
 
 FORMATS = {
     "eva02": cv.Format(
@@ -71,7 +71,7 @@ def table(config: Eva02Config) -> cv.Table:
 
 def _rotary_table(dtype: np.dtype, *, config: Eva02Config, name: str) -> np.ndarray:
     """Rounded to bfloat16, as in the checkpoints that hold it, unless the weights are wider."""
-    table = np.asarray(rotary_tables(config)[name])
+    table = np.asarray(rope_freqs(config)[name])
     return table if dtype.itemsize > 2 else table.astype(jnp.bfloat16)
 
 
