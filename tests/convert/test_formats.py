@@ -16,7 +16,7 @@ from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.models.eagle.model import MeteorConfig
 from meteor_jax.models.eagle.projector import Projector
-from meteor_jax.models.encoders.eva02.model import rotary_tables
+from meteor_jax.models.encoders.eva02.model import rope_freqs
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.convert import eagle_tiny
 from tests.convert.test_round_trip import assert_identical, read_folder
@@ -159,7 +159,7 @@ def test_eva02_of_a_detector_with_larger_images(tmp_path, eagle):
     config = convert_checkpoint(source, tmp_path / "out")
     assert config.eva02.grid == 64
     tables = read_params(tmp_path / "out")["eva02"]["tables"]
-    for name, table in rotary_tables(config.eva02).items():
+    for name, table in rope_freqs(config.eva02).items():
         np.testing.assert_allclose(tables[name], table, atol=2e-6)
         np.testing.assert_allclose(tables[name], eagle[0]["eva02"]["tables"][name], atol=2e-6)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from meteor_jax.models.decoders.llama.model import LlamaBlock, LlamaConfig, rotary_tables
+from meteor_jax.models.decoders.llama.model import LlamaBlock, LlamaConfig, rope_freqs
 from meteor_jax.models.eagle.model import MeteorConfig
 from meteor_jax.models.encoders.clip.model import ClipConfig
 from meteor_jax.models.layers.attention import attend
@@ -40,7 +40,7 @@ def saved(remat, *, block=LlamaBlock, config=CONFIG, aux=None):
     x = X if block is LlamaBlock else jnp.ones((2, LENGTH, 8))
     if aux is None:
         position = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
-        aux = (rotary_tables(position, config=CONFIG), None)
+        aux = (rope_freqs(position, config=CONFIG), None)
     variables = jax.eval_shape(functools.partial(stack.init), jax.random.key(0), x, *aux)
     given = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
     return saved_bytes(lambda v: stack.apply(v, x, *aux).x.sum(), variables) - given
@@ -86,7 +86,7 @@ def test_splash_attention_is_not_computed_again_where_it_is_saved():
 
 def test_gradients_do_not_depend_on_the_policy():
     position = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
-    aux = (rotary_tables(position, config=CONFIG), None)
+    aux = (rope_freqs(position, config=CONFIG), None)
     x = jax.random.normal(jax.random.key(1), X.shape)
     variables = Stack(LlamaBlock, CONFIG, 3).init(jax.random.key(0), x, *aux)
 

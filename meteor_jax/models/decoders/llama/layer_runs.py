@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from meteor_jax.models.decoders.llama.caches import LayerRange
-from meteor_jax.models.decoders.llama.model import Llama, rotary_tables
+from meteor_jax.models.decoders.llama.model import Llama, rope_freqs
 from meteor_jax.models.layers.ragged import RaggedLayout, num_row_shards
 from meteor_jax.types import Array, Sequence
 
@@ -95,7 +95,7 @@ def _run_packed(
         layout = RaggedLayout.pack(sequence.valid.sum(1), longest=longest, num_buffers=num_buffers)
         x, position = layout.to_buffers(x), layout.to_buffers(position)
 
-    cos, sin = rotary_tables(position, config=llama.config)
+    cos, sin = rope_freqs(position, config=llama.config)
 
     def run(size: int) -> tuple[Array, ...]:
         size = min(size, x.shape[1])

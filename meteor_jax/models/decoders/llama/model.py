@@ -82,7 +82,7 @@ class LlamaConfig:
         }
 
 
-def rotary_tables(position: Array, *, config: LlamaConfig) -> tuple[Array, Array]:
+def rope_freqs(position: Array, *, config: LlamaConfig) -> tuple[Array, Array]:
     """Cosines and sines, float32[B, S, 1, d/2], of int32[B, S] positions.
 
     They are looked up, not computed: XLA would otherwise fuse the sines into every layer, forwards
@@ -101,9 +101,9 @@ def _rotary_constants(
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
+def rotate(x: Array, freqs: tuple[Array, Array]) -> Array:
     """LLaMA's half-split rotation of float[B, S, heads, d], computed in float32."""
-    cos, sin = tables
+    cos, sin = freqs
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -138,17 +138,17 @@ class LlamaBlock(nn.Module):
     def __call__(
         self,
         x: Array,
-        tables: tuple[Array, Array],
+        freqs: tuple[Array, Array],
         mask: Array | None = None,
         layout: RaggedLayout | None = None,
         cache: tuple[Array, Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Without `cache` (k, v, valid), x is a whole packed sequence and attends to itself, where
         `mask` (bool[B, S, S]) lets it; with it, x are new entries that also see what is cached.
-        With `layout`, x (and the tables) are buffers [G, F, …] of rows that attend each to itself;
+        With `layout`, x (and the freqs) are buffers [G, F, …] of rows that attend each to itself;
         the keys and values that are returned are rows [B, L, …]."""
         hidden = self.attention_norm(x)
-        q, k = self._query_key(hidden, tables)
+        q, k = self._query_key(hidden, freqs)
         v = constrain(self._heads(self.value(hidden)), "bthd")
         if layout is not None:  # one gather each: XLA's CPU backend is slow to gather what it joins
             q, k, v = (constrain(layout.to_rows(array), "bthd") for array in (q, k, v))
@@ -167,25 +167,25 @@ class LlamaBlock(nn.Module):
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
-    def _query_key(self, hidden: Array, tables: tuple[Array, Array] | None) -> tuple[Array, Array]:
-        return self._query(hidden, tables), self._key(hidden, tables)
+    def _query_key(self, hidden: Array, freqs: tuple[Array, Array] | None) -> tuple[Array, Array]:
+        return self._query(hidden, freqs), self._key(hidden, freqs)
 
-    def _query(self, hidden: Array, tables: tuple[Array, Array] | None) -> Array:
+    def _query(self, hidden: Array, freqs: tuple[Array, Array] | None) -> Array:
         q = self._heads(self.query(hidden))
-        return constrain(q if tables is None else rotate(q, tables), "bthd")
+        return constrain(q if freqs is None else rotate(q, freqs), "bthd")
 
-    def _key(self, hidden: Array, tables: tuple[Array, Array] | None) -> Array:
+    def _key(self, hidden: Array, freqs: tuple[Array, Array] | None) -> Array:
         k = self._heads(self.key(hidden))
-        return constrain(k if tables is None else rotate(k, tables), "bthd")
+        return constrain(k if freqs is None else rotate(k, freqs), "bthd")
 
-    def keys(self, x: Array, tables: tuple[Array, Array] | None) -> Array:
-        """float[B, S, K, d] of the layer's input float[B, S, D]; unrotated without `tables`."""
-        return self._key(self.attention_norm(x), tables)
+    def keys(self, x: Array, freqs: tuple[Array, Array] | None) -> Array:
+        """float[B, S, K, d] of the layer's input float[B, S, D]; unrotated without `freqs`."""
+        return self._key(self.attention_norm(x), freqs)
 
     def text_attention(
         self,
         x: Array,
-        tables: tuple[Array, Array] | None,
+        freqs: tuple[Array, Array] | None,
         keys: Array,
         row_weight: Array,
         rows: Array,
@@ -193,12 +193,12 @@ class LlamaBlock(nn.Module):
         """float32[B, H, S]: attention of some entries to all, as this layer computes it.
 
         Shapes:
-            x: float[B, R, D], the layer's input at these entries, and their tables; None leaves
+            x: float[B, R, D], the layer's input at these entries, and their freqs; None leaves
                 the rotation out.
             keys: float[B, S, K, d] of all entries, rotated if the queries are.
             rows: int32[B, R], the entries' places; row_weight: float[B, R].
         """
-        q = self._query(self.attention_norm(x), tables)
+        q = self._query(self.attention_norm(x), freqs)
         sees = rows[..., None] >= jnp.arange(keys.shape[1])
         return attention_received(q, keys, row_weight=row_weight, mask=sees)
 
@@ -275,30 +275,30 @@ class Llama(nn.Module):
         (k, v), each [L, B, S, K, d].
 
         Args:
-            position: int32[B, S], or the `rotary_tables` of them.
+            position: int32[B, S], or the `rope_freqs` of them.
             layout: x float[G, F, D] and position int32[G, F] are buffers of it; (k, v) are rows.
         """
-        tables = position
+        freqs = position
         if not isinstance(position, tuple):
-            tables = rotary_tables(position, config=self.config)
+            freqs = rope_freqs(position, config=self.config)
         mask = None
         if segment_ids is not None:
             of_keys = segment_ids[:, None, :]
             mask = (of_keys == 0) | (of_keys == segment_ids[:, :, None])
-        return self.blocks(x, tables, mask, layout, start=start, stop=stop)
+        return self.blocks(x, freqs, mask, layout, start=start, stop=stop)
 
     def run_cached(
         self, x: Array, position: Array, cache: RangeCache, *, start: int, stop: int
     ) -> Any:
         """Layers `[start, stop)` over new entries float[B, T, D] that also see `cache`."""
-        tables = rotary_tables(position, config=self.config)
+        freqs = rope_freqs(position, config=self.config)
         valid = jnp.broadcast_to(cache.valid, (stop - start, *cache.valid.shape))
         per_layer = ((cache.k, cache.v, valid),)
-        return self.blocks(x, tables, None, None, start=start, stop=stop, per_layer=per_layer)
+        return self.blocks(x, freqs, None, None, start=start, stop=stop, per_layer=per_layer)
 
     def keys(self, x: Array, position: Array, *, layer: int, rotary: str) -> Array:
         """`LlamaBlock.keys` of one layer."""
-        return self.blocks.layer(layer, x, self._tables(position, rotary), method="keys")
+        return self.blocks.layer(layer, x, self._freqs(position, rotary), method="keys")
 
     def text_attention(
         self,
@@ -312,8 +312,8 @@ class Llama(nn.Module):
         rotary: str,
     ) -> Array:
         """`LlamaBlock.text_attention` of one layer; `rotary` is a plan's "with" or "without"."""
-        tables = self._tables(position, rotary)
-        return self.blocks.layer(layer, x, tables, keys, row_weight, rows, method="text_attention")
+        freqs = self._freqs(position, rotary)
+        return self.blocks.layer(layer, x, freqs, keys, row_weight, rows, method="text_attention")
 
-    def _tables(self, position: Array, rotary: str) -> tuple[Array, Array] | None:
-        return rotary_tables(position, config=self.config) if rotary == "with" else None
+    def _freqs(self, position: Array, rotary: str) -> tuple[Array, Array] | None:
+        return rope_freqs(position, config=self.config) if rotary == "with" else None
