@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,106 +114,79 @@ def override(plan: PrunePlan, **fields: Any) -> PrunePlan:
     Raises:
         ConfigError: for an unknown field, a wrong type, or a stage that the plan lacks.
     """
-    # Stages first, then which steps they have, then their methods and budgets, then fields.
-    early = ("layers", "method", "budget")
 
     def order(path: str) -> tuple[int, int]:
+        """Stages first, then which steps they have, then methods and budgets, then their fields."""
+        early = ("layers", "method", "budget")
         leaf = path.split(".")[-1]
         return path.count("."), early.index(leaf) if leaf in early else len(early)
 
     for path in sorted(fields, key=order):
         stage, _, field = path.partition(".")
-        if not field and stage not in STAGES:
-            values = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-            plan = build(PrunePlan, {**values, path: fields[path]}, where=f"plan '{plan.name}'")
-        elif not field:
-            if fields[path] is not None:
-                raise ConfigError(f"plan '{plan.name}': only {stage}=None can be written.")
+        if field:
+            plan = _set_in_stage(plan, stage, field, fields[path])
+        elif stage in STAGES and fields[path] is None:
             plan = plan.without(stage)
         else:
-            plan = _set_in_stage(plan, stage, field, fields[path])
+            values = {**plan.__dict__, path: fields[path]}
+            plan = build(PrunePlan, values, where=f"plan '{plan.name}'")
     return plan
 
 
 def _set_in_stage(plan: PrunePlan, stage: Stage, field: str, value: Any) -> PrunePlan:
-    steps, where = plan.stage(stage), f"plan '{plan.name}': {stage}.{field}"
+    """`value` in every step of a stage that has the field, or its items, one a step."""
+    steps, where = plan.stage(stage), f"plan '{plan.name}': {stage}"
     if not steps:
         raise ConfigError(f"plan '{plan.name}' has no stage '{stage}' to set {stage}.{field} in.")
     if field == "layers" and stage == "decode":
-        return _set_layers(plan, convert(tuple[int, ...], value, where))
+        layers = convert(tuple[int, ...], value, f"{where}.layers")
+        repeated = (*steps, *steps[-1:] * len(layers))  # more of them repeat the last
+        moved = (
+            dataclasses.replace(step, at=before_layer(layer))
+            for step, layer in zip(repeated, layers, strict=False)
+        )
+        return dataclasses.replace(plan, steps=(*plan.without(stage).steps, *moved))
     having = [step for step in steps if field in _fields_of(step)]
     if not having:
         names = {name for step in steps for name in _fields_of(step)}
-        raise ConfigError(f"{where}: no such field.{suggest(field, names)}")
-    values = iter(_spread(having, field, value, where=where))
-    return plan.map_steps(
-        lambda step: _set(step, field, next(values), where) if field in _fields_of(step) else step,
-        stage=stage,
-    )
-
-
-def _set_layers(plan: PrunePlan, layers: tuple[int, ...]) -> PrunePlan:
-    """The decoder's steps before other layers; more of them repeat the last."""
-    steps = plan.decoder_steps
-    moved = [
-        dataclasses.replace(steps[min(i, len(steps) - 1)], at=before_layer(layer))
-        for i, layer in enumerate(layers)
-    ]
-    return dataclasses.replace(plan, steps=(*plan.without("decode").steps, *moved))
-
-
-def _fields_of(step: Step) -> dict[str, Any]:
-    """By name, the class that a field of a step is in: the method's, the budget's, its own."""
-    found = dict.fromkeys(("method", "budget", "positions", "cut_caches"), Step)
-    for part in (step.budget, step.method):
-        found |= {field.name: type(part) for field in dataclasses.fields(part)}
-    return found
-
-
-def _spread(steps: list[Step], field: str, value: Any, *, where: str) -> Iterable[Any]:
-    """`value` for every step, or its items, one a step."""
-
-    def check(step: Step, value: Any) -> Any:
-        if field in ("method", "budget"):
-            return value
-        return convert(typing.get_type_hints(_fields_of(step)[field])[field], value, where)
-
-    is_list = isinstance(value, (list, tuple))
+        raise ConfigError(f"{where}.{field}: no such field.{suggest(field, names)}")
     try:
-        if is_list and field in ("method", "budget"):
-            raise ConfigError(f"{where}: expected one value a step, got {value!r}.")
-        return [check(step, value) for step in steps]
+        changed = [_set(step, field, value, where) for step in having]
     except ConfigError:
-        if not is_list or len(value) != len(steps):
+        if not isinstance(value, (list, tuple)) or len(value) != len(having):
             raise
-        return [check(step, item) for step, item in zip(steps, value, strict=True)]
+        changed = [_set(s, field, item, where) for s, item in zip(having, value, strict=True)]
+    new = iter(changed)
+    return plan.map_steps(lambda step: next(new) if step in having else step, stage=stage)
+
+
+def _fields_of(step: Step) -> set[str]:
+    """The fields of a step, its method and its budget."""
+    return {*step.__dict__, *step.method.__dict__, *step.budget.__dict__} - {"at"}
 
 
 def _set(step: Step, field: str, value: Any, where: str) -> Step:
-    if field == "method":
-        return dataclasses.replace(step, method=_other(step.method, value, method_class, where))
-    if field == "budget":
-        return dataclasses.replace(step, budget=_other(step.budget, value, budget_class, where))
-    part = {f.name: "budget" for f in dataclasses.fields(step.budget)} | {
-        f.name: "method" for f in dataclasses.fields(step.method)
-    }
-    try:
-        if field not in part:
-            return dataclasses.replace(step, **{field: value})
-        owner = dataclasses.replace(getattr(step, part[field]), **{field: value})
-        return dataclasses.replace(step, **{part[field]: owner})
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    owners = [name for name in ("budget", "method") if field in getattr(step, name).__dict__]
+    if owners:
+        part = getattr(step, owners[0])
+        value = build(type(part), {**part.__dict__, field: value}, where=where)
+        field = owners[0]
+    elif field in ("method", "budget"):
+        class_of = method_class if field == "method" else budget_class
+        value = _other(getattr(step, field), value, class_of, where)
+    return build(Step, {**step.__dict__, field: value}, where=where)
 
 
 def _other(old: Method | Budget, value: Any, class_of: Any, where: str) -> Any:
     """An object of the class that `value` names, with the fields that both have."""
     if isinstance(value, (Method, Budget)):
         return value
-    name, arguments = (value, {}) if isinstance(value, str) else value
+    name, arguments = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ConfigError(f"{where}: expected a name, got {value!r:.60}.")
     cls = class_of(name)
     theirs = {field.name for field in dataclasses.fields(cls)}
-    same = {k: v for k, v in dataclasses.asdict(old).items() if k in theirs}
+    same = {key: item for key, item in old.__dict__.items() if key in theirs}
     return build(cls, same | arguments, where=where)
 
 
