@@ -17,7 +17,8 @@ def commands(*pages: Path) -> list[list[str]]:
     found = []
     for page in pages:
         text = page.read_text().replace("\\\n", " ")
-        fenced = re.findall(r"```(?:bash)?\n(.*?)```", text, flags=re.DOTALL)
+        blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        fenced = [block for language, block in blocks if language in ("", "bash")]
         indented = re.findall(r"^(?: {4}| {7})(\S.*)$", text, flags=re.MULTILINE)
         for line in [line for block in fenced for line in block.splitlines()] + indented:
             for part in line.split(" && "):
