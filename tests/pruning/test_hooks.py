@@ -113,7 +113,10 @@ class Sparse(Method):
 
 def test_a_method_adds_a_term_to_the_training_loss():
     stage = build(StageConfig, {"steps": 2, "batch_size": 4, "learning_rate": 0.0})
-    optimizer, batch = make_optimizer(stage), tiny.make_batch(lengths=(9,) * 4, with_image=(1,) * 4)
+    optimizer, batch = (
+        make_optimizer(stage),
+        tiny.make_batch(lengths=(9,) * 4, with_image=(True,) * 4),
+    )
     batch = batch.replace(labels=jnp.maximum(batch.labels, IGNORE_LABEL))
 
     def loss(weight, parts):
