@@ -150,7 +150,7 @@ def quick_compilation():
 
 
 @functools.cache
-def experiment(data_dir="unused"):
+def experiment(data_dir="absent"):
     values = random_model.config(data_dir)
     for name in ("clip", "pix2struct"):
         values["model"][name]["depth"] = 2
@@ -163,6 +163,11 @@ def experiment(data_dir="unused"):
 
 def family():
     return build_model(experiment().model)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
 
 
 def model():
@@ -238,11 +243,11 @@ class TestEverywhere:
         (step,) = plan.decoder_steps
         assert step.budget.lambda_ > 0 and set(calibration.plans) == {plan.name}
 
-    def test_it_is_evaluated(self, text, tmp_path):
+    def test_it_is_evaluated(self, text, tmp_path, data_dir):
         plan, calibration = calibrated(text)
         calibration.save(tmp_path / "calibration.json")
         rows = evaluate_checkpoint(
-            experiment(), params(), workdir=tmp_path, plans=(text,), display="quiet"
+            experiment(data_dir), params(), workdir=tmp_path, plans=(text,), display="quiet"
         )
         (row,) = [row for row in rows if row.plan == plan.name]
         entering = 7 if plan.fusion_steps else 25
