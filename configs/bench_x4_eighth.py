@@ -37,15 +37,16 @@ def get_config(divisor: str = "8") -> ConfigDict:
         return dataclasses.replace(part, **sizes)
 
     transformer = ("width", "num_heads", "mlp_dim")
-    widths = tuple(width // by for width in whole.convnext.widths)
-    model = dataclasses.replace(
-        whole,
-        clip=divide(whole.clip, *transformer),
-        convnext=dataclasses.replace(whole.convnext, widths=widths),
-        eva02=divide(whole.eva02, *transformer),
-        pix2struct=divide(whole.pix2struct, *transformer),
-        llama=divide(whole.llama, *transformer, "num_kv_heads"),
-    )
+    encoders = {
+        name: divide(encoder, *transformer)
+        for name, encoder in whole.encoders.items()
+        if name != "convnext"
+    }
+    convnext = whole.encoders["convnext"]
+    widths = tuple(width // by for width in convnext.widths)
+    encoders["convnext"] = dataclasses.replace(convnext, widths=widths)
+    llama = divide(whole.llama, *transformer, "num_kv_heads")
+    model = dataclasses.replace(whole, encoders=encoders, llama=llama)
     ranks = tuple((name, float(model.encoder(name).width)) for name in RANKED)
     quarter = model.llama.depth // 4
 

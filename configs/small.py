@@ -29,33 +29,34 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = {
-        "encoders": ("clip", "convnext", "pix2struct"),
         "image_size": 96,
-        "clip": {
-            "image_size": 96,
-            "patch_size": 12,
-            "width": 128,
-            "depth": 3,
-            "num_heads": 4,
-            "mlp_dim": 256,
-            "remat": REMAT,
-        },
-        "convnext": {
-            "image_size": 96,
-            "depths": (1, 2),
-            "widths": (32, 128),
-            "layer_scale_init": 0.5,
-            "remat": REMAT,
-        },
-        "pix2struct": {
-            "grid_side": 12,
-            "patch_size": 8,
-            "width": 128,
-            "depth": 4,
-            "num_heads": 4,
-            "mlp_dim": 256,
-            "num_positions": 14,
-            "remat": REMAT,
+        "encoders": {
+            "clip": {
+                "image_size": 96,
+                "patch_size": 12,
+                "width": 128,
+                "depth": 3,
+                "num_heads": 4,
+                "mlp_dim": 256,
+                "remat": REMAT,
+            },
+            "convnext": {
+                "image_size": 96,
+                "depths": (1, 2),
+                "widths": (32, 128),
+                "layer_scale_init": 0.5,
+                "remat": REMAT,
+            },
+            "pix2struct": {
+                "grid_side": 12,
+                "patch_size": 8,
+                "width": 128,
+                "depth": 4,
+                "num_heads": 4,
+                "mlp_dim": 256,
+                "num_positions": 14,
+                "remat": REMAT,
+            },
         },
         "llama": {
             "depth": 6,

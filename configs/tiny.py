@@ -22,33 +22,34 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = {
-        "encoders": ("clip", "convnext", "pix2struct"),
         "image_size": 64,
-        "clip": {
-            "image_size": 48,
-            "patch_size": 8,
-            "width": 96,
-            "depth": 3,
-            "num_heads": 4,
-            "mlp_dim": 192,
-            "remat": "nothing_saveable",
-        },
-        "convnext": {
-            "image_size": 64,
-            "depths": (1, 1, 1),
-            "widths": (24, 48, 96),
-            "layer_scale_init": 0.5,
-            "remat": "nothing_saveable",
-        },
-        "pix2struct": {
-            "grid_side": 8,
-            "patch_size": 8,
-            "width": 96,
-            "depth": 3,
-            "num_heads": 4,
-            "mlp_dim": 192,
-            "num_positions": 10,
-            "remat": "nothing_saveable",
+        "encoders": {
+            "clip": {
+                "image_size": 48,
+                "patch_size": 8,
+                "width": 96,
+                "depth": 3,
+                "num_heads": 4,
+                "mlp_dim": 192,
+                "remat": "nothing_saveable",
+            },
+            "convnext": {
+                "image_size": 64,
+                "depths": (1, 1, 1),
+                "widths": (24, 48, 96),
+                "layer_scale_init": 0.5,
+                "remat": "nothing_saveable",
+            },
+            "pix2struct": {
+                "grid_side": 8,
+                "patch_size": 8,
+                "width": 96,
+                "depth": 3,
+                "num_heads": 4,
+                "mlp_dim": 192,
+                "num_positions": 10,
+                "remat": "nothing_saveable",
+            },
         },
         "llama": {
             "depth": 4,

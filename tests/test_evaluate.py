@@ -32,7 +32,7 @@ def values():
         "mlp_dim": 512,
         "vocab_size": VOCAB,
     }
-    model = base["model"] | {"encoders": ("clip",), "llama": llama, "dtype": "bfloat16"}
+    model = base["model"] | {"encoder_order": ("clip",), "llama": llama, "dtype": "bfloat16"}
     train = base["train"] | {"mesh": {"data": 1, "fsdp": -1}}
     return base | {"model": model, "train": train}
 

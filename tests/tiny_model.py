@@ -24,11 +24,15 @@ TEXT_LENGTH = 12
 VOCAB = 50
 
 CONFIG = MeteorConfig(
-    clip=ClipConfig(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24),
-    convnext=ConvNextConfig(image_size=32, depths=(1, 1), widths=(8, 16), layer_scale_init=0.5),
-    pix2struct=Pix2StructConfig(
-        grid_side=4, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24, num_positions=8
-    ),
+    encoders={
+        "clip": ClipConfig(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24),
+        "convnext": ConvNextConfig(
+            image_size=32, depths=(1, 1), widths=(8, 16), layer_scale_init=0.5
+        ),
+        "pix2struct": Pix2StructConfig(
+            grid_side=4, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24, num_positions=8
+        ),
+    },
     llama=LlamaConfig(
         depth=4,
         width=32,

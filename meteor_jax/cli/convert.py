@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FIELD=VALUE",
         help="a field of the model's config that the checkpoint does not tell, such as "
-        "clip.num_heads=2; may be repeated",
+        "encoders.clip.num_heads=2; may be repeated",
     )
     result.add_argument(
         "--split-projector",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import shutil
@@ -57,7 +58,7 @@ def convert_checkpoint(
         source_path: a folder or a file; see `formats.all_formats`.
         format_name: a key of `all_formats()`; None recognises it.
         dtype: of the parameters, out of `DTYPES`; "as-is" leaves each as it is.
-        overrides: fields of the config, such as "clip.num_heads=2".
+        overrides: fields of the config, such as "llama.num_heads=2".
         split_projector: gives each encoder its own projector, from slices of EAGLE's single one.
         console: where the report goes; None prints nothing.
 
@@ -134,18 +135,16 @@ def _convert(
 
 
 def build_config(cls: type, fields: Fields, overrides: Sequence[str] = ()) -> Any:
-    """The config `cls` of a family, with `--set` texts such as "clip.num_heads=2" on top.
+    """The config `cls` of a family, with `--set` texts such as "llama.num_heads=2" on top.
 
     Raises:
         ConfigError: an override without "=", of a field that does not exist or of another type.
     """
-    values = {
-        name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()
-    }
+    values = copy.deepcopy(fields)
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set {text}: expected FIELD=VALUE, such as clip.num_heads=2.")
+            raise ConfigError(f"--set {text}: expected FIELD=VALUE, such as llama.num_heads=2.")
         *groups, name = path.strip().split(".")
         inner = values
         for group in groups:

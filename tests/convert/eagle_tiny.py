@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 # Heads of 16 channels do not show in the shapes.
-OVERRIDES = ("clip.num_heads=2", "pix2struct.num_heads=2")
+OVERRIDES = ("encoders.clip.num_heads=2", "encoders.pix2struct.num_heads=2")
 
 
 def weights() -> dict[str, np.ndarray]:

@@ -134,10 +134,10 @@ def test_encoder_alone(tmp_path, eagle, case):
             np.testing.assert_allclose(ours, theirs, atol=2e-6)
     jax.tree.map(np.testing.assert_array_equal, params[part], expected)
     written = json.loads((tmp_path / "out" / "config.json").read_text())["model"]
-    assert set(written) == {"family", "encoders", part}
+    assert set(written) == {"family", "encoders", "encoder_order"}
     assert build(MeteorConfig, written) == model
     whole = json.loads((eagle[1] / "config.json").read_text())["model"]
-    assert written[part] == whole[part]
+    assert written["encoders"][part] == whole["encoders"][part]
 
 
 def test_encoder_alone_goes_back_under_eagles_names(tmp_path):
@@ -157,9 +157,9 @@ def test_eva02_of_a_detector_with_larger_images(tmp_path, eagle):
         tensors[f"backbone.net.rope_glb.freqs_{wave}"] = np.zeros((96 * 96, 16), np.float32)
     source = write(tmp_path / "source", tensors)
     config = convert_checkpoint(source, tmp_path / "out")
-    assert config.eva02.grid == 64
+    assert config.encoders["eva02"].grid == 64
     tables = read_params(tmp_path / "out")["eva02"]["tables"]
-    for name, table in rope_freqs(config.eva02).items():
+    for name, table in rope_freqs(config.encoders["eva02"]).items():
         np.testing.assert_allclose(tables[name], table, atol=2e-6)
         np.testing.assert_allclose(tables[name], eagle[0]["eva02"]["tables"][name], atol=2e-6)
 
@@ -175,7 +175,7 @@ def test_any_part_of_the_rotary_tables_will_do(tmp_path, eagle, blocks_too):
     tensors = without_tables(eagle_tiny.weights(), blocks_too=blocks_too)
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
     source = eagle_tiny.write_eagle(tmp_path / "source", tensors)
-    overrides = [*eagle_tiny.OVERRIDES, *(["eva02.num_heads=2"] if blocks_too else [])]
+    overrides = [*eagle_tiny.OVERRIDES, *(["encoders.eva02.num_heads=2"] if blocks_too else [])]
     convert_checkpoint(source, tmp_path / "out", overrides=overrides)
     tables = read_params(tmp_path / "out")["eva02"]["tables"]
     for name, table in eagle[0]["eva02"]["tables"].items():
@@ -189,13 +189,13 @@ def test_stage_one_projector(tmp_path, eagle):
     tensors = {n: t for n, t in eagle_tiny.weights().items() if "mm_projector" in n}
     source = write(tmp_path / "source", tensors, eagle_tiny.config())
     sizes = [
-        "clip.width=32",
-        "clip.num_heads=2",
-        "convnext.widths=(8,16,32,64)",
-        "eva02.width=32",
-        "eva02.num_heads=2",
-        "pix2struct.width=32",
-        "pix2struct.num_heads=2",
+        "encoders.clip.width=32",
+        "encoders.clip.num_heads=2",
+        "encoders.convnext.widths=(8,16,32,64)",
+        "encoders.eva02.width=32",
+        "encoders.eva02.num_heads=2",
+        "encoders.pix2struct.width=32",
+        "encoders.pix2struct.num_heads=2",
     ]
     convert_checkpoint(source / "model.safetensors", tmp_path / "out", overrides=sizes)
     params = read_params(tmp_path / "out")

@@ -79,9 +79,9 @@ def test_clip(tmp_path, depth, tolerance):
         patch_size=7,
     )
     theirs = randomise(transformers.CLIPVisionModel(config))
-    config, params = convert(theirs, tmp_path, "clip.keep_cls=True")
-    assert config.clip.num_heads == 4
-    ours = run(Clip(config.clip), params["clip"], image(28)).x
+    config, params = convert(theirs, tmp_path, "encoders.clip.keep_cls=True")
+    assert config.encoders["clip"].num_heads == 4
+    ours = run(Clip(config.encoders["clip"]), params["clip"], image(28)).x
     # Without the norm at the end, and without the CLS token, which the blocks did see.
     assert_close(ours, theirs(to_torch(image(28))).last_hidden_state[:, 1:], tolerance)
 
@@ -98,9 +98,9 @@ def test_pix2struct(tmp_path, depth, tolerance):
         patch_embed_hidden_size=48,
     )
     theirs = randomise(transformers.Pix2StructVisionModel(config))
-    config, params = convert(theirs, tmp_path, "pix2struct.grid_side=5")
-    assert config.pix2struct.patch_size == 4
-    ours = run(Pix2Struct(config.pix2struct), params["pix2struct"], image(30)).x
+    config, params = convert(theirs, tmp_path, "encoders.pix2struct.grid_side=5")
+    assert config.encoders["pix2struct"].patch_size == 4
+    ours = run(Pix2Struct(config.encoders["pix2struct"]), params["pix2struct"], image(30)).x
     patches = np.asarray(patchify(preprocess(jnp.asarray(image(30)), size=20), patch=4))
     ids = np.broadcast_to(np.stack(np.mgrid[1:6, 1:6], axis=-1), (2, 5, 5, 2))
     flat = np.concatenate([ids, patches], axis=-1).reshape(2, 25, 50).astype(np.float32)
@@ -124,9 +124,11 @@ def test_sam(tmp_path, depth, tolerance):
     )
     whole = transformers.SamModel(transformers.SamConfig(vision_config=vision))
     theirs = randomise(whole).vision_encoder
-    config, params = convert(whole, tmp_path, *(["sam.global_blocks=()"] if depth == 1 else []))
-    assert config.sam.window == 4
-    ours = run(Sam(config.sam), params["sam"], image(80)).x
+    config, params = convert(
+        whole, tmp_path, *(["encoders.sam.global_blocks=()"] if depth == 1 else [])
+    )
+    assert config.encoders["sam"].window == 4
+    ours = run(Sam(config.encoders["sam"]), params["sam"], image(80)).x
 
     x = theirs.patch_embed(to_torch(image(80))) + theirs.pos_embed
     for layer in theirs.layers:
@@ -141,8 +143,8 @@ def test_sam(tmp_path, depth, tolerance):
 def test_convnext(tmp_path):
     config = transformers.ConvNextConfig(depths=[1, 2], hidden_sizes=[8, 16], num_stages=2)
     theirs = randomise(transformers.ConvNextForImageClassification(config)).convnext
-    config, params = convert(theirs, tmp_path, "convnext.image_size=64")
-    ours = run(ConvNext(config.convnext), params["convnext"], image(64)).x
+    config, params = convert(theirs, tmp_path, "encoders.convnext.image_size=64")
+    ours = run(ConvNext(config.encoders["convnext"]), params["convnext"], image(64)).x
     for module in theirs.modules():  # XXLarge, which EAGLE uses, has 1e-5 everywhere
         if hasattr(module, "eps"):
             module.eps = 1e-5

@@ -125,7 +125,7 @@ def test_all_tensors_of_a_released_model(tmp_path, model):
     converted = convert_checkpoint(
         tmp_path / "eagle",
         tmp_path / "out",
-        overrides=["clip.num_heads=2", "pix2struct.num_heads=2"],
+        overrides=eagle_tiny.OVERRIDES,
     )
     assert converted == config
     export_checkpoint(tmp_path / "out", tmp_path / "back")

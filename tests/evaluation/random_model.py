@@ -28,23 +28,24 @@ from meteor_jax.parallel.rules import parameter_shardings
 def config(data_dir, **changes):
     return {
         "model": {
-            "encoders": ("clip", "pix2struct"),
-            "clip": {
-                "image_size": 32,
-                "patch_size": 8,
-                "width": 16,
-                "depth": 1,
-                "num_heads": 2,
-                "mlp_dim": 32,
-            },
-            "pix2struct": {
-                "grid_side": 3,
-                "patch_size": 8,
-                "width": 16,
-                "depth": 1,
-                "num_heads": 2,
-                "mlp_dim": 32,
-                "num_positions": 8,
+            "encoders": {
+                "clip": {
+                    "image_size": 32,
+                    "patch_size": 8,
+                    "width": 16,
+                    "depth": 1,
+                    "num_heads": 2,
+                    "mlp_dim": 32,
+                },
+                "pix2struct": {
+                    "grid_side": 3,
+                    "patch_size": 8,
+                    "width": 16,
+                    "depth": 1,
+                    "num_heads": 2,
+                    "mlp_dim": 32,
+                    "num_positions": 8,
+                },
             },
             "llama": {
                 "depth": 2,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def make_config(**train_fields):
     return {
-        "model": {"encoders": ("clip",)},
+        "model": {"encoders": {"clip": {}}},
         "data": {"sources": ("easy-vqa",)},
         "train": {"finetune": {"steps": 5}} | train_fields,
         "plans": {"half": "random(keep=8)"},

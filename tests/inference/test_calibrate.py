@@ -20,7 +20,7 @@ from meteor_jax.inference.calibrate import (
     calibration_batch,
     rank_table,
 )
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.eagle.config import MeteorConfig, default_encoders
 from meteor_jax.pruning.budgets import Adaptive
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.text import override, parse_plan
@@ -131,7 +131,7 @@ def default_ranks(model, params):
 class OneMap:
     """A model whose only encoder sees the same map in every image."""
 
-    config = MeteorConfig(encoders=("clip",))
+    config = MeteorConfig(encoders=default_encoders("clip"))
 
     def __init__(self, features):
         self.features = features

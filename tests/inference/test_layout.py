@@ -37,7 +37,7 @@ def make_experiment(*, num_kv_heads=8, dtype="bfloat16", ema=0.0, **evaluation):
         "vocab_size": 512,
         "max_positions": 128,
     }
-    values["model"] |= {"encoders": ("clip",), "llama": llama, "dtype": dtype}
+    values["model"] |= {"encoder_order": ("clip",), "llama": llama, "dtype": dtype}
     values["train"] |= {"mesh": {"data": 1, "fsdp": -1}, "ema_decay": ema}
     values["data"]["text_length"] = 12
     return load_experiment(values | {"eval": {"max_new_tokens": 4} | evaluation})

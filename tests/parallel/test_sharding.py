@@ -4,7 +4,6 @@ Programs of the real model compile for long. So one mesh and one encoder are tes
 meshes and two encoders under the marker `slow`.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -39,11 +38,12 @@ ROWS, TEXT_LENGTH, STEPS, NEW_TOKENS = 8, 10, 20, 3
 LOSS_RTOL, LOGITS_ATOL = 5e-6, 2e-5
 
 TWO = MeteorConfig(
-    encoders=("clip", "pix2struct"),
-    clip=ClipConfig(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24),
-    pix2struct=Pix2StructConfig(
-        grid_side=4, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24, num_positions=8
-    ),
+    encoders={
+        "clip": ClipConfig(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24),
+        "pix2struct": Pix2StructConfig(
+            grid_side=4, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=24, num_positions=8
+        ),
+    },
     llama=LlamaConfig(
         depth=2,
         width=32,
@@ -56,7 +56,7 @@ TWO = MeteorConfig(
     ),
     image_size=32,
 )
-ONE = dataclasses.replace(TWO, encoders=("clip",))
+ONE = TWO.with_encoders("clip")
 RANKS = Calibration(ranks={"energy 0.99": {"clip": (4.0, 5.0, 6.0), "pix2struct": (2.0, 3.0, 4.0)}})
 STAGE_3 = "layers=(1,), keep=(6,), decode.heads=2, decode.lambda_=5.0"
 PLANS = {

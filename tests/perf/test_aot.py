@@ -248,8 +248,8 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
 @pytest.mark.parametrize("program", ("train", "prefill", "extend"))
 def test_a_tiny_config_compiles_for_four_chips(program):
     pytest.importorskip("libtpu")
-    parts = {"clip": CONFIG.clip, "llama": dataclasses.replace(CONFIG.llama, depth=2)}
-    model = dataclasses.replace(CONFIG, encoders=("clip",), **parts)
+    llama = dataclasses.replace(CONFIG.llama, depth=2)
+    model = dataclasses.replace(CONFIG, llama=llama).with_encoders("clip")
     request = with_remat(make_experiment(model, plans=("full",)), "nothing_saveable")
     mesh = make_mesh(MeshConfig(1, 4), devices=aot.open_topology("v5e:2x2"))
     measured = measure(Request(program, request), mesh)

@@ -47,7 +47,9 @@ FIELDS = {
 def experiment():
     """The tiny model as EAGLE joins encoders, and METEOR's plan for it."""
     return Experiment(
-        model=dataclasses.replace(tiny_model.CONFIG, encoders=("clip", "pix2struct"), fusion="pre"),
+        model=dataclasses.replace(
+            tiny_model.CONFIG.with_encoders("clip", "pix2struct"), fusion="pre"
+        ),
         data=DataConfig(sources=("easy-vqa",)),
         # Little learns, so that there is little to compile.
         train=TrainConfig(finetune=StageConfig(steps=1, trainable=("llama/norm",))),

@@ -18,10 +18,13 @@ def replaced(experiment, **fields):
         *outer, leaf = path.split("__")
         owners = [experiment]
         for name in outer:
-            owners.append(getattr(owners[-1], name))
+            owner = owners[-1]
+            owners.append(owner[name] if isinstance(owner, dict) else getattr(owner, name))
         changed = dataclasses.replace(owners.pop(), **{leaf: value})
         for owner, name in zip(reversed(owners), reversed(outer), strict=True):
-            changed = dataclasses.replace(owner, **{name: changed})
+            change = {name: changed}
+            is_dict = isinstance(owner, dict)
+            changed = owner | change if is_dict else dataclasses.replace(owner, **change)
         experiment = changed
     return experiment
 
@@ -33,11 +36,14 @@ DOCUMENT = dataclasses.asdict(SAVED)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model__clip__num_heads": 8}, "model.clip.num_heads: checkpoint 16, config 8"),
+        ({"model__encoders__clip__num_heads": 8}, "model.clip.num_heads: checkpoint 16, config 8"),
         ({"model__image_size": 512}, "model.image_size: checkpoint 1024, config 512"),
         ({"data__sources": ("elsewhere/vqa",)}, r"data.sources: checkpoint \('easy-vqa',\)"),
         ({"model__llama__rope_theta": 5e5}, "rope_theta: checkpoint 10000.0, config 500000.0"),
-        ({"model__encoders": ("pix2struct", "clip")}, r"model.encoders: checkpoint \('clip'"),
+        (
+            {"model__encoder_order": ("pix2struct", "clip")},
+            r"model.encoder_order: checkpoint \('clip'",
+        ),
         ({"data__seed": 3}, "data.seed: checkpoint 0, config 3"),
         ({"data__weights": (2.0,)}, r"data.weights: checkpoint \(\), config \(2.0,\)"),
         ({"seed": 1}, "seed: checkpoint 0, config 1"),
@@ -84,9 +90,9 @@ def test_a_run_of_one_stage_stands_at_its_end():
 
 
 def test_parts_may_come_from_a_model_of_another_resolution_but_not_of_other_heads():
-    other = replaced(SAVED, model__clip__image_size=224, model__encoders=("clip",)).model
+    other = replaced(SAVED, model__encoders__clip__image_size=224).model.with_encoders("clip")
     check_model(DOCUMENT, model=build_model(other), source="", parts=("clip",))
-    heads = replaced(SAVED, model__clip__num_heads=8).model
+    heads = replaced(SAVED, model__encoders__clip__num_heads=8).model
     with pytest.raises(CheckpointError, match=r"model\.clip\.num_heads"):
         check_model(DOCUMENT, model=build_model(heads), source="", parts=("clip",))
     check_model(DOCUMENT, model=build_model(heads), source="", parts=("llama",))
@@ -95,8 +101,8 @@ def test_parts_may_come_from_a_model_of_another_resolution_but_not_of_other_head
 def test_channels_that_are_joined_keep_their_order_and_their_grid():
     saved = replaced(SAVED, model__fusion="pre")
     document = dataclasses.asdict(saved)
-    swapped = replaced(saved, model__encoders=("pix2struct", "clip")).model
-    with pytest.raises(CheckpointError, match=r"model\.encoders"):
+    swapped = replaced(saved, model__encoder_order=("pix2struct", "clip")).model
+    with pytest.raises(CheckpointError, match=r"model\.encoder_order"):
         check_model(document, model=build_model(swapped), source="", parts=("llama", "projector"))
     check_model(document, model=build_model(swapped), source="", parts=("llama",))
     with pytest.raises(CheckpointError, match=r"model\.grid: checkpoint 32, config 16"):

@@ -19,12 +19,15 @@ from meteor_jax.parallel.mesh import make_mesh
 from meteor_jax.training import pretrain_encoders
 
 MODEL = MeteorConfig(
-    encoders=("clip", "pix2struct"),
+    encoders={
+        "clip": ClipConfig(
+            image_size=96, patch_size=12, width=32, depth=1, num_heads=2, mlp_dim=32
+        ),
+        "pix2struct": Pix2StructConfig(
+            grid_side=6, patch_size=16, width=32, depth=1, num_heads=2, mlp_dim=32, num_positions=8
+        ),
+    },
     image_size=96,
-    clip=ClipConfig(image_size=96, patch_size=12, width=32, depth=1, num_heads=2, mlp_dim=32),
-    pix2struct=Pix2StructConfig(
-        grid_side=6, patch_size=16, width=32, depth=1, num_heads=2, mlp_dim=32, num_positions=8
-    ),
     llama=LlamaConfig(
         depth=1,
         width=32,
@@ -78,7 +81,7 @@ def test_encoders_learn_and_can_be_started_from(tmp_path, capsys):
 
 
 def test_a_finished_encoder_is_left_alone(tmp_path, capsys):
-    run(tmp_path, model=dataclasses.replace(MODEL, encoders=("clip",)), steps=1)
+    run(tmp_path, model=MODEL.with_encoders("clip"), steps=1)
     (tmp_path / "pix2struct").mkdir()  # as a run that was killed leaves it: without a checkpoint
     (tmp_path / "pix2struct/config.json").write_text("{}")
     run(tmp_path, steps=2)
@@ -93,7 +96,7 @@ def test_a_finished_encoder_is_left_alone(tmp_path, capsys):
         ({"image_size": 64}, {}, "96 to 128 pixels"),
         ({}, {"num_images": 4}, "do not fill one batch of 8"),
         (
-            {"encoders": ("clip",), "clip": ClipConfig(image_size=90, patch_size=18)},
+            {"encoders": {"clip": ClipConfig(image_size=90, patch_size=18)}, "encoder_order": ()},
             {},
             "clip: its 5 × 5 tokens do not divide 24 × 24 cells of 4 pixels",
         ),

@@ -19,8 +19,8 @@ import numpy as np
 from meteor_jax.config import build
 from meteor_jax.data.pipeline import DataConfig
 from meteor_jax.experiment.config import Experiment, TrainConfig
+from meteor_jax.models.eagle.config import MeteorConfig, default_encoders
 from meteor_jax.models.eagle.family import Eagle
-from meteor_jax.models.eagle.model import MeteorConfig
 from meteor_jax.models.eagle.outputs import Forward, HiddenStates
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.training.logging.recorder import CLOCK_FIELDS
@@ -89,7 +89,7 @@ class TinyModel(nn.Module):
         return {"llama": {"head": params["llama"]["head"]}}
 
 
-CONFIG = MeteorConfig(encoders=("clip", "pix2struct"))
+CONFIG = MeteorConfig(encoders=default_encoders("clip", "pix2struct"))
 
 
 @dataclasses.dataclass(frozen=True)

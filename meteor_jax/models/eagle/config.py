@@ -6,12 +6,8 @@ import dataclasses
 from typing import Any, Literal
 
 from meteor_jax.models.decoders.llama.model import LlamaConfig
-from meteor_jax.models.encoders.clip.model import ClipConfig
-from meteor_jax.models.encoders.convnext.model import ConvNextConfig
-from meteor_jax.models.encoders.eva02.model import Eva02Config
-from meteor_jax.models.encoders.pix2struct.model import Pix2StructConfig
 from meteor_jax.models.encoders.registry import ENCODERS
-from meteor_jax.models.encoders.sam.model import SamConfig
+from meteor_jax.models.encoders.sizes import EncoderConfig
 from meteor_jax.models.family import ModelConfig
 from meteor_jax.models.layers.remat import remat_policy
 from meteor_jax.pruning.method import Method
@@ -20,13 +16,30 @@ from meteor_jax.pruning.points import DECODER, FUSION
 from meteor_jax.pruning.points import ENCODERS as ALL_ENCODERS
 from meteor_jax.pruning.text import parse_method
 
+RESERVED = ("llama", "projector", "pruning", "config", "name", "parent", "scope")
+
+
+class Encoders(dict[str, EncoderConfig]):
+    """Encoders by name, in order; not changed once made, so that configs can be hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
+def default_encoders(*types: str) -> Encoders:
+    """One encoder of each type at its default sizes, called as its type."""
+    return Encoders((name, ENCODERS[name].config()) for name in types)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeteorConfig(ModelConfig):
     """Which encoders, which decoder, and how they are joined.
 
     Attributes:
-        encoders: names out of `ENCODERS`, in the order of their tokens or channels.
+        encoders: configs of encoders by name; two may be of one `type`. Their parameters are at
+            `<name>/` and `projector_<name>/`.
+        encoder_order: the order of their tokens or channels. What it leaves out is not used; ()
+            takes all, in alphabetical order, as config files do not keep another one.
         fusion: "post": a projector an encoder, tokens joined along the sequence (METEOR);
             "pre": channels joined on a common grid, one projector (EAGLE).
         grid: side of the common grid of "pre".
@@ -37,12 +50,10 @@ class MeteorConfig(ModelConfig):
     """
 
     family: Literal["eagle"] = "eagle"
-    encoders: tuple[str, ...] = ("clip", "convnext", "pix2struct")
-    clip: ClipConfig = ClipConfig()
-    convnext: ConvNextConfig = ConvNextConfig()
-    sam: SamConfig = SamConfig()
-    eva02: Eva02Config = Eva02Config()
-    pix2struct: Pix2StructConfig = Pix2StructConfig()
+    encoders: dict[str, EncoderConfig] = dataclasses.field(
+        default_factory=lambda: default_encoders("clip", "convnext", "pix2struct")
+    )
+    encoder_order: tuple[str, ...] = ()
     llama: LlamaConfig = LlamaConfig()
     fusion: Literal["post", "pre"] = "post"
     grid: int = 32
@@ -51,14 +62,20 @@ class MeteorConfig(ModelConfig):
     learned_methods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.encoders if name not in ENCODERS]
-        if unknown or not self.encoders:
+        order = self.encoder_order or tuple(sorted(self.encoders))
+        if not order or len({*order}) < len(order) or not {*order} <= self.encoders.keys():
             raise ValueError(
-                f"encoders: expected names out of {', '.join(ENCODERS)}, got {self.encoders}."
+                f"encoder_order: expected names out of {', '.join(self.encoders) or 'encoders'}, "
+                f"each once, got {order}."
             )
-        for name in (*self.encoders, "llama"):
+        for name in order:
+            if not name.isidentifier() or name in RESERVED or name.startswith("projector_"):
+                raise ValueError(f"encoders: '{name}' cannot be an encoder's name; choose another.")
+        object.__setattr__(self, "encoder_order", order)
+        object.__setattr__(self, "encoders", Encoders((n, self.encoders[n]) for n in order))
+        for name, part in (*self.encoders.items(), ("llama", self.llama)):
             try:
-                remat_policy(getattr(self, name).remat)
+                remat_policy(part.remat)
             except ValueError as error:
                 raise ValueError(f"{name}.remat: {error}") from None
         for text in self.learned_methods:
@@ -66,7 +83,14 @@ class MeteorConfig(ModelConfig):
 
     def encoder(self, name: str) -> Any:
         """The config of one encoder."""
-        return getattr(self, name)
+        return self.encoders[name]
+
+    def with_encoders(self, *names: str, **changed: EncoderConfig) -> MeteorConfig:
+        """With these encoders alone (all where none is named), in this order, and `changed` ones
+        in the place of those of the same name."""
+        names = names or self.encoder_order
+        encoders = {name: changed.get(name, self.encoders.get(name)) for name in names}
+        return dataclasses.replace(self, encoders=encoders, encoder_order=names)
 
     def active_encoders(self, plan: PrunePlan) -> tuple[str, ...]:
         """The encoders that `plan` runs, in the model's order.

@@ -114,8 +114,12 @@ def eagle_fields(config: Mapping[str, Any], *, channels: int | None = None) -> c
         raise cv.ConversionError(
             [f"config.json: expected mm_projector_type='mlp2x_gelu', got {kind!r}."]
         )
+    types = [TOWERS[name] for name in names]
+    # The second of a type gets a number.
+    order = [f"{t}_{types[:i].count(t) + 1}" if t in types[:i] else t for i, t in enumerate(types)]
     return {
-        "encoders": tuple(TOWERS[name] for name in names),
+        "encoders": {name: {"type": type_} for name, type_ in zip(order, types, strict=True)},
+        "encoder_order": tuple(order),
         "fusion": "pre",
         "grid": EAGLE_GRID,
         "image_size": EAGLE_IMAGE,
@@ -145,7 +149,8 @@ class EagleConversion(cv.Conversion):
         if part in ENCODERS:
             conversion = ENCODERS[part].conversion
             sizes = conversion.sizes(cv.Shapes(shapes, TOWER.replace("{n}", "0")))
-            return {"encoders": (part,), part: cv.known(sizes | conversion.stated(config))}
+            fields = cv.known(sizes | conversion.stated(config))
+            return {"encoders": {part: {"type": part} | fields}, "encoder_order": (part,)}
         if part == "projector":
             found = cv.Shapes(shapes, PROJECTOR)
             width, channels = (found.size("0.weight", axis) for axis in (0, 1))
@@ -154,9 +159,9 @@ class EagleConversion(cv.Conversion):
                 llama = llama_conversion.sizes(cv.Shapes(shapes), config)
             return eagle_fields(config, channels=channels) | {"llama": cv.known(llama)}
         fields = eagle_fields(config)
-        for index, name in enumerate(fields["encoders"]):
-            found = cv.Shapes(shapes, TOWER.replace("{n}", str(index)))
-            fields[name] = cv.known(ENCODERS[name].conversion.sizes(found))
+        for index, name in enumerate(fields["encoder_order"]):
+            found, encoder = cv.Shapes(shapes, TOWER.replace("{n}", str(index))), fields["encoders"]
+            encoder[name] |= cv.known(ENCODERS[encoder[name]["type"]].conversion.sizes(found))
         return fields | {"llama": llama_conversion.sizes(cv.Shapes(shapes), config)}
 
     def split_projector(self, part: str, fields: cv.Fields) -> cv.Fields:
@@ -176,7 +181,8 @@ class EagleConversion(cv.Conversion):
         whole = cv.Table(())
         for index, name in enumerate(config.encoders):
             if name in parts:
-                table = ENCODERS[name].conversion.table(config.encoder(name))
+                encoder = config.encoder(name)
+                table = ENCODERS[encoder.type].conversion.table(encoder)
                 whole += table.under(source=TOWER.replace("{n}", str(index)), target=name)
         if "projector" in parts:
             whole += projector_table().under(source=PROJECTOR, target="projector")
@@ -209,7 +215,10 @@ class EagleConversion(cv.Conversion):
         if source and part in ("eagle", "llama"):
             return dict(source)
         llama, theirs = config.llama, {ours: name for name, ours in TOWERS.items()}
-        sizes = dict.fromkeys(config.encoders, config.image_size) | {"clip": 448}
+        encoders = [
+            (theirs[e.type], 448 if e.type == "clip" else config.image_size)
+            for e in config.encoders.values()
+        ]
         return {
             "architectures": ["EagleLlamaForCausalLM"],
             "model_type": "eagle_llama",
@@ -226,7 +235,7 @@ class EagleConversion(cv.Conversion):
             "vocab_size": llama.vocab_size,
             "mm_hidden_size": sum(config.encoder(name).width for name in config.encoders),
             "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_tower": ";".join(f"{theirs[n]}-{sizes[n]}" for n in config.encoders),
+            "mm_vision_tower": ";".join(f"{tower}-{size}" for tower, size in encoders),
             "image_aspect_ratio": "pad",
             "tokenizer_model_max_length": 2048,
             "mm_use_im_start_end": False,
@@ -239,7 +248,8 @@ def _shapes_of_part(config: MeteorConfig, part: str) -> dict[str, cv.Shape]:
     """Each part by itself: a lone encoder is not traced with a whole decoder."""
     if part in config.encoders:
         image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
-        return cv.flat_shapes(ENCODERS[part].module(config.encoder(part)).init, image)
+        encoder = config.encoder(part)
+        return cv.flat_shapes(ENCODERS[encoder.type].module(encoder).init, image)
     if part == "llama":
         llama = Llama(config.llama)
 

@@ -43,15 +43,14 @@ class Eagle(Family):
 
     @property
     def parts(self) -> Mapping[str, Any]:
-        encoders = {name: self.config.encoder(name) for name in self.config.encoders}
-        return encoders | {"llama": self.config.llama}
+        return self.config.encoders | {"llama": self.config.llama}
 
     def shared_fields(self, parts: Sequence[str] | None) -> tuple[str, ...]:
         if parts is None:
             grid = ("grid",) if self.config.fusion == "pre" else ()
-            return ("encoders", "fusion", "image_size", *grid)
+            return ("encoder_order", "fusion", "image_size", *grid)
         # The single projector's input is the encoders' channels, one by one.
-        return ("encoders", "fusion") if "projector" in parts else ()
+        return ("encoder_order", "fusion") if "projector" in parts else ()
 
     def loss(self, params: Any, batch: Batch, *, plan: PrunePlan, rng: Array) -> LossSums:
         """Next-token cross-entropy over the supervised tokens; see `hidden_loss`."""
@@ -99,7 +98,8 @@ class Eagle(Family):
 
     def with_remat(self, policy: str) -> MeteorConfig:
         parts = {name: dataclasses.replace(part, remat=policy) for name, part in self.parts.items()}
-        return dataclasses.replace(self.config, **parts)
+        config = dataclasses.replace(self.config, llama=parts.pop("llama"))
+        return config.with_encoders(**parts)
 
     def _count(
         self, trace: PruneTrace, batch: Batch, *, plan: PrunePlan

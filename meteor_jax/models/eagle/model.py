@@ -63,7 +63,8 @@ class Meteor(nn.Module):
         dtype = jnp.dtype(config.dtype)
         width = config.llama.width
         for name in config.encoders:
-            setattr(self, name, ENCODERS[name].module(config.encoder(name), dtype))
+            encoder = config.encoder(name)
+            setattr(self, name, ENCODERS[encoder.type].module(encoder, dtype))
             if config.fusion == "post":
                 setattr(self, f"projector_{name}", Projector(width, dtype))
         if config.fusion == "pre":

@@ -11,7 +11,7 @@ from typing import Literal
 
 from meteor_jax.config import ConfigError, suggest
 from meteor_jax.models.decoders.llama.model import LlamaConfig
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.eagle.config import MeteorConfig, default_encoders
 
 ENCODERS = {
     "x4": ("clip", "convnext", "eva02", "pix2struct"),
@@ -66,18 +66,17 @@ def eagle_config(
     if name not in MODELS:
         raise ConfigError(f"no EAGLE model '{name}'.{suggest(name, MODELS)}")
     vision, llama, _ = MODELS[name]
-    model = MeteorConfig(
-        encoders=ENCODERS[vision],
-        llama=llama,
+    return MeteorConfig(
+        encoders={
+            encoder: dataclasses.replace(config, remat=remat)
+            for encoder, config in default_encoders(*ENCODERS[vision]).items()
+        },
+        encoder_order=ENCODERS[vision],
+        llama=dataclasses.replace(llama, remat=remat),
         fusion=fusion,
         grid=32,
         image_size=1024,
         dtype=dtype,
-    )
-    parts = (*model.encoders, "llama")
-    return dataclasses.replace(
-        model,
-        **{part: dataclasses.replace(getattr(model, part), remat=remat) for part in parts},
     )
 
 

@@ -1,12 +1,36 @@
-"""What the configs of the transformer encoders share."""
+"""What the configs of encoders share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from meteor_jax.config import ConfigError, suggest
 from meteor_jax.models.layers.stack import segment_bounds
 from meteor_jax.pruning.points import NUM_SEGMENTS
 
 
-class TransformerSizes:
+class EncoderConfig:
+    """Base of every encoder's config, a frozen dataclass whose field `type` is its name in
+    `encoders.registry.ENCODERS`."""
+
+    type: str
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any], *, where: str) -> type:
+        """The class to build from the fields `values`; see `config.build`. Where they have no
+        `type` it is the name that the model gives the encoder."""
+        from meteor_jax.models.encoders.registry import ENCODERS  # which imports this file
+
+        if cls is not EncoderConfig:
+            return cls
+        name = values.get("type", where.rpartition(".")[2])
+        if name not in ENCODERS:
+            raise ConfigError(f"{where}.type: no encoder '{name}'.{suggest(name, ENCODERS)}")
+        return ENCODERS[name].config
+
+
+class TransformerSizes(EncoderConfig):
     """What a plan must know of an encoder (`EncoderShape`): the base of its config.
 
     Attributes:

@@ -102,7 +102,7 @@ def _row(name: str, dtype: str, seconds: dict[str, list[dict[str, float]]]) -> d
 
 def _our_encoder(model: MeteorConfig, name: str) -> dict[str, Callable[[], Any]]:
     config = model.encoder(name)
-    module = ENCODERS[name].module(config, jnp.dtype(model.dtype))
+    module = ENCODERS[config.type].module(config, jnp.dtype(model.dtype))
     images = _noise((1, config.image_size, config.image_size, 3), model.dtype)
     return {name: _applied(module, images, read=lambda output: output.x)}
 

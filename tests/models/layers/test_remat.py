@@ -10,7 +10,7 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from meteor_jax.models.decoders.llama.model import LlamaBlock, LlamaConfig, rope_freqs
-from meteor_jax.models.eagle.model import MeteorConfig
+from meteor_jax.models.eagle.config import MeteorConfig
 from meteor_jax.models.encoders.clip.model import ClipConfig
 from meteor_jax.models.layers.attention import attend
 from meteor_jax.models.layers.platform import compiling_for
@@ -113,5 +113,5 @@ def test_gradients_do_not_depend_on_the_policy():
 )
 def test_a_policy_that_cannot_be_is_refused_when_the_config_is_read(remat, message):
     with pytest.raises(ValueError, match=message) as error:
-        MeteorConfig(encoders=("clip",), clip=ClipConfig(remat=remat))
+        MeteorConfig(encoders={"clip": ClipConfig(remat=remat)})
     assert "\n" not in str(error.value)

@@ -9,7 +9,7 @@ I images, N tokens, E width, H heads, d head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -49,6 +49,7 @@ class ClipConfig(TransformerSizes):
         remat: see `Stack`.
     """
 
+    type: Literal["clip"] = "clip"
     image_size: int = 336
     patch_size: int = 14
     width: int = 1024

@@ -8,12 +8,13 @@ I images, H W the grid of a stage, C channels of a stage, E width of the last st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from meteor_jax.models.encoders.sizes import EncoderConfig
 from meteor_jax.models.encoders.tokens import (
     EncoderOutput,
     EncoderTokens,
@@ -40,7 +41,7 @@ SHARDING_RULES = ((r"(stem|downsample\d+|depthwise)/kernel$", ("fsdp",)),)
 
 
 @dataclass(frozen=True)
-class ConvNextConfig:
+class ConvNextConfig(EncoderConfig):
     """Sizes; the defaults are ConvNeXt-XXLarge at 1,024 pixels. Any number of stages will do.
 
     Attributes:
@@ -51,6 +52,7 @@ class ConvNextConfig:
         remat: see `Stack`.
     """
 
+    type: Literal["convnext"] = "convnext"
     image_size: int = 1024
     depths: tuple[int, ...] = (3, 4, 30, 3)
     widths: tuple[int, ...] = (384, 768, 1536, 3072)

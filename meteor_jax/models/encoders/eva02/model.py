@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -59,6 +59,7 @@ class Eva02Config(TransformerSizes):
         remat: see `Stack`.
     """
 
+    type: Literal["eva02"] = "eva02"
     image_size: int = 1024
     patch_size: int = 16
     width: int = 1024

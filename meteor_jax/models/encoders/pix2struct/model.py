@@ -9,7 +9,7 @@ I images, N tokens, E width, H heads, d head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Pix2StructConfig(TransformerSizes):
         remat: see `Stack`.
     """
 
+    type: Literal["pix2struct"] = "pix2struct"
     grid_side: int = 45
     patch_size: int = 16
     width: int = 1536

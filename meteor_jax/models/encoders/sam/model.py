@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -71,6 +71,7 @@ class SamConfig(TransformerSizes):
         remat: see `Stack`.
     """
 
+    type: Literal["sam"] = "sam"
     image_size: int = 1024
     patch_size: int = 16
     block_width: int = 1024
