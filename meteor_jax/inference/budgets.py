@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meteor_jax.models.eagle.model import Meteor, MeteorConfig
-from meteor_jax.models.family import count_cost
+from meteor_jax.models.family import ModelConfig, count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.pruning.budgets import Adaptive, Budget, Fixed, steps_that_drop
 from meteor_jax.pruning.ops.budgets import expected_total, fit_edges, fit_lambda
@@ -52,7 +52,7 @@ class MeasuredBudgets:
 
 
 def calibrate_budget(
-    model: Meteor,
+    model: nn.Module,
     params: Any,
     images: Array,
     *,
@@ -116,7 +116,7 @@ def _adaptive(budget: Budget, **fields: Any) -> Budget:
 
 
 def evenness_note(
-    config: MeteorConfig,
+    config: ModelConfig,
     plan: PrunePlan,
     measured: MeasuredBudgets,
     *,
@@ -160,14 +160,14 @@ def evenness_note(
 
 
 @jax.jit(static_argnames=("model", "plan"))
-def _encode(params: Any, images: Array, *, model: Meteor, plan: PrunePlan) -> VisualTokens:
+def _encode(params: Any, images: Array, *, model: nn.Module, plan: PrunePlan) -> VisualTokens:
     encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
     return jax.tree.map(lambda x: x[:, None], encoded.tokens)
 
 
 @jax.jit(static_argnames=("model", "plan"))
 def _prune_steps(
-    params: Any, visual: VisualTokens, questions: Questions, *, model: Meteor, plan: PrunePlan
+    params: Any, visual: VisualTokens, questions: Questions, *, model: nn.Module, plan: PrunePlan
 ) -> tuple[PruneStepTrace, ...]:
     return model.apply(
         {"params": params},

@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meteor_jax.models.eagle.model import Meteor
 from meteor_jax.parallel.distributed import sum_over_processes
 from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.pruning.calibration import Calibration
@@ -31,7 +31,7 @@ Ranks = dict[str, dict[str, tuple[float, ...]]]  # see `Calibration.ranks`
 
 
 def calibrate_ranks(
-    model: Meteor, params: Any, images: np.ndarray, *, plans: Iterable[PrunePlan] = ()
+    model: nn.Module, params: Any, images: np.ndarray, *, plans: Iterable[PrunePlan] = ()
 ) -> Ranks:
     """The rank of each encoder's features at each boundary, mean over `NUM_IMAGES` of `images`.
 
@@ -70,7 +70,7 @@ def calibrate_ranks(
 
 
 def _own_features(
-    model: Meteor, params: Any, images: np.ndarray
+    model: nn.Module, params: Any, images: np.ndarray
 ) -> Iterator[dict[str, tuple[np.ndarray, ...]]]:
     """The features float32[N, E] at each boundary, by encoder, of every image of this process.
 
@@ -119,7 +119,7 @@ def _place(rows: np.ndarray, sharding: NamedSharding | None) -> Array:
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
-def feature_shapes(model: Meteor, params: Any) -> dict[str, tuple[int, int]]:
+def feature_shapes(model: nn.Module, params: Any) -> dict[str, tuple[int, int]]:
     """(N, E) of each encoder's features where nothing is dropped; nothing is computed."""
     mesh, size = jax.sharding.get_mesh(), model.config.image_size
     rows = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
