@@ -147,7 +147,7 @@ def test_numbers_a_part(full):
     counted = dict.fromkeys(expected, 0)
     for name, shape in tensors.items():
         tower = re.match(r"model\.vision_tower\.vision_towers\.(\d+)\.", name)
-        part = config.encoders[int(tower[1])] if tower else "llama"
+        part = config.encoder_order[int(tower[1])] if tower else "llama"
         part = "projector" if name.startswith("model.mm_projector.") else part
         if "freqs_" not in name:
             counted[part] += math.prod(shape)

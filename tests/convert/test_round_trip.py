@@ -85,13 +85,12 @@ def tiny(model):
         "pix2struct": {"width": 16, "num_heads": 2, "mlp_dim": 24, "num_positions": 50},
         "llama": {"width": 16, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 24, "vocab_size": 30},
     }
-    return dataclasses.replace(
-        full,
-        **{
-            name: dataclasses.replace(getattr(full, name), **widths[name])
-            for name in (*full.encoders, "llama")
-        },
-    )
+    encoders = {
+        name: dataclasses.replace(encoder, **widths[name])
+        for name, encoder in full.encoders.items()
+    }
+    llama = dataclasses.replace(full.llama, **widths["llama"])
+    return dataclasses.replace(full, encoders=encoders, llama=llama)
 
 
 def tiny_tensors(config, names):

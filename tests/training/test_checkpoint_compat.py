@@ -68,9 +68,8 @@ def test_what_would_go_on_as_something_else_is_refused_in_one_line(fields, messa
         {"train__finetune__grad_accum_steps": 2},
         {"train__log_every": 7},
         {"data__num_workers": 2},
-        {"model__clip__remat": "nothing_saveable"},
+        {"model__encoders__clip__remat": "nothing_saveable"},
         {"model__llama__max_positions": 8192},
-        {"model__sam__neck_width": 64},  # the model has no SAM
     ],
 )
 def test_what_only_changes_how_it_goes_on_is_not(fields):
