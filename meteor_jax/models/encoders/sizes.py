@@ -17,7 +17,7 @@ class EncoderConfig:
     type: str
 
     @classmethod
-    def select(cls, values: Mapping[str, Any], *, where: str) -> type:
+    def class_for(cls, values: Mapping[str, Any], *, where: str) -> type:
         """The class to build from the fields `values`; see `config.build`. Where they have no
         `type` it is the name that the model gives the encoder."""
         from meteor_jax.models.encoders.registry import ENCODERS  # which imports this file
