@@ -233,6 +233,21 @@ class Family(abc.ABC):
         return 1
 
     @property
+    def max_positions(self) -> int | None:
+        """Positions for a row's text, images and new tokens; None where there is no limit."""
+        return None
+
+    @property
+    def depth(self) -> int:
+        """Layers of the language model; 0 where there is none."""
+        return 0
+
+    def token_grids(self, plan: PrunePlan) -> Mapping[str, int]:
+        """Sides of the grids that visual tokens are drawn on, by encoder, in the order of
+        `VisualTokens.encoder`; empty where nothing can be drawn."""
+        return {}
+
+    @property
     def encoders(self) -> tuple[str, ...]:
         """Encoders whose feature ranks a plan may share tokens by."""
         return ()

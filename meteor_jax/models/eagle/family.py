@@ -89,6 +89,19 @@ class Eagle(Family):
         return self.config.llama.unpadded_shapes
 
     @property
+    def max_positions(self) -> int:
+        return self.config.llama.max_positions
+
+    @property
+    def depth(self) -> int:
+        return self.config.llama.depth
+
+    def token_grids(self, plan: PrunePlan) -> Mapping[str, int]:
+        if self.config.fusion == "pre":
+            return {"all": self.config.grid}
+        return {name: self.config.encoder(name).grid for name in self.config.active_encoders(plan)}
+
+    @property
     def tensor_divisor(self) -> int:
         return self.config.llama.num_kv_heads
 
