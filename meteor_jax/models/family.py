@@ -90,7 +90,6 @@ class Family(abc.ABC):
         conversion: how checkpoints of others are read; None where none are.
         output: what comes out. "text": the module has `encode_images`, `prefill` and `extend`, as
             `Meteor` has; "probabilities": `predict` gives one for each of `classes`.
-        sharding_rules: for parameters that `parallel.rules` has no generic rule for.
         tokenizer_part: the top-level parameters that a tokenizer belongs to, if one does.
     """
 
@@ -99,7 +98,6 @@ class Family(abc.ABC):
     config_class: ClassVar[type]
     conversion: ClassVar[Conversion | None] = None
     output: ClassVar[Literal["text", "probabilities"]] = "text"
-    sharding_rules: ClassVar[ShardingRules] = ()
     tokenizer_part: ClassVar[str | None] = None
 
     @property
@@ -114,6 +112,11 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def num_targets(self, batch: Batch) -> Array:
         """int32[]: `LossSums.count` of a batch, before anything is computed."""
+
+    @property
+    def sharding_rules(self) -> ShardingRules:
+        """Rules for parameters that `parallel.rules` has no generic rule for."""
+        return ()
 
     @property
     def parts(self) -> Mapping[str, Any]:

@@ -132,7 +132,9 @@ def evaluate(data_dir, workdir, *, mesh=None):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
 
     params = jax.tree.map(
-        place, params, parameter_shardings(params, mesh, rules=Eagle.sharding_rules)
+        place,
+        params,
+        parameter_shardings(params, mesh, rules=Eagle(experiment.model).sharding_rules),
     )
     with jax.set_mesh(mesh):
         return evaluate_checkpoint(experiment, params, workdir=workdir, **options)

@@ -33,7 +33,7 @@ def main(port, process):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     params = jax.tree.map(
-        place, whole, parameter_shardings(whole, mesh, rules=Eagle.sharding_rules)
+        place, whole, parameter_shardings(whole, mesh, rules=Eagle(tiny.CONFIG).sharding_rules)
     )
     with jax.set_mesh(mesh):
         ranks = measuring.calibrate_ranks(tiny.MODEL, params, images)

@@ -247,6 +247,6 @@ def test_shardings_follow_the_rules():
     mesh = layout.inference_mesh(experiment, devices=jax.devices()[:8])
     shapes = layout.param_shapes(experiment, mesh=mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == parameter_shardings(
-        shapes, mesh, rules=Eagle.sharding_rules
+        shapes, mesh, rules=Eagle(experiment.model).sharding_rules
     )
     assert shapes["llama"]["head"]["kernel"].sharding.spec == P("fsdp", "tensor")

@@ -89,7 +89,7 @@ def make_batch(seed, *, side=32):
     )
 
 
-RULES = Eagle.sharding_rules
+RULES = Eagle(eagle_config("x5_7b")).sharding_rules
 
 
 def mesh_of(sizes):

@@ -110,7 +110,8 @@ def test_an_example_depends_on_nothing_but_itself(texts):
         labels=np.pad(batch.labels, pad),
     )
     params = jax.device_put(
-        tiny.params(), parameter_shardings(tiny.params(), mesh, rules=Eagle.sharding_rules)
+        tiny.params(),
+        parameter_shardings(tiny.params(), mesh, rules=Eagle(tiny.CONFIG).sharding_rules),
     )
     with jax.set_mesh(mesh):
         split = jax.device_get(forward(plan)(params, shard_batch(longer, mesh)))

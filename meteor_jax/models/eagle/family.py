@@ -15,7 +15,7 @@ from meteor_jax.models.eagle.conversion import EagleConversion
 from meteor_jax.models.eagle.cost import count_cost
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.encoders.registry import ENCODERS
-from meteor_jax.models.family import Family, LossSums, Mean, register_family
+from meteor_jax.models.family import Family, LossSums, Mean, ShardingRules, register_family
 from meteor_jax.models.flops import Cost
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
@@ -31,15 +31,17 @@ class Eagle(Family):
     config_class = MeteorConfig
     conversion = EagleConversion()
     output = "text"
-    sharding_rules = (
-        *(rule for encoder in ENCODERS.values() for rule in encoder.rules),
-        (r"(^|/)pruning/", ()),  # parameters of learned methods: small
-    )
     tokenizer_part = "llama"
 
     @functools.cached_property
     def module(self) -> Meteor:
         return Meteor(self.config)
+
+    @property
+    def sharding_rules(self) -> ShardingRules:
+        types = dict.fromkeys(encoder.type for encoder in self.config.encoders.values())
+        own = (rule for type_ in types for rule in ENCODERS[type_].rules)
+        return (*own, (r"(^|/)pruning/", ()))  # parameters of learned methods: small
 
     @property
     def parts(self) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 
 import flax.linen as nn
 
+from meteor_jax.config import ConfigError
 from meteor_jax.models.conversion import PartConversion
 from meteor_jax.models.encoders.clip import conversion as clip_conversion
 from meteor_jax.models.encoders.clip import model as clip
@@ -17,6 +18,7 @@ from meteor_jax.models.encoders.pix2struct import conversion as pix2struct_conve
 from meteor_jax.models.encoders.pix2struct import model as pix2struct
 from meteor_jax.models.encoders.sam import conversion as sam_conversion
 from meteor_jax.models.encoders.sam import model as sam
+from meteor_jax.models.encoders.sizes import EncoderConfig
 from meteor_jax.models.family import ShardingRules
 
 
@@ -25,12 +27,13 @@ class Encoder:
     """One type of encoder.
 
     Attributes:
-        module: takes (config, dtype).
+        module: takes (config, dtype); called with images float[I, H, W, 3], `steps` and `context`,
+            it returns an `EncoderOutput`, as `Clip` does.
         rules: sharding rules for parameters that `parallel.rules` has no generic rule for.
     """
 
     module: type[nn.Module]
-    config: type
+    config: type[EncoderConfig]
     conversion: PartConversion
     rules: ShardingRules = ()
 
@@ -51,3 +54,10 @@ ENCODERS: dict[str, Encoder] = {
         pix2struct.Pix2Struct, pix2struct.Pix2StructConfig, pix2struct_conversion.CONVERSION
     ),
 }
+
+
+def register_encoder(name: str, encoder: Encoder) -> None:
+    """Makes a type of encoder known; `model.encoders.<any name>.type = name` in a config."""
+    if ENCODERS.get(name, encoder) != encoder:
+        raise ConfigError(f"encoder '{name}' exists; choose another name.")
+    ENCODERS[name] = encoder

@@ -94,7 +94,11 @@ def test_nothing_of_size_lies_whole_on_every_device(fusion):
     params = shapes(eagle_config("x5_7b", fusion=fusion))
     for leaf, sharding in zip(
         jax.tree.leaves(params),
-        jax.tree.leaves(parameter_shardings(params, mesh, rules=Eagle.sharding_rules)),
+        jax.tree.leaves(
+            parameter_shardings(
+                params, mesh, rules=Eagle(eagle_config("x5_7b", fusion=fusion)).sharding_rules
+            )
+        ),
         strict=True,
     ):
         one_layer = leaf.shape[1:] if len(leaf.shape) == 3 else leaf.shape
