@@ -1,5 +1,6 @@
 """The walk-throughs of CONTRIBUTING.md, each executed and then used as its section says."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,15 +9,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
-from meteor_jax.config import ConfigError
+from meteor_jax.config import ConfigError, build
+from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.evaluation.tasks import registry
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.models import family
+from meteor_jax.models.eagle.config import MeteorConfig
+from meteor_jax.models.encoders import registry as encoders
 from meteor_jax.models.family import build_model
 from meteor_jax.pruning import registry as methods
-from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.budgets import Fixed
+from meteor_jax.pruning.methods.random import Random
+from meteor_jax.pruning.plan import PrunePlan, Step
+from meteor_jax.pruning.points import after_segment
 from meteor_jax.pruning.text import parse_plan
 from tests import tiny_model as tiny
 from tests.documents import ROOT
@@ -48,6 +56,27 @@ def test_add_a_pruning_method(restored):
     plan = parse_plan("largest_norm(keep=9, fuse.order=1)")
     trace = tiny.encode(tiny.params(), tiny.make_batch().images, plan=plan).trace
     assert trace.fused_patch_index.shape[1] == 9 and plan.steps[0].method.order == 1
+
+
+def test_add_an_encoder(tmp_path, restored):
+    restored(encoders.ENCODERS)
+    exec(compile(code("Add an encoder"), "my_encoder.py", "exec"), {"__name__": "my_encoder"})
+    two = {"near": {"type": "patches"}, "far": {"type": "patches", "patch_size": 16}}
+    llama = dataclasses.asdict(tiny.CONFIG.llama)
+    model = build_model(build(MeteorConfig, {"encoders": two, "llama": llama, "image_size": 32}))
+    plan = PrunePlan("near", (Step(after_segment(3, of="near"), Random(), Fixed(5)),))
+    batch = tiny.make_batch()
+    params = model.init_params(batch, seed=0)
+    encoded = model.module.apply(
+        {"params": params}, batch.images[:, 0], plan=plan, method="encode_images"
+    )
+    assert encoded.tokens.x.shape == (3, 5 + 4, 32)
+
+    weight = np.random.default_rng(0).normal(size=(6, 3, 4, 4)).astype(np.float32)
+    tensors = {"embed.proj.weight": weight, "embed.proj.bias": np.zeros(6, np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "workdir")
+    assert (config.encoder("patches").width, config.encoder("patches").patch_size) == (6, 4)
 
 
 def test_add_a_family(restored):
