@@ -85,7 +85,7 @@ class Run:
         experiment = self.experiment
         for stage in experiment.train.stages():
             try:
-                self.open_data(stage, first_batch=0, shard=DataShard())
+                self.batches(stage, first_batch=0, shard=DataShard())
             except ValueError as error:
                 raise ConfigError(f"train.{stage.name}: {error}") from error
         shapes = param_shapes(experiment, mesh=make_mesh(experiment.train.mesh))
@@ -109,7 +109,7 @@ class Run:
         if asked_for or needs_measuring(plans, nothing):
             self.calibration_batch()
 
-    def open_data(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]:
+    def batches(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]:
         rows = self._rows(stage, shard)
         # What is held out stays the same from seed to seed.
         rows["config"] = dataclasses.replace(
@@ -117,7 +117,7 @@ class Run:
         )
         return pipeline.make_train_iterator(start_batch=first_batch, **rows)
 
-    def open_held_out(self, stage: Stage, *, shard: DataShard) -> Sequence[Batch]:
+    def held_out(self, stage: Stage, *, shard: DataShard) -> Sequence[Batch]:
         batches = pipeline.make_held_out_batches(**self._rows(stage, shard))
         return batches[: self.experiment.train.held_out_batches]
 
@@ -247,12 +247,11 @@ def main(argv: list[str]) -> int:
         result = train(
             experiment,
             model=run.model,
-            open_data=run.open_data,
+            data=run,
             workdir=workdir,
             config=json.loads(CONFIG.value.to_json_best_effort()),
             evaluate=run.evaluate,
             calibrate=run.calibrate,
-            open_held_out=run.open_held_out,
             profile=profile,
         )
     except ConfigError as error:

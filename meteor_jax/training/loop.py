@@ -48,16 +48,12 @@ from meteor_jax.training.state import TrainState, start_stage
 from meteor_jax.types import Batch
 
 
-class OpenData(Protocol):
-    """A stage's endless batches of NumPy arrays from batch `first_batch` on, a shard's rows."""
+class Data(Protocol):
+    """Batches of NumPy arrays, a shard's rows; see `training.data.TrainingData`."""
 
-    def __call__(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]: ...
+    def batches(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]: ...
 
-
-class OpenHeldOut(Protocol):
-    """A shard's rows of the batches that a stage's held-out loss is measured on."""
-
-    def __call__(self, stage: Stage, *, shard: DataShard) -> Sequence[Batch]: ...
+    def held_out(self, stage: Stage, *, shard: DataShard) -> Sequence[Batch]: ...
 
 
 class Evaluate(Protocol):
@@ -78,10 +74,9 @@ def train(
     experiment: Experiment,
     *,
     model: Family,
-    open_data: OpenData,
+    data: Data,
     workdir: Path,
     config: Mapping[str, Any],
-    open_held_out: OpenHeldOut | None = None,
     evaluate: Evaluate | None = None,
     calibrate: Callable[[Any], Calibration] | None = None,
     profile: range = range(0),
@@ -95,7 +90,6 @@ def train(
 
     Args:
         config: recorded in the checkpoints.
-        open_held_out: must be given where the config asks for a held-out loss.
         evaluate: called every `eval_every` steps and at the end.
         calibrate: given the parameters, measures the ranks that `calibrate_before` asks for.
         profile: steps to trace into `workdir`/profile.
@@ -111,8 +105,6 @@ def train(
     stages = settings.stages()
     for stage in stages:
         check_stage(stage, experiment, mesh=mesh, can_calibrate=calibrate is not None)
-    if settings.held_out_every and open_held_out is None:
-        raise ConfigError("train.held_out_every: there is no held-out data to measure.")
     chip = find_chip(mesh.devices.flat[0].device_kind)
     workdir.mkdir(parents=True, exist_ok=True)
 
@@ -160,11 +152,11 @@ def train(
             for stage in stages:
                 if stage.stop <= first_step and stage.name != resumed and stage is not stages[-1]:
                     continue
-                begins = state is not None or step == 0
+                is_new = state is not None or step == 0  # and was not begun before
                 optimizer = make_optimizer(stage.config)
-                data = open_data(stage, first_batch=max(step - stage.start, 0), shard=shard)
-                batch = next(data)
-                data = itertools.chain([batch], data)
+                batches = data.batches(stage, first_batch=max(step - stage.start, 0), shard=shard)
+                batch = next(batches)
+                batches = itertools.chain([batch], batches)
                 shapes = _whole_batch(batch, shard)
                 if state is None:
                     state = init_or_restore_state(
@@ -191,7 +183,7 @@ def train(
                         rules=model.sharding_rules,
                     )
                 # A checkpoint at the very beginning of a stage was written after this.
-                if begins and stage.config.reinit:
+                if is_new and stage.config.reinit:
                     patterns = ", ".join(stage.config.reinit)
                     bar.say(f"{stage.name}: re-initialised parameters matching {patterns}")
                     state = reinit_params(
@@ -201,7 +193,7 @@ def train(
                         batch=shapes,
                         seed=experiment.seed,
                     )
-                if stage.config.calibrate_before and begins:
+                if is_new and stage.config.calibrate_before:
                     calibration = calibrate(state.params)
                     if is_main_process():
                         calibration.save(workdir / checkpoint.CALIBRATION_FILE)
@@ -221,8 +213,7 @@ def train(
                 }
                 held_out = None
                 if settings.held_out_every:
-                    batches = open_held_out(stage, shard=shard)
-                    held_out = HeldOutLoss(model, plans, batches, mesh)
+                    held_out = HeldOutLoss(model, plans, data.held_out(stage, shard=shard), mesh)
                 recorder.restart_clock()
                 while step < stage.stop:
                     if step > first_step:
@@ -233,7 +224,7 @@ def train(
                     stop.check(step)
                     profiler.before(step)
                     started = time.perf_counter()
-                    batch = next(data)
+                    batch = next(batches)
                     waited = time.perf_counter() - started
                     plan = stage.plan_name(step)
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):

@@ -30,7 +30,7 @@ def make_experiment(*mesh):
 
 def open_data(stage, *, first_batch, shard, event="none", step=None):
     """The tiny run's data; after SIGTERM slowly, for the notice takes a second to go round."""
-    batches = tiny_run.open_data(stage, first_batch=first_batch, shard=shard)
+    batches = tiny_run.batches(stage, first_batch=first_batch, shard=shard)
     for number, batch in enumerate(batches, stage.start + first_batch):
         if number == step:
             os.kill(os.getpid(), signal.SIGKILL if event == "kill" else signal.SIGTERM)
@@ -53,7 +53,7 @@ def main(workdir, port, process_id, mesh, event):
         workdir,
         make_experiment(*map(int, mesh.split(","))),
         devices=None,
-        open_data=lambda stage, **where: open_data(stage, **where, **options),
+        data=tiny_run.Data(batches=lambda stage, **where: open_data(stage, **where, **options)),
     )
     return 0 if result.signal is None else 128 + result.signal
 

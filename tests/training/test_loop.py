@@ -56,12 +56,14 @@ def test_held_out_loss_is_of_its_own_batches(tmp_path, uninterrupted):
     experiment = make_experiment(
         pretrain={"steps": 1, "learning_rate": 0.0}, finetune={"steps": 0}, held_out_every=1
     )
-    first = tiny_run.open_held_out(experiment.train.stages()[0], shard=DataShard())[0]
+    first = tiny_run.held_out(experiment.train.stages()[0], shard=DataShard())[0]
     run(
         tmp_path,
         experiment,
-        open_data=lambda stage, **_: itertools.repeat(first),
-        open_held_out=lambda stage, **_: [first, first],
+        data=tiny_run.Data(
+            batches=lambda stage, **_: itertools.repeat(first),
+            held_out=lambda stage, **_: [first, first],
+        ),
     )
     [line] = read_steps(tmp_path)
     assert line["held_out/loss/full"] == pytest.approx(line["loss"], rel=1e-6)
@@ -138,7 +140,7 @@ def test_a_run_in_which_nothing_fits_ends_and_says_so(tmp_path):
         run(
             tmp_path,
             make_experiment(pretrain={"steps": 20}),
-            open_data=lambda stage, **_: itertools.repeat(skipped),
+            data=tiny_run.Data(batches=lambda stage, **_: itertools.repeat(skipped)),
         )
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import grain
@@ -140,27 +141,34 @@ def make_batch(seed, *, rows=8, side=SIDE, vocabulary=VOCABULARY):
     )
 
 
-def open_data(stage, *, first_batch, shard):
+def batches(stage, *, first_batch, shard):
     seeds = grain.MapDataset.range(20).seed(len(stage.name)).shuffle().repeat()[first_batch:]
     rows = stage.config.batch_size // shard.count
     mine = slice(shard.index * rows, (shard.index + 1) * rows)
-    batches = seeds.map(lambda seed: make_batch(int(seed), rows=stage.config.batch_size))
-    batches = batches.map(lambda batch: jax.tree.map(lambda x: x[mine], batch))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    made = seeds.map(lambda seed: make_batch(int(seed), rows=stage.config.batch_size))
+    made = made.map(lambda batch: jax.tree.map(lambda x: x[mine], batch))
+    return iter(made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def open_held_out(stage, *, shard):
+def held_out(stage, *, shard):
     rows = stage.config.batch_size // shard.count
     mine = slice(shard.index * rows, (shard.index + 1) * rows)
     return [jax.tree.map(lambda x: x[mine], make_batch(seed)) for seed in (100, 101)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What `TrainingData` is for a whole experiment."""
+
+    batches: Any = batches
+    held_out: Any = held_out
 
 
 def run(workdir, experiment, **options):
     """Trains on one device, unless told otherwise."""
     options = {
         "model": TinyFamily(),
-        "open_data": open_data,
-        "open_held_out": open_held_out,
+        "data": Data(),
         "calibrate": lambda params: Calibration(ranks={"energy 0.99": RANKS}),
         "devices": jax.devices()[:1],
         "config": {"written by": "a test"},
