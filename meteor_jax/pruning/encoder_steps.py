@@ -65,6 +65,13 @@ def resolve_encoder_steps(
             found[name].append(EncoderStep(Point(name, point.kind, point.index), count, method))
             if not method.restores:
                 remaining[name] = count
+    for name, of_encoder in found.items():
+        restoring = [step.method.name for step in of_encoder if step.method.restores]
+        if restoring and not all(step.method.restores for step in of_encoder):
+            raise ValueError(
+                f"{name}: '{restoring[0]}' restores what it drops, so no other step of this "
+                "encoder can drop tokens; leave one out."
+            )
     return {name: tuple(steps) for name, steps in found.items()}
 
 

@@ -9,6 +9,7 @@ from meteor_jax.config import ConfigError
 from meteor_jax.pruning.budgets import Fixed
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.method import ReductionContext
+from meteor_jax.pruning.methods.attention_received import AttentionReceived
 from meteor_jax.pruning.methods.mean_token import MeanToken
 from meteor_jax.pruning.methods.random import Random
 from meteor_jax.pruning.plan import PrunePlan, Step
@@ -118,3 +119,24 @@ def test_a_point_that_the_model_lacks_is_refused():
     plan = PrunePlan("mine", (Step("sam.segment1", MeanToken(), Fixed(5)),))
     with pytest.raises(ConfigError, match=r"no reduction point 'sam.segment1' in this model"):
         tiny.CONFIG.active_encoders(plan)
+
+
+def test_steps_that_do_not_go_together_are_one_line():
+    clip = {"clip": tiny.CONFIG.encoder("clip")}
+    inside = Step("clip.block0", Restoring(), Fixed(9))
+    after = Step("clip.segment2", MeanToken(), Fixed(5))
+    with pytest.raises(ValueError, match="'mean_token' restores what it drops, so no other"):
+        PrunePlan(steps=(inside, after)).encoder_steps(clip)
+    # The attention of a block inside of which tokens were dropped.
+    inside = Step("clip.block0", MeanToken(), Fixed(9))
+    after = Step("clip.segment1", AttentionReceived(), Fixed(5))
+    with pytest.raises(ValueError, match="asks for the attention of block 0, inside of which"):
+        jax.eval_shape(
+            lambda: tiny.encode.__wrapped__(
+                tiny.params(), tiny.make_batch().images, plan=PrunePlan(steps=(inside, after))
+            )
+        )
+
+
+class Restoring(MeanToken):
+    restores = True

@@ -190,11 +190,13 @@ def prune_tokens(
         window_sizes=tokens.window_sizes,
     )
     reduction = step.method.reduce(tokens.x[:, tokens.num_prefix :], context=context)
-    restores = step.method if step.method.restores else None
+    restores, sizes = step.method if step.method.restores else None, reduction.sizes
+    if sizes is None and tokens.sizes is not None:
+        sizes = _take(tokens.sizes, reduction.idx)
     return tokens.replace(
         x=tokens._with_prefix(reduction.x),
         patch_index=_take(tokens.patch_index, reduction.idx),
-        sizes=reduction.sizes,
+        sizes=sizes,
         state=reduction.state,
         loss=add_losses(tokens.loss, reduction.loss),
         whole=tokens.patch_index if restores else None,
@@ -203,31 +205,44 @@ def prune_tokens(
     )
 
 
-def measure_attention(
+@jax.named_scope("scores")
+def with_attention(
     context: ReductionContext,
-    q: Array,
-    k: Array,
+    step: EncoderStep,
+    tokens: EncoderTokens,
     *,
-    needs: frozenset[str],
-    num_prefix: int = 0,
+    blocks: Stack,
+    block: int,
+    x: Array,
     scale: float | None = None,
 ) -> ReductionContext:
-    """`context` with what a step needs of a block's attention over all tokens.
+    """`context` with what `step` needs of a block's attention, in an encoder without windows.
 
-    Shapes:
-        q, k: float[I, P + N, H, d].
+    Args:
+        x: the block's input, float[I, P + N, E].
+        scale: of the products of queries and keys, default d**-0.5.
+
+    Raises:
+        ValueError: if the block has dropped tokens since it attended.
     """
+    needs = step.method.needs & ATTENTION
+    if not needs or not drops(step, tokens):
+        return context
+    if x.shape[1] != tokens.x.shape[1]:
+        raise ValueError(
+            f"{step.point}: '{step.method.name}' asks for the attention of block {block}, inside "
+            "of which tokens are dropped too; drop them in another block."
+        )
+    q, k = blocks.layer(block, x, method="query_key")
     rows = jnp.ones(q.shape[:2])
-    for name, weight in (
-        ("attention_received", rows),
-        ("cls_attention", rows.at[:, 1:].set(0.0)),
-    ):
-        if name in needs:
-            received = attention_received(q, k, row_weight=weight, scale=scale).mean(1)
-            context = context.replace(**{name: received[:, num_prefix:]})
-    if "keys" in needs:
-        context = context.replace(keys=k[:, num_prefix:])
-    return context
+    found: dict[str, Array] = {}
+    if "attention_received" in needs:
+        found["attention_received"] = attention_received(q, k, row_weight=rows, scale=scale)
+    if "cls_attention" in needs:
+        rows = rows.at[:, 1:].set(0.0)
+        found["cls_attention"] = attention_received(q, k, row_weight=rows, scale=scale)
+    found = {name: received.mean(1)[:, tokens.num_prefix :] for name, received in found.items()}
+    return context.replace(keys=k[:, tokens.num_prefix :], **found)
 
 
 def run_blocks(
@@ -245,41 +260,16 @@ def run_blocks(
         block = step.point.index
         tokens = tokens.replace(x=blocks(tokens.x, start=start, stop=block).x).restored()
         last_input, start = tokens.x, block + 1
-        needs = step.method.needs
-        if needs & ATTENTION:
-            with jax.named_scope("scores"):
-                q, k = blocks.layer(block, tokens.x, method="query_key")
-                context = measure_attention(
-                    context, q, k, needs=needs, num_prefix=tokens.num_prefix, scale=scale
-                )
-        tokens = tokens.replace(x=blocks.layer(block, tokens.x, method="attend"))
-        tokens = prune_tokens(tokens, step, context=context)
+        seen = with_attention(
+            context, step, tokens, blocks=blocks, block=block, x=last_input, scale=scale
+        )
+        tokens = tokens.replace(x=blocks.layer(block, last_input, method="attend"))
+        tokens = prune_tokens(tokens, step, context=seen)
         tokens = tokens.replace(x=blocks.layer(block, tokens.x, method="feed_forward"))
     out = blocks(tokens.x, start=start, stop=segment.stop)
     if segment.stop > start:
         last_input = out.last_input
     return tokens.replace(x=out.x), last_input
-
-
-@jax.named_scope("scores")
-def prune_after(
-    blocks: Stack,
-    tokens: EncoderTokens,
-    step: EncoderStep,
-    segment: Segment,
-    *,
-    last_input: Array,
-    context: ReductionContext,
-    scale: float | None = None,
-) -> EncoderTokens:
-    """`prune_tokens` after a segment of an encoder without windows, with what the step needs of the
-    attention in the last block."""
-    if drops(step, tokens) and step.method.needs & ATTENTION:
-        q, k = blocks.layer(segment.last_block, last_input, method="query_key")
-        context = measure_attention(
-            context, q, k, needs=step.method.needs, num_prefix=tokens.num_prefix, scale=scale
-        )
-    return prune_tokens(tokens, step, context=context)
 
 
 def drops(step: EncoderStep, tokens: EncoderTokens) -> bool:

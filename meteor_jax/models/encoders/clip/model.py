@@ -21,9 +21,10 @@ from meteor_jax.models.encoders.tokens import (
     EncoderTokens,
     check_cls,
     finish,
-    prune_after,
+    prune_tokens,
     run_blocks,
     split_depth,
+    with_attention,
 )
 from meteor_jax.models.layers.resize import patchify, resize
 from meteor_jax.models.layers.stack import Stack, constrain, dense
@@ -118,9 +119,9 @@ class Clip(nn.Module):
         for segment in split_depth(config, steps, all_segments=all_segments):
             tokens, last_input = run_blocks(blocks, tokens, segment, context=context)
             for step in segment.after:
-                tokens = prune_after(
-                    blocks, tokens, step, segment, last_input=last_input, context=context
-                )
+                last = {"block": segment.last_block, "x": last_input}
+                seen = with_attention(context, step, tokens, blocks=blocks, **last)
+                tokens = prune_tokens(tokens, step, context=seen)
             passed.append((segment, tokens))
         return finish(passed, num_tokens=config.num_tokens)
 

@@ -20,9 +20,10 @@ from meteor_jax.models.encoders.tokens import (
     EncoderTokens,
     check_cls,
     finish,
-    prune_after,
+    prune_tokens,
     run_blocks,
     split_depth,
+    with_attention,
 )
 from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
 from meteor_jax.models.layers.stack import Stack, constrain, dense
@@ -137,15 +138,9 @@ class Pix2Struct(nn.Module):
                 blocks, tokens, segment, context=context, scale=ATTENTION_SCALE
             )
             for step in segment.after:
-                tokens = prune_after(
-                    blocks,
-                    tokens,
-                    step,
-                    segment,
-                    last_input=last_input,
-                    context=context,
-                    scale=ATTENTION_SCALE,
-                )
+                last = {"block": segment.last_block, "x": last_input, "scale": ATTENTION_SCALE}
+                seen = with_attention(context, step, tokens, blocks=blocks, **last)
+                tokens = prune_tokens(tokens, step, context=seen)
             passed.append((segment, tokens))
         out = finish(passed, num_tokens=config.num_tokens)
         norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name="final_norm")
