@@ -113,8 +113,8 @@ def get_config() -> ConfigDict:
         "mesh": {"data": -1},
     }
     config.plans = {
-        # Cuts late in the decoder: before layer 2 the text's attention chooses worse than chance
-        # here, from layer 4 on a cut of half costs next to nothing (tools.sweep_prune_layers).
+        # Late in the decoder: before layer 2 the text's attention chooses worse than chance here,
+        # from layer 4 on dropping half costs next to nothing (`meteor sweep-layers`).
         "meteor": "meteor(encode=(140, 110, 172), fuse=100, layers=(4, 5), keep=(64, 40), "
         "fuse.similarity=abs_cosine, decode.heads=0)",
         "meteor_uniform_ranks": "meteor(encode.assignment=uniform)",

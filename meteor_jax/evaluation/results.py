@@ -18,8 +18,8 @@ from meteor_jax.experiment.plans import MAJORITY
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
 # TFLOPs of a question, as it was computed: of the places of its text, visual tokens computed after
-# each cut (a mean over questions that are alike in the rest), images that it has places for, and
-# rows of its batch.
+# each prune step (a mean over questions that are alike in the rest), images that it has places for,
+# and rows of its batch.
 QuestionCost = Callable[[int, tuple[float, ...], int, int], float]
 
 
@@ -28,8 +28,8 @@ class Answer:
     """What a plan said to one question.
 
     Attributes:
-        kept: visual tokens left after each cut in the LLM; () where there was none.
-        computed: visual tokens that the layers after each cut computed, this question's share of
+        kept: visual tokens left after each prune step in the LLM; () where there was none.
+        computed: visual tokens that the layers after each one computed, this question's share of
             its batch's total; never fewer than it kept, on average.
         prompt_tokens: text tokens of the prompt; prompt_length: places that it was padded to.
         num_images: asked about; those for which the decoder has no room are not.
@@ -56,7 +56,7 @@ class PlanResult:
 
     Attributes:
         visual_tokens_fused: tokens of an image that enter the LLM.
-        layers: the first layer after each cut; depth: layers of the LLM.
+        layers: the first layer after each prune step; depth: layers of the LLM.
         seconds: wall time a question, everything compiled before.
     """
 
@@ -235,15 +235,15 @@ def _num_places(answer: Answer) -> int:
 
 
 def _visual_tokens(
-    after_cuts: Sequence[Sequence[float]], num_images: Sequence[int], *, result: PlanResult
+    after_steps: Sequence[Sequence[float]], num_images: Sequence[int], *, result: PlanResult
 ) -> float:
-    """Mean over questions and layers, of visual tokens after each cut and images before."""
-    if not after_cuts:
+    """Mean over questions and layers, of visual tokens after each prune step and images before."""
+    if not after_steps:
         return 0.0
     entering = dataclasses.replace(
         result, visual_tokens_fused=float(np.mean(num_images)) * result.visual_tokens_fused
     )
-    return layer_average(_means(after_cuts), result=entering)
+    return layer_average(_means(after_steps), result=entering)
 
 
 def _mean_tflops(answers: Sequence[Answer], tflops: QuestionCost) -> float:

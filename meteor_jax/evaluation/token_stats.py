@@ -18,7 +18,7 @@ NUM_BINS = 10
 def kept_tokens(
     questions: Sequence[Question], results: Sequence[PlanResult]
 ) -> dict[str, dict[str, Any]]:
-    """By plan and task: tokens of a question as the mean over the LLM's layers, and of each cut.
+    """By plan and task: tokens of a question, mean over the LLM's layers, and after each prune step.
 
     Plans without visual tokens, and questions whose image could not be decoded, are left out.
     """
@@ -32,15 +32,15 @@ def kept_tokens(
                 entering = dataclasses.replace(
                     result, visual_tokens_fused=fused * answer.num_images
                 )
-                means, cuts = of_task.setdefault(question.task.name, ([], []))
+                means, steps = of_task.setdefault(question.task.name, ([], []))
                 means.append(layer_average(answer.kept, result=entering))
-                cuts.append(answer.kept)
+                steps.append(answer.kept)
         spread[result.plan] = {
             task: {
                 "mean_over_layers": describe(means),
-                "cuts": [describe(cut) for cut in zip(*cuts, strict=True)],
+                "prune_steps": [describe(step) for step in zip(*steps, strict=True)],
             }
-            for task, (means, cuts) in of_task.items()
+            for task, (means, steps) in of_task.items()
         }
     return spread
 

@@ -177,7 +177,7 @@ def kept_tokens(runs: Sequence[Run]) -> Section | None:
                     *(spread["percentiles"][str(p)] for p in PERCENTILES),
                     spread["max"],
                 ]
-                steps = " → ".join(f"{step['mean']:.1f}" for step in kept["cuts"])
+                steps = " → ".join(f"{step['mean']:.1f}" for step in kept["prune_steps"])
                 cells = [f"{value:.1f}" for value in values]
                 rows.append([run.label(plan), task, *cells, steps or ABSENT])
                 if spread["min"] < spread["max"]:

@@ -136,8 +136,10 @@ def test_files_are_written(done, experiment):
     assert times["asked"] == 35
     assert times["wall"] == pytest.approx(times["model"] + times["host"])
     spread = content["kept_tokens"]["cut"]["easyvqa_yesno"]
-    assert spread["cuts"][0]["mean"] == 6 and spread["mean_over_layers"]["mean"] == (25 + 6) / 2
-    assert spread["cuts"][0]["histogram"]["counts"] == [18]
+    assert (
+        spread["prune_steps"][0]["mean"] == 6 and spread["mean_over_layers"]["mean"] == (25 + 6) / 2
+    )
+    assert spread["prune_steps"][0]["histogram"]["counts"] == [18]
     assert (workdir / "kept_tokens.png").stat().st_size > 5000
     examples = json.loads((workdir / "examples" / "examples.json").read_text())
     assert [example["plan"] for example in examples] == ["cut", "cut"]

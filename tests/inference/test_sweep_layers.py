@@ -1,4 +1,4 @@
-"""What a cut before each layer does to the answers."""
+"""What a prune step before each layer does to the answers."""
 
 import functools
 

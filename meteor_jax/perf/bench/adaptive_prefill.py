@@ -1,4 +1,4 @@
-"""What the layers after a cut cost where rows keep unequal numbers of tokens.
+"""What the layers after a prune step cost where rows keep unequal numbers of tokens.
 
     meteor bench-adaptive-prefill
 

@@ -6,7 +6,7 @@ Times an image and a question to the end of the answer: encode (encoders, projec
 prefill (up to the first token), decode. The weights are random and made on the device. The plans
 take turns, so that a slow moment of the machine falls on all; medians, with the fastest and the
 slowest. Compiling stands apart. `--train` times a training step too, `--data` the data pipeline
-alone. A plan that cuts inside the encoders runs in METEOR's form of the model (a projector an
+alone. A plan that prunes inside the encoders runs in METEOR's form of the model (a projector an
 encoder), the others in the form that the config has.
 """
 
