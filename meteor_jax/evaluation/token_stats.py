@@ -18,7 +18,7 @@ NUM_BINS = 10
 def kept_tokens(
     questions: Sequence[Question], results: Sequence[PlanResult]
 ) -> dict[str, dict[str, Any]]:
-    """By plan and task: tokens of a question, mean over the LLM's layers, and after each prune step.
+    """By plan and task: a question's tokens, mean over the LLM's layers, and after each prune step.
 
     Plans without visual tokens, and questions whose image could not be decoded, are left out.
     """
