@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from meteor_jax.config import ConfigError, build, suggest
@@ -182,15 +182,24 @@ class PrunePlan:
         steps = [(s.point, s.method, s.budget) for s in self.stage("encode")]
         return resolve_encoder_steps(steps, encoders)
 
-    def check_points(self, parts: Iterable[str]) -> None:
-        """Raises ConfigError for a step at a part that the model does not have."""
-        parts = tuple(parts)
+    def check_points(self, kinds: Mapping[str, Sequence[str]]) -> None:
+        """Refuses a step at a point that the model does not have.
+
+        Args:
+            kinds: by part of the model, the kinds of points that it has ("segment", "layer", …).
+
+        Raises:
+            ConfigError: naming the nearest part, or the kinds.
+        """
         for step in self.steps:
-            if step.point.part not in parts:
-                raise ConfigError(
-                    f"plan '{self.name}': no reduction point '{step.at}' in this model."
-                    f"{suggest(step.point.part, parts)}"
+            part, where = step.point.part, f"plan '{self.name}': no reduction point '{step.at}'"
+            if part not in kinds:
+                raise ConfigError(f"{where} in this model.{suggest(part, kinds)}")
+            if step.point.kind not in kinds[part]:
+                valid = ", ".join(
+                    f"{part}.{kind}<number>" if kind else part for kind in kinds[part]
                 )
+                raise ConfigError(f"{where}; this model has {valid}.")
 
     def check_measured(self) -> None:
         """Refuses an adaptive budget without its λ.

@@ -116,9 +116,14 @@ def test_a_step_may_name_one_encoder():
 
 
 def test_a_point_that_the_model_lacks_is_refused():
-    plan = PrunePlan("mine", (Step("sam.segment1", MeanToken(), Fixed(5)),))
-    with pytest.raises(ConfigError, match=r"no reduction point 'sam.segment1' in this model"):
-        tiny.CONFIG.active_encoders(plan)
+    for at, method, message in (
+        ("sam.segment1", MeanToken(), "no reduction point 'sam.segment1' in this model"),
+        ("clip.layer1", MeanToken(), "this model has clip.segment<number>, clip.block<number>"),
+        ("decoder.block1", Random(), "this model has decoder.layer<number>"),
+    ):
+        plan = PrunePlan("mine", (Step(at, method, Fixed(5)),))
+        with pytest.raises(ConfigError, match=message):
+            tiny.CONFIG.active_encoders(plan)
 
 
 def test_steps_that_do_not_go_together_are_one_line():

@@ -16,7 +16,18 @@ from meteor_jax.pruning.points import DECODER, FUSION
 from meteor_jax.pruning.points import ENCODERS as ALL_ENCODERS
 from meteor_jax.pruning.text import parse_method
 
-RESERVED = ("llama", "projector", "pruning", "config", "name", "parent", "scope")
+RESERVED = (
+    ALL_ENCODERS,
+    FUSION,
+    DECODER,
+    "llama",
+    "projector",
+    "pruning",
+    "config",
+    "name",
+    "parent",
+    "scope",
+)
 
 
 class Encoders(dict[str, EncoderConfig]):
@@ -98,7 +109,8 @@ class MeteorConfig(ModelConfig):
         Raises:
             ValueError: if the plan names an encoder, or a reduction point, that the model lacks.
         """
-        plan.check_points((ALL_ENCODERS, FUSION, DECODER, *self.encoders))
+        points = {ALL_ENCODERS: ("segment",), FUSION: ("",), DECODER: ("layer",)}
+        plan.check_points(points | dict.fromkeys(self.encoders, ("segment", "block")))
         unknown = [name for name in plan.encoders if name not in self.encoders]
         if unknown:
             raise ValueError(
