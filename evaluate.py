@@ -14,8 +14,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from meteor_jax.checkpoint import CheckpointError
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.evaluation.request import check_request
-from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.experiment.config import Experiment, load_experiment
 from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.inference.layout import inference_mesh

@@ -23,9 +23,9 @@ from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER, parts_in
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.evaluation.request import check_request
 from meteor_jax.evaluation.results import averages
-from meteor_jax.evaluation.runner import evaluate_checkpoint
 from meteor_jax.experiment.config import Experiment, Stage, load_experiment
 from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.experiment.plans import resolve_plans
@@ -100,7 +100,7 @@ class Run:
             plans = self._plans(names, Calibration())
             for plan in self._plans(names, placeholder_ranks(self.model, plans=plans)):
                 try:
-                    check_fits(self.model.module, shapes, plan=plan)
+                    check_fits(self.model, shapes, plan=plan)
                 except ValueError as error:
                     raise ConfigError(f"{where}: plan '{plan.name}': {error}") from error
         nothing = Calibration()

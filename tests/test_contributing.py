@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from meteor_jax.config import ConfigError, build
 from meteor_jax.convert.loading import convert_checkpoint
-from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.evaluation.tasks import registry
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.models import family

@@ -1,9 +1,9 @@
-"""Answers that are kept as they come, so that a run which was killed does not ask again.
+"""Predictions that are kept as they come, so that a run which was killed does not ask again.
 
-A plan's `<plan>.jsonl` grows by whole batches. Every line names the fingerprint of what it depends
+A plan's `<plan>.jsonl` grows line by line. Every line names the fingerprint of what it depends
 on; `<plan>.json` beside it says what the fingerprint stands for. Answers of another fingerprint
 stay where they are, and the new ones go to `<plan>-<fingerprint>.jsonl`. In the end the file has
-the questions that were asked; answers to others move to `<plan>.others.jsonl`.
+the questions that were asked; answers to others move to `<plan>.cache.jsonl`, the response cache.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 
 from meteor_jax.evaluation.files import file_name, json_line, write_lines, write_text
+from meteor_jax.evaluation.tasks.registry import Question
+from meteor_jax.inference.engine.request import Prediction, Prompt
 from meteor_jax.types import Array
 
 SYNC_SECONDS = 5
@@ -66,7 +69,7 @@ def _fold(params: Any) -> Any:
     return jax.tree.map(fold, params)
 
 
-class Journal:
+class PredictionStore:
     """One plan's finished answers on disk.
 
     Attributes:
@@ -81,6 +84,7 @@ class Journal:
         self._usable: dict[str, dict[str, Any]] = {}
         self._seconds: dict[str, float] = {}
         self._synced = time.monotonic()
+        self._file: TextIO | None = None
 
     def start(self) -> dict[str, dict[str, Any]]:
         """The lines that can be used, by their "key"; what was cut off by the end of a process, or
@@ -88,7 +92,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._avoid_others()
         lines, torn = _read_lines(self.path)
-        lines += _read_lines(self._others_path)[0]
+        lines += _read_lines(self._cache_path)[0]
         about = self._read_about()
         if about.get("fingerprint") == self._fingerprint.digest:
             self._seconds = dict(about["seconds"])
@@ -97,22 +101,22 @@ class Journal:
             for line in lines
             if line.get("fingerprint") == self._fingerprint.digest and "key" in line
         }
-        if torn or len(usable) < len(lines) or self._others_path.exists():
+        if torn or len(usable) < len(lines) or self._cache_path.exists():
             write_lines(self.path, usable.values())
-            self._others_path.unlink(missing_ok=True)
+            self._cache_path.unlink(missing_ok=True)
         self._write_about()
         self._usable = usable
         return usable
 
-    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Adds a batch. It outlives this process at once, a power cut after `SYNC_SECONDS`."""
-        mark = {"fingerprint": self._fingerprint.digest}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json_line(dict(line) | mark) for line in lines))
-            file.flush()
-            if time.monotonic() - self._synced > SYNC_SECONDS:
-                os.fsync(file.fileno())
-                self._synced = time.monotonic()
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds a line. It outlives this process at once, a power cut after `SYNC_SECONDS`."""
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json_line(self._marked(line)))
+        self._file.flush()
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def finish(
         self, lines: Iterable[Mapping[str, Any]], *, seconds: Mapping[str, float]
@@ -121,27 +125,31 @@ class Journal:
 
         Returns `seconds` with those of earlier starts that came to their end added.
         """
-        mark = {"fingerprint": self._fingerprint.digest}
-        asked = [dict(line) | mark for line in lines]
+        if self._file is not None:
+            self._file.close()
+        asked = list(map(self._marked, lines))
         if others := self._usable.keys() - {line["key"] for line in asked}:
-            write_lines(self._others_path, [self._usable[key] for key in sorted(others)])
+            write_lines(self._cache_path, [self._usable[key] for key in sorted(others)])
         write_lines(self.path, asked)
         for name, value in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0) + value
         self._write_about()
         return self._seconds
 
+    def _marked(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(line) | {"fingerprint": self._fingerprint.digest}
+
     @property
     def _about_path(self) -> Path:
         return self.path.with_suffix(".json")
 
     @property
-    def _others_path(self) -> Path:
-        return self.path.with_suffix(".others.jsonl")
+    def _cache_path(self) -> Path:
+        return self.path.with_suffix(".cache.jsonl")
 
     def _avoid_others(self) -> None:
         """Takes another path where answers of another fingerprint are."""
-        lines = _read_lines(self.path)[0] + _read_lines(self._others_path)[0]
+        lines = _read_lines(self.path)[0] + _read_lines(self._cache_path)[0]
         held = {line["fingerprint"] for line in lines if "fingerprint" in line}
         if held <= {self._fingerprint.digest}:
             return
@@ -186,3 +194,36 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
         if isinstance(line, dict):
             lines.append(line)
     return lines, bool(rest) or len(lines) < len(whole)
+
+
+def question_keys(questions: Sequence[Question], prompts: Sequence[Prompt]) -> list[str]:
+    """A name for each question that stays the same whatever else is asked beside it.
+
+    It stands for the task, the record, the ids of the prompt (and so tokenizer, template and
+    text) and the shape that it is asked in. A question that is there twice is counted.
+    """
+    seen: Counter[str] = Counter()
+    keys = []
+    for question, prompt in zip(questions, prompts, strict=True):
+        task = question.task
+        asked = (prompt.tokens, len(prompt.images), dataclasses.astuple(prompt.bucket))
+        key = digest(repr((task.source, task.name, question.record, question.question_id, asked)))
+        seen[key] += 1
+        keys.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
+    return keys
+
+
+def known_note(plan: str, known: Collection[Prediction], *, total: int, batch_rows: int) -> str:
+    """One line about predictions that are not made again.
+
+    Args:
+        batch_rows: prompts of a batch on one shard now.
+    """
+    line = f"{plan}: {len(known)} of {total} questions were answered before"
+    sizes = [found.batch_rows for found in known if not found.unreadable]
+    if other := [size for size in sizes if size != batch_rows]:
+        line += (
+            f", {len(other)} of them in batches of {', '.join(map(str, sorted(set(other))))} "
+            f"instead of {batch_rows}: their tokens computed, TFLOPs and seconds are of those"
+        )
+    return f"{line}."

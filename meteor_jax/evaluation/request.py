@@ -17,7 +17,7 @@ from meteor_jax.pruning.plan import PrunePlan
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is to be evaluated, all names resolved."""
 
     config: EvalConfig
@@ -33,7 +33,7 @@ def check_request(
     tasks: Sequence[str] | None = None,
     plans: Sequence[str] | None = None,
     num_questions: int | None = None,
-) -> Request:
+) -> EvaluationRequest:
     """Resolves every name before anything costly happens; see `evaluate_checkpoint`.
 
     Raises:
@@ -49,7 +49,7 @@ def check_request(
         config = dataclasses.replace(config, num_questions=num_questions)
     template = prompt_template(config.template or experiment.train.finetune.template)
     calibration = Calibration.load(Path(source_dir) / CALIBRATION_FILE)
-    return Request(
+    return EvaluationRequest(
         config=config,
         tasks=resolve_tasks(config.tasks, sources=experiment.data.sources),
         plans=resolve_plans(config.plans, library=experiment.plans, calibration=calibration),

@@ -14,6 +14,7 @@ from meteor_jax.evaluation.tasks.registry import Question, combined_name
 from meteor_jax.evaluation.tasks.scoring.aggregate import AGGREGATIONS, Aggregate
 from meteor_jax.evaluation.tasks.scoring.registry import SCORERS, SUBMISSION
 from meteor_jax.experiment.plans import MAJORITY
+from meteor_jax.inference.engine.request import Prediction
 
 COMBINED = "combined"  # group of the rows that join a source's tasks
 
@@ -24,48 +25,31 @@ QuestionCost = Callable[[int, tuple[float, ...], int, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a plan said to one question.
-
-    Attributes:
-        kept: visual tokens left after each prune step in the LLM; () where there was none.
-        computed: visual tokens that the layers after each one computed, this question's share of
-            its batch's total; never fewer than it kept, on average.
-        prompt_tokens: text tokens of the prompt; prompt_length: places that it was padded to.
-        num_images: asked about; those for which the decoder has no room are not.
-        rows: prompts of its batch on one shard of the rows.
-        corrupt: the image could not be decoded, so nothing was asked and the score is 0.
-        non_finite: a logit was NaN or infinite, so the prediction means nothing.
-    """
-
-    prediction: str
-    score: float
-    kept: tuple[int, ...] = ()
-    computed: tuple[float, ...] = ()
-    prompt_tokens: int = 0
-    prompt_length: int = 0
-    num_images: int = 1
-    rows: int = 1
-    corrupt: bool = False
-    non_finite: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class PlanResult:
-    """One plan's answers, in the order of the questions.
+    """One plan's predictions and their scores, in the order of the questions.
 
     Attributes:
+        scores: in [0, 1]; 0 where an image could not be decoded.
         visual_tokens_fused: tokens of an image that enter the LLM.
         layers: the first layer after each prune step; depth: layers of the LLM.
         seconds: wall time a question, everything compiled before.
     """
 
     plan: str
-    answers: tuple[Answer, ...]
+    predictions: tuple[Prediction, ...]
+    scores: tuple[float, ...]
     visual_tokens_fused: int = 0
     layers: tuple[int, ...] = ()
     depth: int = 1
     seconds: float = 0.0
+
+    def select(self, members: Sequence[int]) -> PlanResult:
+        """The result for some of the questions."""
+        return dataclasses.replace(
+            self,
+            predictions=tuple(self.predictions[i] for i in members),
+            scores=tuple(self.scores[i] for i in members),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +113,11 @@ def majority(questions: Sequence[Question]) -> PlanResult:
     for question in questions:
         references.setdefault(question.task.name, Counter())[question.answer] += 1
     best = {task: counts.most_common(1)[0][0] for task, counts in references.items()}
-    predictions = [best[question.task.name] for question in questions]
+    texts = [best[question.task.name] for question in questions]
     return PlanResult(
         plan=MAJORITY,
-        answers=tuple(
-            Answer(prediction=prediction, score=score_answer(question, prediction))
-            for question, prediction in zip(questions, predictions, strict=True)
-        ),
+        predictions=tuple(Prediction(text=text) for text in texts),
+        scores=tuple(map(score_answer, questions, texts)),
     )
 
 
@@ -172,19 +154,12 @@ def make_rows(
     rows = []
     for name, members in subsets.items():
         asked = [questions[i] for i in members]
-        answers = {result.plan: [result.answers[i] for i in members] for result in results}
-        base = _unit_scores(_summarise(name, asked, answers[reference.plan]))
-        for result in results:
-            summary = _summarise(name, asked, answers[result.plan])
-            row = _make_row(
-                name,
-                asked,
-                answers[result.plan],
-                summary=summary,
-                result=result,
-                tflops=tflops.get(result.plan),
-            )
-            if result is not reference and base:
+        parts = [result.select(members) for result in results]
+        base = _unit_scores(_summarise(name, asked, reference.select(members)))
+        for result in parts:
+            summary = _summarise(name, asked, result)
+            row = _make_row(name, asked, result, summary=summary, tflops=tflops.get(result.plan))
+            if result.plan != reference.plan and base:
                 difference = paired_difference(_unit_scores(summary), base)
                 row = dataclasses.replace(
                     row,
@@ -196,13 +171,12 @@ def make_rows(
     return rows
 
 
-def _summarise(name: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Aggregate:
+def _summarise(name: str, questions: Sequence[Question], result: PlanResult) -> Aggregate:
     task = questions[0].task
     # Several tasks together are all scored by the plain mean.
     aggregation = AGGREGATIONS[task.aggregation if name == task.name else "mean"]
-    return aggregation(
-        questions, [answer.prediction for answer in answers], [answer.score for answer in answers]
-    )
+    texts = [found.text for found in result.predictions]
+    return aggregation(questions, texts, list(result.scores))
 
 
 def _unit_scores(summary: Aggregate) -> list[float]:
@@ -229,9 +203,9 @@ def _means(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(np.mean(values, axis=0).tolist()) if values else ()
 
 
-def _num_places(answer: Answer) -> int:
+def _num_places(found: Prediction) -> int:
     """Images that its row had places for: a question without one has those of one, empty."""
-    return max(answer.num_images, 1)
+    return max(found.num_images, 1)
 
 
 def _visual_tokens(
@@ -246,34 +220,33 @@ def _visual_tokens(
     return layer_average(_means(after_steps), result=entering)
 
 
-def _mean_tflops(answers: Sequence[Answer], tflops: QuestionCost) -> float:
+def _mean_tflops(predictions: Sequence[Prediction], tflops: QuestionCost) -> float:
     """Mean over questions, each as in the batch that it was part of."""
     shapes: dict[tuple[int, int, int], list[tuple[float, ...]]] = {}
-    for answer in answers:
-        shape = answer.prompt_length, _num_places(answer), answer.rows
-        shapes.setdefault(shape, []).append(answer.computed)
+    for found in predictions:
+        shape = found.prompt_length, _num_places(found), found.batch_rows
+        shapes.setdefault(shape, []).append(found.computed)
     return sum(
         len(computed) * tflops(length, _means(computed), images, rows)
         for (length, images, rows), computed in shapes.items()
-    ) / len(answers)
+    ) / len(predictions)
 
 
 def _make_row(
     name: str,
     questions: Sequence[Question],
-    answers: Sequence[Answer],
+    result: PlanResult,
     *,
     summary: Aggregate,
-    result: PlanResult,
     tflops: QuestionCost | None,
 ) -> Row:
-    scores = _unit_scores(summary)
+    scores, predictions = _unit_scores(summary), result.predictions
     low, high = interval(scores) if scores else (0.0, 1.0)
-    asked = [answer for answer in answers if not answer.corrupt]
+    asked = [found for found in predictions if not found.unreadable]
     metrics = {question.task.metric for question in questions}
     f1 = summary.parts.get("f1")
     if metrics == {"yes_no"}:
-        f1 = yes_f1([a.prediction for a in answers], [[q.answer] for q in questions])
+        f1 = yes_f1([found.text for found in predictions], [[q.answer] for q in questions])
     return Row(
         task=name,
         plan=result.plan,
@@ -281,15 +254,15 @@ def _make_row(
         score=summary.score,
         low=low,
         high=high,
-        n=len(answers),
+        n=len(predictions),
         group=questions[0].task.group if name == questions[0].task.name else COMBINED,
-        corrupt=sum(answer.corrupt for answer in answers),
-        non_finite=sum(answer.non_finite for answer in answers),
+        corrupt=sum(found.unreadable for found in predictions),
+        non_finite=sum(not found.finite for found in predictions),
         visual_tokens_kept=_visual_tokens(
-            [a.kept for a in asked], [a.num_images for a in asked], result=result
+            [found.kept for found in asked], [found.num_images for found in asked], result=result
         ),
         visual_tokens_computed=_visual_tokens(
-            [a.computed for a in asked], list(map(_num_places, asked)), result=result
+            [found.computed for found in asked], list(map(_num_places, asked)), result=result
         ),
         visual_tokens_fused=result.visual_tokens_fused,
         tflops=_mean_tflops(asked, tflops) if tflops and asked else 0.0,

@@ -27,14 +27,12 @@ def kept_tokens(
         if not result.visual_tokens_fused:
             continue
         fused, of_task = result.visual_tokens_fused, {}
-        for question, answer in zip(questions, result.answers, strict=True):
-            if not answer.corrupt:
-                entering = dataclasses.replace(
-                    result, visual_tokens_fused=fused * answer.num_images
-                )
+        for question, found in zip(questions, result.predictions, strict=True):
+            if not found.unreadable:
+                entering = dataclasses.replace(result, visual_tokens_fused=fused * found.num_images)
                 means, steps = of_task.setdefault(question.task.name, ([], []))
-                means.append(layer_average(answer.kept, result=entering))
-                steps.append(answer.kept)
+                means.append(layer_average(found.kept, result=entering))
+                steps.append(found.kept)
         spread[result.plan] = {
             task: {
                 "mean_over_layers": describe(means),

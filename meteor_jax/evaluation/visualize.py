@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from meteor_jax.evaluation.evaluator import Evaluation
 from meteor_jax.evaluation.files import prediction_line
 from meteor_jax.evaluation.results import PlanResult
+from meteor_jax.evaluation.tasks.registry import Question
 from meteor_jax.inference.draw import Stage, draw_kept_tokens, read_stages
-from meteor_jax.inference.engine.run import pad_prompts
-from meteor_jax.models.eagle.model import Meteor, MeteorConfig
+from meteor_jax.inference.engine.engine import Engine, pad_prompts
+from meteor_jax.inference.engine.images import read_pixels
+from meteor_jax.inference.engine.request import Prompt
 from meteor_jax.parallel.distributed import is_main_process
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, PruneTrace
@@ -29,50 +31,62 @@ KEPT_FILE = "kept_tokens.png"
 EXAMPLES_FOLDER, EXAMPLES_FILE = "examples", "examples.json"
 
 
-def draw_answers(
-    evaluation: Evaluation, result: PlanResult, *, plan: PrunePlan, workdir: Path
+def draw_predictions(
+    engine: Engine,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    result: PlanResult,
+    *,
+    plan: PrunePlan,
+    grids: Mapping[str, int],
+    count: int,
+    workdir: Path,
 ) -> None:
-    """kept_tokens.png and examples/: `eval.num_visualizations` answers, half of them incorrect.
+    """kept_tokens.png and examples/: `count` predictions of `plan`, half of them incorrect.
 
     Only questions about one image that could be decoded are drawn.
+
+    Args:
+        grids: of `Family.token_grids`; nothing is drawn where there are none.
     """
-    rows = [
-        row
-        for row, answer in enumerate(result.answers)
-        if len(evaluation.asks[row].images) == 1 and not answer.corrupt
+    if not grids:
+        return
+    drawable = [
+        i
+        for i, found in enumerate(result.predictions)
+        if len(prompts[i].images) == 1 and not found.unreadable
     ]
     chosen = choose_examples(
-        [result.answers[row].score for row in rows],
-        [evaluation.questions[row].image for row in rows],
-        count=evaluation.config.num_visualizations,
+        [result.scores[i] for i in drawable], [questions[i].image for i in drawable], count=count
     )
-    rows = [rows[index] for index in chosen]
-    if not rows:
+    drawn = [drawable[index] for index in chosen]
+    if not drawn:
         return
-    asks = [evaluation.asks[row] for row in rows]
-    images = np.stack(
-        [evaluation.decode_image(evaluation.read_image(ask.images[0])) for ask in asks]
+    predictor, asked = engine.predictors[plan.name], [prompts[i] for i in drawn]
+    images = np.stack([read_pixels(p.images[0], size=predictor.image_size) for p in asked])
+    longest = max(prompt.bucket.prompt_length for prompt in asked)
+    rows = pad_prompts(
+        asked,
+        np.arange(len(asked)),
+        bucket=dataclasses.replace(asked[0].bucket, prompt_length=longest),
     )
-    longest = max(ask.shape.prompt_length for ask in asks)
-    prompts = pad_prompts(
-        asks, np.arange(len(asks)), shape=dataclasses.replace(asks[0].shape, prompt_length=longest)
+    trace = engine.shards.fetch(
+        trace_examples(
+            predictor.params,
+            images,
+            rows.tokens,
+            rows.text_valid,
+            model=predictor.model,
+            plan=plan,
+        )
     )
-    trace = trace_examples(
-        evaluation.params,
-        images,
-        prompts.tokens,
-        prompts.text_valid,
-        model=evaluation.model,
-        plan=plan,
-    )
-    trace = jax.device_get(evaluation.lanes.everywhere(trace))
     if not is_main_process():
         return
     records = [
-        prediction_line(evaluation.questions[row], result.answers[row]) | {"plan": plan.name}
-        for row in rows
+        prediction_line(questions[i], result.predictions[i], result.scores[i]) | {"plan": plan.name}
+        for i in drawn
     ]
-    stages = read_stages(trace, grids=token_grids(evaluation.model.config, plan=plan))
+    stages = read_stages(trace, grids=grids)
     write_examples(workdir, images, records=records, stages=stages)
 
 
@@ -122,16 +136,15 @@ def caption(record: Mapping[str, Any]) -> str:
     return "\n".join(textwrap.fill(line, 34) for line in lines)
 
 
-def token_grids(config: MeteorConfig, *, plan: PrunePlan) -> dict[str, int]:
-    """By encoder, in the order of `VisualTokens.encoder`, the side of its output grid."""
-    if config.fusion == "pre":
-        return {"all": config.grid}
-    return {name: config.encoder(name).grid for name in config.active_encoders(plan)}
-
-
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def trace_examples(
-    params: Any, images: Array, tokens: Array, text_valid: Array, *, model: Meteor, plan: PrunePlan
+    params: Any,
+    images: Array,
+    tokens: Array,
+    text_valid: Array,
+    *,
+    model: nn.Module,
+    plan: PrunePlan,
 ) -> PruneTrace:
     """What `plan` keeps of some images, each with a question of its own.
 

@@ -17,8 +17,9 @@ class EvalConfig:
 
     Attributes:
         tasks: names as `resolve_tasks` takes them.
-        plans: names or texts as `parse_plan` takes them. "blind" (the question without its
-            image) and "majority" (each task's most frequent answer) are always added.
+        plans: names or texts as `parse_plan` takes them. "blind" (the text-only baseline: the
+            question without its image) and "majority" (each task's most frequent answer) are always
+            added.
         num_questions: of each task; None asks all.
         num_images: of each test split; None takes all, or the source's default.
         template: of the prompts; "" takes that of the finetune stage.
@@ -27,12 +28,12 @@ class EvalConfig:
         max_new_tokens: an answer is cut off there, where its task says nothing else.
         max_new_tokens_limit: cuts off the answers of every task, to save memory; None does not.
         encode_batch_size, batch_size: static sizes of encoding and answering, over all
-            devices; rounded up to as many for each of the mesh's data × fsdp lanes.
-        visual_cache_images: images whose visual tokens lie on the devices at once.
+            devices; rounded up to as many for each of the mesh's data × fsdp shards.
+        visual_cache_images: images whose visual tokens are on the devices at once.
         num_visualizations: answers in kept_tokens.png and examples/; 0 draws none.
         seed: of the choice of questions.
         mesh: devices along each axis, as fields or as text ("data=8,tensor=4"); "auto" splits
-            layers over as few devices as their memory asks for (`evaluation.layout`).
+            layers over as few devices as their memory asks for (`inference.layout`).
         param_dtype: of the matrices of the model; "auto" is the computation's, `model.dtype`.
     """
 

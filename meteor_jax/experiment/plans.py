@@ -9,7 +9,7 @@ from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.pruning.text import override, parse_plan
 
-BLIND = "blind"  # the same model, the question alone
+BLIND = "blind"  # text-only baseline: the same model, the question alone
 MAJORITY = "majority"  # no model: each task's most frequent answer
 
 

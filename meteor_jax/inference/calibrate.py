@@ -35,7 +35,7 @@ from meteor_jax.experiment.eval_config import prompt_template
 from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.experiment.plans import resolve_plans
 from meteor_jax.inference.budgets import Questions, calibrate_budget, evenness_note
-from meteor_jax.inference.engine.data_shards import Lanes
+from meteor_jax.inference.engine.data_shards import DataShards
 from meteor_jax.inference.layout import inference_mesh
 from meteor_jax.inference.load import load_params
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
@@ -130,7 +130,7 @@ def calibrate_plans(
 
     Warns where K differs so little that a fixed budget would cost less, in such batches.
     """
-    plans, num_shards = list(plans), Lanes.in_force().count
+    plans, num_shards = list(plans), DataShards.current().count
     if any(_lacks_ranks(plan, calibration) for plan in plans):
         measured = calibrate_ranks(model, params, batch.images, plans=plans)
         ranks = measured | calibration.ranks

@@ -1,26 +1,46 @@
-"""From the folder of a run, or of converted weights, to an experiment and its parameters."""
+"""From the folder of a run, or of converted weights, to its experiment, parameters and engine."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from meteor_jax.checkpoint import (
+    CALIBRATION_FILE,
     CONFIG_FILE,
     FOLDER,
+    TOKENIZER_FOLDER,
     CheckpointError,
     find_step,
     restore_params,
     restore_parts,
 )
+from meteor_jax.config import ConfigError
+from meteor_jax.data.templates import get_template, stop_id
+from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.experiment.config import Experiment, load_experiment
-from meteor_jax.inference.layout import param_dtype, param_shapes
+from meteor_jax.experiment.eval_config import prompt_template
+from meteor_jax.experiment.plans import resolve_plans
+from meteor_jax.inference.classify import ClassPredictor
+from meteor_jax.inference.engine.batching import BatchSizes
+from meteor_jax.inference.engine.data_shards import DataShards
+from meteor_jax.inference.engine.engine import Engine
+from meteor_jax.inference.engine.predictor import check_fits
+from meteor_jax.inference.engine.prompts import PromptLimits
+from meteor_jax.inference.generate import TextPredictor
+from meteor_jax.inference.layout import inference_mesh, param_dtype, param_shapes
 from meteor_jax.models.family import build_model
+from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.pruning.text import split_plans
 from meteor_jax.training.checkpoint_compat import check_model
 
 
@@ -73,6 +93,102 @@ def load_params(
     if missing := sorted(like.keys() - params.keys()):
         raise CheckpointError(f"init_from: nothing there holds {', '.join(missing)}.")
     return params, None
+
+
+def load_engine(
+    folder: str | Path,
+    *,
+    plans: str = "full",
+    config: str | None = None,
+    step: int | None = None,
+    template: str = "",
+    batch_size: int | None = None,
+) -> Engine:
+    """An engine over all devices, from the folder of a run or of converted weights.
+
+    Args:
+        plans: names or texts, as `evaluate.py --plans` takes them.
+        config: a config file, as `configs/eagle.py:x4_7b`; the run's own where None.
+        step: of the checkpoint; None takes the newest.
+        template: of the prompts; the config's where it is "".
+        batch_size: prompts asked and images encoded together; those of `config.eval` where None.
+
+    Raises:
+        ConfigError, CheckpointError: one line, for a plan, a template or a checkpoint that is
+            wrong.
+    """
+    folder = Path(folder)
+    experiment = read_experiment(folder, config=config)
+    if batch_size is not None:
+        sizes = {"batch_size": batch_size, "encode_batch_size": batch_size}
+        sizes["visual_cache_images"] = max(batch_size, experiment.eval.visual_cache_images)
+        changed = dataclasses.replace(experiment.eval, **sizes)
+        experiment = dataclasses.replace(experiment, eval=changed)
+    resolved = resolve_plans(
+        split_plans(plans),
+        library=experiment.plans,
+        calibration=Calibration.load(folder / CALIBRATION_FILE),
+    )
+    mesh = inference_mesh(experiment)
+    with jax.set_mesh(mesh):
+        params, _ = load_params(experiment, folder, mesh=mesh, step=step)
+        return make_engine(
+            experiment,
+            params,
+            plans=resolved,
+            tokenizer=load_tokenizer(experiment.data.tokenizer, folder=folder / TOKENIZER_FOLDER),
+            template=template,
+        )
+
+
+def make_engine(
+    experiment: Experiment,
+    params: Any,
+    *,
+    plans: Sequence[PrunePlan],
+    tokenizer: Tokenizer,
+    template: str = "",
+) -> Engine:
+    """An engine on the mesh in force, for parameters that are there already.
+
+    Raises:
+        ConfigError: for a plan that does not fit the model, or a template without the question;
+            ValueError: for a plan that was not calibrated.
+    """
+    config, model = experiment.eval, build_model(experiment.model)
+    name = template or config.template or experiment.train.finetune.template
+    layout, shards = get_template(prompt_template(name)), DataShards.current()
+    predictors, spans = {}, [0]
+    for plan in plans:
+        plan.check_measured()
+        try:
+            spans.append(check_fits(model, params, plan=plan))
+        except ValueError as error:
+            raise ConfigError(f"plan '{plan.name}': {error}") from error
+        if model.output == "text":
+            predictors[plan.name] = TextPredictor(
+                model=model.module,
+                params=params,
+                plan=plan,
+                tokenizer=tokenizer,
+                eos_id=stop_id(layout, tokenizer),
+                shards=shards,
+            )
+        else:
+            classes = experiment.data.classes
+            predictors[plan.name] = ClassPredictor(model, params, plan=plan, classes=classes)
+    return Engine(
+        predictors=predictors,
+        tokenizer=tokenizer,
+        template=layout,
+        limits=PromptLimits(
+            lengths=config.prompt_lengths,
+            positions=model.max_positions,
+            image_positions=max(spans),
+        ),
+        sizes=BatchSizes.of(config, shards=shards.count),
+        shards=shards,
+    )
 
 
 def source_folder(experiment: Experiment, workdir: Path) -> tuple[Path, tuple[str, ...]]:

@@ -1,57 +1,34 @@
-"""A model that needs no parameters: what it says depends on the images and the prompt alone.
+"""An evaluation of a model that needs no parameters.
 
-As a program, `python -m tests.evaluation.fakes WORKDIR`, it evaluates that model; `--kill-at=N`
-ends it with SIGKILL as the N-th batch is asked, `--port=P --process=I` makes it one of two.
+As a program, `python -m tests.evaluation.fakes WORKDIR`, it runs it; `--kill-at=N` ends it with
+SIGKILL as the N-th batch is asked, `--port=P --process=I` makes it one of two.
 """
 
 import argparse
-import io
-import os
-import signal
+import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from PIL import Image
 from rich.progress import Progress
 
 from meteor_jax.data.sources.records import TaskSpec
-from meteor_jax.data.templates import get_template
-from meteor_jax.data.tokenizers import ByteTokenizer
-from meteor_jax.evaluation.evaluator import Evaluation
+from meteor_jax.evaluation.evaluator import Evaluator
 from meteor_jax.evaluation.tasks.registry import Question
 from meteor_jax.experiment.eval_config import EvalConfig
-from meteor_jax.inference.engine.data_shards import Lanes
-from meteor_jax.inference.engine.predictor import Replies
-from meteor_jax.inference.engine.prompts import Room, make_ask
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import VisualTokens
+from tests.inference.engine.fakes import GreyPredictor, make_engine, png
 
-TOKENIZER = ByteTokenizer()
-SIZE = 8
-ROOM = Room(lengths=(16, 32, 64), positions=128, image_positions=2)
 COUNT = TaskSpec("reading_count", "reading", "general", "exact_match")
 YES = TaskSpec("reading_existence", "reading", "general", "yes_no")
 
-SAID = np.full((1000, 6), TOKENIZER.eos_id, np.int32)  # by number, its text as token ids
-LENGTHS = np.array([len(f" {number}") for number in range(1000)], np.int32)
-for _number, _length in enumerate(LENGTHS):
-    SAID[_number, :_length] = TOKENIZER.encode(f" {_number}")
 
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((SIZE, SIZE, 3), value, np.uint8)).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def make_questions(num_images: int, *, corrupt: tuple[int, ...] = ()):
+def make_evaluator(
+    folder, predictor, *, num_images=20, batch=4, params="none", mesh=None, log=print
+):
     """Image i is of one grey, 10 · i, which is what the model answers; image i has i % 3 + 1
-    questions, the later ones longer. Returns sources and questions."""
-    records = [{"image": png(10 * i)[: 20 if i in corrupt else None]} for i in range(num_images)]
+    questions, the later ones longer; image 5 is cut off."""
+    records = [{"image": png(10 * i)[: 20 if i == 5 else None]} for i in range(num_images)]
     questions = tuple(
         Question(
             task=COUNT,
@@ -64,93 +41,31 @@ def make_questions(num_images: int, *, corrupt: tuple[int, ...] = ()):
         for i in range(num_images)
         for j in range(i % 3 + 1)
     )
-    return {"reading": records}, questions
-
-
-def ask_of(question: str, *, images=(), max_new_tokens=6):
-    return make_ask(
-        question,
-        images=images,
-        max_new_tokens=max_new_tokens,
-        template=get_template("qa"),
-        tokenizer=TOKENIZER,
-        room=ROOM,
-    )
-
-
-class FakeAnswerer:
-    """Answers with the sum of its images' greys, and keeps a tenth of that at its first cut and as
-    many tokens as the text has at its second; remembers what it was called with."""
-
-    sees_images = True
-
-    def __init__(self, *, kill_at: int | None = None):
-        self.kill_at = kill_at
-        self.encoded: list[int] = []
-        self.shapes: set[tuple] = set()
-        self.batches: list[tuple[int, ...]] = []
-
-    def encode(self, images):
-        self.shapes.add(("encode", images.shape))
-        if images.is_fully_addressable:
-            self.encoded += np.asarray(images[:, :, 0, 0, 0]).reshape(-1).tolist()
-        return _encode(images)
-
-    def answer(self, visual, rows, *, max_new_tokens):
-        self.batches.append(rows.tokens.shape)
-        self.shapes.add(("answer", visual.x.shape, rows.tokens.shape))
-        if len(self.batches) == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return _answer(visual, rows)
-
-    def warm_up(self, visual, rows, *, max_new_tokens):
-        self.shapes.add(("answer", visual.x.shape, rows.tokens.shape))
-        return _answer(visual, rows)
-
-
-@jax.jit
-def _encode(images):
-    x = images[:, :, 0, :2, :1].astype(jnp.float32)
-    place = jnp.zeros(x.shape[:3], jnp.int32)
-    return VisualTokens(x=x, encoder=place, patch_index=place, position=place, span=2)
-
-
-@jax.jit
-def _answer(visual, rows):
-    grey = (visual.x[:, :, 0, 0] * rows.image_valid).sum(1).astype(int)
-    return Replies(
-        tokens=jnp.take(SAID, grey, axis=0),
-        num_tokens=jnp.take(LENGTHS, grey),
-        finite=grey >= 0,
-        kept=(grey // 10, rows.text_valid.sum(1)),
-        computed=(grey / 10, 1.0 * rows.text_valid.sum(1)),
-    )
-
-
-def make_evaluation(folder, *, num_images=20, params="none", mesh=None, say=print):
-    sources, questions = make_questions(num_images, corrupt=(5,))
-    return Evaluation(
-        model=SimpleNamespace(config=SimpleNamespace(image_size=SIZE)),
-        params=None,
-        tokenizer=TOKENIZER,
-        sources=sources,
+    return Evaluator(
+        engine=make_engine({"fake": predictor}, encode=2, batch=batch, cache=4, mesh=mesh),
+        sources={"reading": records},
         questions=questions,
-        template="qa",
-        config=EvalConfig(encode_batch_size=2, batch_size=4, visual_cache_images=4),
-        room=ROOM,
-        lanes=Lanes(mesh),
+        config=EvalConfig(max_new_tokens=6),
         depends_on={"params": params},
         folder=Path(folder),
-        say=say,
+        log=log,
     )
 
 
-def run(evaluation: Evaluation, answerer: FakeAnswerer):
-    """The plan "fake", asked; returns a `PlanRun`."""
+def run(folder, predictor=None, **options):
+    """The plan "fake", evaluated; returns a `PlanRun` and the predictor."""
+    predictor = predictor or GreyPredictor()
     with Progress(disable=True) as progress:
-        return evaluation.ask(
-            answerer, evaluation.asks, plan=PrunePlan(name="fake"), progress=progress
-        )
+        evaluator = make_evaluator(folder, predictor, **options)
+        return evaluator.predict(PrunePlan(name="fake"), progress=progress), predictor
+
+
+def without_clock(result):
+    """A `PlanResult` but for what depends on the clock and on how many are asked together."""
+    found = tuple(
+        dataclasses.replace(p, seconds=0, batch_rows=0, index=0) for p in result.predictions
+    )
+    return dataclasses.replace(result, predictions=found, seconds=0)
 
 
 def main() -> None:
@@ -164,7 +79,7 @@ def main() -> None:
     if arguments.port:
         jax.distributed.initialize(f"localhost:{arguments.port}", 2, arguments.process)
         mesh = make_mesh(MeshConfig())
-    run(make_evaluation(arguments.workdir, mesh=mesh), FakeAnswerer(kill_at=arguments.kill_at))
+    run(arguments.workdir, GreyPredictor(kill_at=arguments.kill_at), mesh=mesh)
 
 
 if __name__ == "__main__":

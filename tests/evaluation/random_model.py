@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from PIL import Image
 
 from meteor_jax.checkpoint import open_checkpoints, write_config
-from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.inference.layout import param_shapes
 from meteor_jax.models.eagle.family import Eagle

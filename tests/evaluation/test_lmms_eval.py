@@ -16,12 +16,13 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from meteor_jax.config import ConfigError
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.evaluation.lmms_eval import MeteorJax, manifest
-from meteor_jax.evaluation.results import Answer, PlanResult, make_rows, score_answer
-from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.results import PlanResult, make_rows, score_answer
 from meteor_jax.evaluation.tasks.benchmarks.datasets import FOLDERS
 from meteor_jax.evaluation.tasks.registry import REGISTRY, collect_questions, open_task_source
 from meteor_jax.experiment.config import load_experiment
+from meteor_jax.inference.engine.request import Prediction
 from tests.evaluation.random_model import config, make_params, png, save_run
 from tests.evaluation.tasks.benchmark_fixtures import IMAGES, ROWS, write_rows
 
@@ -156,11 +157,9 @@ def judged(folders):
         source = open_task_source(spec, data_dir=folders / "data")
         questions = collect_questions(source, tasks=[spec])
         said |= dict(zip((question.question for question in questions), texts, strict=True))
-        answers = [
-            Answer(prediction=text, score=score_answer(question, text))
-            for question, text in zip(questions, texts, strict=True)
-        ]
-        rows[task], *_ = make_rows(questions, [PlanResult("full", tuple(answers))], tflops={})
+        predictions = tuple(Prediction(text=text) for text in texts)
+        scores = tuple(map(score_answer, questions, texts))
+        rows[task], *_ = make_rows(questions, [PlanResult("full", predictions, scores)], tflops={})
     return rows, judge(Scripted(said), CASES)[0]
 
 

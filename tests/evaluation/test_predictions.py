@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.evaluation.predictions import Fingerprint, Journal, digest_params
+from meteor_jax.evaluation.predictions import Fingerprint, PredictionStore, digest_params
 from meteor_jax.evaluation.token_stats import describe
-from tests.evaluation.fakes import FakeAnswerer, make_evaluation, run
+from tests.evaluation.fakes import run, without_clock
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,8 +39,8 @@ def read(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    answerer = FakeAnswerer()
-    return folder, run(make_evaluation(folder), answerer), answerer
+    done, predictor = run(folder)
+    return folder, without_clock(done.result), predictor.num_batches
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +52,28 @@ def killed(tmp_path_factory):
 
 
 def test_what_was_answered_before_a_kill_is_not_asked_again(killed, undisturbed):
-    _, expected, whole = undisturbed
-    before = read(killed)
-    assert 0 < len(before) < len(expected.result.answers)
+    folder, expected, num_batches = undisturbed
+    total, before = len(expected.predictions), read(killed)
+    assert 0 < len(before) < total
     with (killed / "fake.jsonl").open("a") as file:
         file.write('{"key": "cut off in the mid')
-    said, answerer = [], FakeAnswerer()
-    done = run(make_evaluation(killed, say=said.append), answerer)
-    assert said[0].startswith(f"fake: {len(before)} of {len(expected.result.answers)} questions")
-    assert done.result.answers == expected.result.answers
-    assert read(killed) == read(undisturbed[0])
-    left = len(expected.result.answers) - len(before)
-    assert done.seconds["asked"] == left
-    assert 0 < len(answerer.batches) < len(whole.batches)
+    said = []
+    done, predictor = run(killed, log=said.append)
+    assert said == [f"fake: {len(before)} of {total} questions were answered before."]
+    assert without_clock(done.result) == expected
+    assert read(killed) == read(folder)
+    assert done.seconds["asked"] == total - len(before)
+    assert 0 < predictor.num_batches < num_batches
 
-    again = FakeAnswerer()
-    assert run(make_evaluation(killed), again).result == done.result
-    assert again.batches == [] and again.encoded == []
+    again, predictor = run(killed)
+    assert again.result == done.result
+    assert predictor.num_batches == 0 and predictor.encoded == []
 
 
 def test_every_question_is_answered_once(undisturbed):
     folder, done, _ = undisturbed
     lines = read(folder)
-    assert len({line["key"] for line in lines}) == len(lines) == len(done.result.answers)
+    assert len({line["key"] for line in lines}) == len(lines) == len(done.predictions)
     assert [line["corrupt"] for line in lines] == [line["image_id"] == 5 for line in lines]
     assert all(line["score"] == 1 - line["corrupt"] for line in lines)
 
@@ -94,21 +93,31 @@ def test_two_processes_answer_as_one_does(tmp_path, undisturbed):
 
 
 def test_more_questions_ask_only_those_that_are_new(tmp_path):
-    run(make_evaluation(tmp_path, num_images=6), FakeAnswerer())
-    answerer = FakeAnswerer()
-    done = run(make_evaluation(tmp_path, num_images=9), answerer)
-    assert sorted(grey for grey in answerer.encoded if grey) == [60, 70, 80]
-    assert len(read(tmp_path)) == len(done.result.answers)
+    run(tmp_path, num_images=6)
+    done, predictor = run(tmp_path, num_images=9)
+    assert sorted(grey for grey in predictor.encoded if grey) == [60, 70, 80]
+    assert len(read(tmp_path)) == len(done.result.predictions)
 
-    fewer = FakeAnswerer()
-    run(make_evaluation(tmp_path, num_images=3), fewer)
-    assert len(read(tmp_path)) == 6 and fewer.batches == []
-    run(make_evaluation(tmp_path, num_images=9), fewer)
-    assert len(read(tmp_path)) == len(done.result.answers) and fewer.batches == []
+    _, fewer = run(tmp_path, num_images=3)
+    assert len(read(tmp_path)) == 6 and fewer.num_batches == 0
+    assert len((tmp_path / "fake.cache.jsonl").read_text().splitlines()) == 12
+    run(tmp_path, fewer, num_images=9)
+    assert len(read(tmp_path)) == len(done.result.predictions) and fewer.num_batches == 0
+
+
+def test_other_batch_sizes_keep_the_numbers_of_the_first_and_say_so(tmp_path):
+    said = []
+    first, _ = run(tmp_path, num_images=6, batch=4)
+    again, predictor = run(tmp_path, num_images=6, batch=2, log=said.append)
+    assert predictor.num_batches == 0 and again.result == first.result
+    assert said == [
+        "fake: 12 of 12 questions were answered before, 9 of them in batches of 4 instead of 2: "
+        "their tokens computed, TFLOPs and seconds are of those."
+    ]
 
 
 def test_answers_without_a_field_are_asked_again(tmp_path):
-    run(make_evaluation(tmp_path, num_images=3), FakeAnswerer())
+    run(tmp_path, num_images=3)
     path, before = tmp_path / "fake.jsonl", read(tmp_path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text(
@@ -117,19 +126,17 @@ def test_answers_without_a_field_are_asked_again(tmp_path):
             for line in lines
         )
     )
-    answerer = FakeAnswerer()
-    run(make_evaluation(tmp_path, num_images=3), answerer)
-    assert answerer.batches and read(tmp_path) == before
+    _, predictor = run(tmp_path, num_images=3)
+    assert predictor.num_batches and read(tmp_path) == before
 
 
 def test_another_checkpoint_leaves_the_answers_of_the_first_and_says_so(tmp_path):
     said = []
-    run(make_evaluation(tmp_path, num_images=6, say=said.append), FakeAnswerer())
+    run(tmp_path, num_images=6, log=said.append)
     assert said == []
     before = (tmp_path / "fake.jsonl").read_text()
-    evaluation = make_evaluation(tmp_path, num_images=6, params="others", say=said.append)
-    done = run(evaluation, FakeAnswerer())
-    assert done.seconds["asked"] == len(done.result.answers)
+    done, _ = run(tmp_path, num_images=6, params="others", log=said.append)
+    assert done.seconds["asked"] == len(done.result.predictions)
     assert (tmp_path / "fake.jsonl").read_text() == before
     assert re.fullmatch(r"fake-[0-9a-f]{16}\.jsonl", done.path.name)
     assert said == [
@@ -137,20 +144,22 @@ def test_another_checkpoint_leaves_the_answers_of_the_first_and_says_so(tmp_path
         f"{done.path.name}."
     ]
     for params in ("none", "others"):  # both go on where they ended
-        answerer = FakeAnswerer()
-        run(make_evaluation(tmp_path, num_images=6, params=params), answerer)
-        assert answerer.batches == []
+        assert run(tmp_path, num_images=6, params=params)[1].num_batches == 0
 
 
 def test_lines_that_cannot_be_used_are_dropped(tmp_path):
-    journal = Journal(tmp_path, "p", fingerprint=Fingerprint({"a": 1}))
-    assert journal.start() == {}
-    journal.append([{"key": "x", "said": "a\u2028b"}, {"key": "y"}])
+    store = PredictionStore(tmp_path, "p", fingerprint=Fingerprint({"a": 1}))
+    assert store.start() == {}
+    for line in ({"key": "x", "said": "a\u2028b"}, {"key": "y"}):
+        store.append(line)
     path = tmp_path / "p.jsonl"
     path.write_text(path.read_text() + '[1]\nnot json\n{"key": "z"}\n{"key": "torn"')
-    assert list(Journal(tmp_path, "p", fingerprint=Fingerprint({"a": 1})).start()) == ["x", "y"]
+    assert list(PredictionStore(tmp_path, "p", fingerprint=Fingerprint({"a": 1})).start()) == [
+        "x",
+        "y",
+    ]
     assert len(path.read_text().split("\n")) == 3
-    other = Journal(tmp_path, "p", fingerprint=Fingerprint({"a": (2,)}))
+    other = PredictionStore(tmp_path, "p", fingerprint=Fingerprint({"a": (2,)}))
     assert other.start() == {} and "other a" in other.note
     assert other.path != path and len(path.read_text().split("\n")) == 3
 

@@ -1,18 +1,36 @@
+import doctest
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 from meteor_jax.checkpoint import CheckpointError
+from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import load_experiment
-from meteor_jax.inference.load import load_params, read_experiment, source_folder
+from meteor_jax.inference.engine.engine import Engine
+from meteor_jax.inference.load import load_engine, load_params, read_experiment, source_folder
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.evaluation.random_model import config, make_params, save_run
+from tests.evaluation.random_model import config, make_params, png, save_run
+
+VALUES = config("data", plans={"meteor": "fastv(layer=1, keep=6)"})
+EXAMPLES = {
+    "docstring": "".join(
+        example.source for example in doctest.DocTestParser().get_examples(Engine.__doc__)
+    ),
+    "docs/evaluate.md": re.search(
+        r"```python\n(.*?load_engine.*?)```",
+        (Path(__file__).parents[2] / "docs/evaluate.md").read_text(),
+        re.DOTALL,
+    )[1],
+}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    save_run(folder, config("data"))
+    folder = tmp_path_factory.mktemp("work") / "runs/tiny"
+    save_run(folder, VALUES)
     return folder
 
 
@@ -22,7 +40,24 @@ def mesh():
 
 
 def test_a_run_has_its_config_with_it(run):
-    assert read_experiment(run) == load_experiment(config("data"))
+    assert read_experiment(run) == load_experiment(VALUES)
+
+
+@pytest.mark.parametrize("place", EXAMPLES)
+def test_the_example_of_an_engine_runs(run, place, monkeypatch, capsys):
+    monkeypatch.chdir(run.parents[1])
+    Path("photo.png").write_bytes(png(3))
+    exec(EXAMPLES[place], {})
+    full, meteor, streamed = capsys.readouterr().out.split("\n")
+    assert full == f"full {streamed} ()" and streamed
+    assert meteor.startswith("meteor ") and meteor.endswith(" (6,)")
+
+
+def test_an_engine_of_a_run_names_what_is_wrong(run):
+    with pytest.raises(ConfigError, match=r"plan 'fastv': .*within 1\.\.1"):
+        load_engine(run, plans="fastv(layer=2, keep=4)")
+    with pytest.raises(ConfigError, match="template 'plain' drops the question"):
+        load_engine(run, template="plain")
 
 
 def test_a_config_file_with_an_argument(run, tmp_path):

@@ -5,6 +5,7 @@ It is converted, sharded, counted and compiled by the code that does so for EAGL
 
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from meteor_jax import checkpoint
 from meteor_jax.config import ConfigError, build
 from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.experiment.config import StageConfig, complete, load_experiment
 from meteor_jax.models import conversion as cv
 from meteor_jax.models.family import (
@@ -264,6 +266,23 @@ def test_it_is_counted():
     config = ToyConfig(width=4, num_classes=3)
     cost = dict(count_cost(config, PrunePlan(), text_tokens=5).rows)
     assert cost == {"picture": 2 * 48 * 4, "head": 2 * 4 * 3}
+
+
+def test_it_is_evaluated_through_the_engine(tmp_path):
+    values = get_config()
+    values.eval.num_questions, values.eval.plans = None, ("full",)
+    experiment = load_experiment(values)
+    model = build_model(experiment.model)
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.inputs_spec(1))
+    rows = evaluate_checkpoint(
+        experiment, model.init_params(batch, seed=0), workdir=tmp_path, display="quiet"
+    )
+    (row,) = [row for row in rows if row.plan == "full"]
+    assert row.task == "easyvqa_yesno" and row.tflops > 0 and row.visual_tokens_fused == 0
+    lines = (tmp_path / "predictions/no_step/full.jsonl").read_text().splitlines()
+    said = [json.loads(line)["prediction"] for line in lines]
+    assert len(said) == row.n and set(said) == set(CLASSES)
+    assert list(Path(tmp_path).glob("*.png")) == []
 
 
 @pytest.mark.parametrize("program", ["train", "predict"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.inference.budgets import Questions
 from meteor_jax.inference.calibrate import CalibrationBatch, calibrate_plans

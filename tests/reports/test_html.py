@@ -11,11 +11,12 @@ from markdown_it import MarkdownIt
 
 from meteor_jax.config import ConfigError
 from meteor_jax.evaluation.files import write_eval, write_predictions
-from meteor_jax.evaluation.results import Answer, PlanResult, majority, make_rows
+from meteor_jax.evaluation.results import PlanResult, majority, make_rows
 from meteor_jax.evaluation.tasks.registry import Question
 from meteor_jax.evaluation.token_stats import kept_tokens
 from meteor_jax.evaluation.visualize import write_examples
 from meteor_jax.inference.draw import read_stages
+from meteor_jax.inference.engine.request import Prediction
 from meteor_jax.pruning.text import parse_plan
 from meteor_jax.reports import paper
 from meteor_jax.reports.html import write_report
@@ -37,10 +38,9 @@ PLAN = parse_plan("meteor(fuse=8, layers=(1, 3), keep=(6, 4))")
 
 
 def result(plan, right, **fields):
-    answers = tuple(
-        Answer(
-            "yes" if good else "no",
-            float(good),
+    predictions = tuple(
+        Prediction(
+            text="yes" if good else "no",
             kept=(4 + i, 2 + i) if fields else (),
             computed=(10.0, 8.0) if fields else (),
             prompt_tokens=9,
@@ -48,7 +48,10 @@ def result(plan, right, **fields):
         )
         for i, good in enumerate(right)
     )
-    return PlanResult(plan, answers, visual_tokens_fused=16, depth=4, seconds=0.002, **fields)
+    scores = tuple(map(float, right))
+    return PlanResult(
+        plan, predictions, scores, visual_tokens_fused=16, depth=4, seconds=0.002, **fields
+    )
 
 
 def write_run(folder, *, examples=True, predictions=True, only_full=False):

@@ -7,10 +7,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from meteor_jax.evaluation.evaluator import answer_of
-from meteor_jax.evaluation.files import file_name, prediction_line, write_eval, write_predictions
+from meteor_jax.evaluation.files import (
+    file_name,
+    prediction_line,
+    read_line,
+    write_eval,
+    write_predictions,
+)
 from meteor_jax.evaluation.results import (
-    Answer,
     PlanResult,
     averages,
     layer_average,
@@ -19,6 +23,7 @@ from meteor_jax.evaluation.results import (
 )
 from meteor_jax.evaluation.tasks.registry import Question
 from meteor_jax.evaluation.visualize import choose_examples
+from meteor_jax.inference.engine.request import Prediction
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.pruning.text import parse_plan
 from meteor_jax.reports.tables import draw_curve, plan_points, print_table
@@ -35,10 +40,9 @@ QUESTIONS = tuple(
 
 def result(plan, right, **fields):
     kept, computed = fields.pop("kept", ()), fields.pop("computed", ())
-    answers = tuple(
-        Answer(
-            question.answer if good else "?",
-            float(good),
+    predictions = tuple(
+        Prediction(
+            text=question.answer if good else "?",
             kept=kept,
             computed=computed,
             prompt_tokens=8,
@@ -46,7 +50,10 @@ def result(plan, right, **fields):
         )
         for question, good in zip(QUESTIONS, right, strict=True)
     )
-    return PlanResult(plan, answers, visual_tokens_fused=16, depth=4, seconds=0.5, **fields)
+    scores = tuple(map(float, right))
+    return PlanResult(
+        plan, predictions, scores, visual_tokens_fused=16, depth=4, seconds=0.5, **fields
+    )
 
 
 FULL = result("full", [1, 1, 1, 0, 1, 1, 1, 1])
@@ -67,10 +74,10 @@ def find(rows, task, plan):
 def test_questions_of_several_images_count_them_all():
     """Two questions about one image and two about three: two images on the mean."""
     answers = tuple(
-        dataclasses.replace(answer, num_images=1 if i % 2 else 3)
-        for i, answer in enumerate(METEOR.answers)
+        dataclasses.replace(found, num_images=1 if i % 2 else 3)
+        for i, found in enumerate(METEOR.predictions)
     )
-    result, seen = dataclasses.replace(METEOR, answers=answers), []
+    result, seen = dataclasses.replace(METEOR, predictions=answers), []
     cost = {"meteor": lambda text, kept, images, rows: seen.append(images) or 1.0}
     row = find(make_rows(QUESTIONS, [result], tflops=cost), COUNT.name, "meteor")
     # A segment of one layer that 2 x 16 tokens enter, one of two with 4 and one of one with 2.
@@ -80,9 +87,9 @@ def test_questions_of_several_images_count_them_all():
 
 def test_a_question_without_an_image_computes_the_places_of_one():
     answers = tuple(
-        dataclasses.replace(answer, num_images=0, kept=(0, 0)) for answer in METEOR.answers
+        dataclasses.replace(found, num_images=0, kept=(0, 0)) for found in METEOR.predictions
     )
-    result, seen = dataclasses.replace(METEOR, answers=answers), []
+    result, seen = dataclasses.replace(METEOR, predictions=answers), []
     cost = {"meteor": lambda text, kept, images, rows: seen.append(images) or 1.0}
     row = find(make_rows(QUESTIONS, [result], tflops=cost), COUNT.name, "meteor")
     assert row.visual_tokens_kept == 0 and seen[0] == 1
@@ -91,15 +98,17 @@ def test_a_question_without_an_image_computes_the_places_of_one():
 
 def test_answers_of_another_batch_size_cost_what_they_did_there():
     answers = tuple(
-        dataclasses.replace(answer, rows=1 if i < 2 else 32, computed=(4.0 if i < 2 else 6.0, 2.0))
-        for i, answer in enumerate(METEOR.answers)
+        dataclasses.replace(
+            found, batch_rows=1 if i < 2 else 32, computed=(4.0 if i < 2 else 6.0, 2.0)
+        )
+        for i, found in enumerate(METEOR.predictions)
     )
     cost = {"meteor": lambda text, computed, images, rows: 100 * rows + computed[0]}
-    result = dataclasses.replace(METEOR, answers=answers)
+    result = dataclasses.replace(METEOR, predictions=answers)
     row = find(make_rows(QUESTIONS, [result], tflops=cost), "reading_all", "meteor")
     assert row.tflops == pytest.approx((2 * 104 + 6 * 3206) / 8)
-    line = json.loads(json.dumps(prediction_line(QUESTIONS[0], answers[0])))
-    assert answer_of(line, question=QUESTIONS[0]) == answers[0]
+    line = json.loads(json.dumps(prediction_line(QUESTIONS[0], answers[0], 1.0)))
+    assert read_line(line) == answers[0]
 
 
 def test_rows_by_hand(rows):
@@ -128,18 +137,18 @@ def test_a_sources_tasks_are_joined_over_questions_but_not_averaged_again(rows):
 
 
 def test_corrupt_questions_count_as_wrong_and_are_named():
-    answers = (Answer("", 0.0, corrupt=True), *FULL.answers[1:])
-    broken = PlanResult("full", answers, visual_tokens_fused=16, depth=4)
+    answers = (Prediction(unreadable=True), *FULL.predictions[1:])
+    broken = dataclasses.replace(FULL, predictions=answers, scores=(0.0, *FULL.scores[1:]))
     row = find(make_rows(QUESTIONS, [broken], tflops={}), "reading_count", "full")
     assert (row.score, row.n, row.corrupt, row.visual_tokens_kept) == (0.5, 4, 1, 16)
 
 
 def test_answers_from_logits_that_are_not_finite_are_counted():
-    answers = (dataclasses.replace(FULL.answers[0], non_finite=True), *FULL.answers[1:])
-    result = dataclasses.replace(FULL, answers=answers)
+    answers = (dataclasses.replace(FULL.predictions[0], finite=False), *FULL.predictions[1:])
+    result = dataclasses.replace(FULL, predictions=answers)
     rows = make_rows(QUESTIONS, [result], tflops={})
     assert find(rows, "reading_count", "full").non_finite == 1
-    assert prediction_line(QUESTIONS[0], answers[0])["non_finite"]
+    assert prediction_line(QUESTIONS[0], answers[0], 1.0)["non_finite"]
     console = Console(record=True, width=100)
     print_table(rows, console=console)
     assert "1 answers come from logits that are NaN or infinite" in console.export_text()

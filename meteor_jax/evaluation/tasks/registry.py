@@ -140,6 +140,16 @@ def open_task_source(
     )
 
 
+def open_sources(
+    tasks: Sequence[TaskSpec], *, data_dir: str | Path, num_images: int | None, seed: int
+) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """By name, the sources of all `tasks`; see `open_task_source`."""
+    return {
+        task.source: open_task_source(task, data_dir=data_dir, num_images=num_images, seed=seed)
+        for task in {task.source: task for task in tasks}.values()
+    }
+
+
 def collect_questions(
     source: Sequence[Mapping[str, Any]],
     *,
@@ -230,7 +240,7 @@ def _draw_units(
     place = np.random.default_rng(seed).permutation(num_records)
     units: dict[Hashable, list[Question]] = {}
     for question in sorted(questions, key=lambda question: place[question.record]):
-        key = question.detail.get("unit", len(units))
+        key = question.detail.get("group_id", len(units))
         units.setdefault(key, []).append(question)
     drawn: list[Question] = []
     for unit in units.values():

@@ -1,13 +1,14 @@
-"""How a batch is shared out: a lane is one shard of its rows, with images of its own.
+"""How a batch is split over a mesh: a shard is a part of its rows, with images of its own.
 
-A host feeds the lanes whose devices it has, and every host reads every answer. Off a mesh there is
-one lane.
+A host feeds the shards whose devices it has, and every host reads every answer. Without a mesh
+there is one shard.
 
-S lanes.
+S shards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,17 +24,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.types import Array
 
-ROWS = PartitionSpec(BATCH_AXES)
+BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Lanes:
-    """The lanes of `mesh`, or the one lane where that is None."""
+class DataShards:
+    """The shards of rows on `mesh`, or the one shard where that is None."""
 
     mesh: Mesh | None = None
 
     @classmethod
-    def in_force(cls) -> Lanes:
+    def current(cls) -> DataShards:
         """Those of the mesh that `jax.set_mesh` put in force."""
         mesh = jax.sharding.get_mesh()
         return cls(None if mesh.empty else mesh)
@@ -44,23 +45,31 @@ class Lanes:
 
     @property
     def local(self) -> tuple[int, ...]:
-        """The lanes that this process feeds."""
+        """The shards that this process feeds."""
         if self.mesh is None:
             return (0,)
-        parts = NamedSharding(self.mesh, ROWS).addressable_devices_indices_map((self.count,))
+        parts = NamedSharding(self.mesh, BATCH_SPEC).addressable_devices_indices_map((self.count,))
         return tuple(sorted({index[0].indices(self.count)[0] for index in parts.values()}))
 
     def place(self, rows: Mapping[int, np.ndarray]) -> Array:
-        """[S, ...], lane by lane on its devices, from the [...] of every local lane."""
+        """[S, ...], shard by shard on its devices, from the [...] of every local shard."""
         first = rows[self.local[0]]
         if self.mesh is None:
             return jnp.asarray(first[None])
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
-            return np.stack([rows[lane] for lane in range(*index[0].indices(self.count))])
+            return np.stack([rows[row] for row in range(*index[0].indices(self.count))])
 
-        sharding = NamedSharding(self.mesh, ROWS)
+        sharding = NamedSharding(self.mesh, BATCH_SPEC)
         return jax.make_array_from_callback((self.count, *first.shape), sharding, shard)
+
+    def fetch(self, tree: Any) -> Any:
+        """The arrays on this host, whole."""
+        return jax.device_get(self.everywhere(tree))
+
+    def active(self) -> contextlib.AbstractContextManager:
+        """The mesh in force, in whatever thread the caller is."""
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def everywhere(self, tree: Any) -> Any:
         """The same arrays whole on every host, so that `jax.device_get` can read them."""
@@ -70,10 +79,10 @@ class Lanes:
 
 
 def split_by_rows(x: Array) -> Array:
-    """Keeps the first axis split by lanes, on the mesh in force."""
+    """Keeps the first axis split by shards, on the mesh in force."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, ROWS)
+    return jax.lax.with_sharding_constraint(x, BATCH_SPEC)
 
 
 def broadcast(value: Any) -> Any:

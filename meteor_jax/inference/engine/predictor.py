@@ -1,13 +1,13 @@
-"""The model under one plan, as an evaluation calls it.
+"""What an engine needs of a model: images in, then batches of prompts, then one output a prompt.
 
-S lanes, I images of a lane in one batch, b prompts of a lane, B = S·b prompts, T prompt tokens,
-M images of a prompt, N visual tokens, D width.
+S shards of the mesh, I images of a shard in one batch, b prompts of a shard, B = S·b prompts,
+T prompt tokens, M images of a prompt, N visual tokens, D width.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -17,128 +17,58 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.inference.engine.data_shards import split_by_rows
-from meteor_jax.inference.generate import Generated, Started, choose_cache_length, decode, start
+from meteor_jax.inference.engine.request import ShapeBucket
+from meteor_jax.models.family import Family
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import IMAGE_TOKEN, Array, VisualTokens
 
 
 @flax.struct.dataclass
-class Replies:
-    """A batch's answers, still on the device.
-
-    Shapes:
-        tokens: int32[B, max_new_tokens]; num_tokens: int32[B].
-        finite: bool[B]; False where logits were NaN or infinite.
-        kept: int32[B] a cut in the LLM: visual tokens kept.
-        computed: float32[B] a cut: visual tokens that the layers after it computed.
-    """
-
-    tokens: Array
-    num_tokens: Array
-    finite: Array
-    kept: tuple[Array, ...] = ()
-    computed: tuple[Array, ...] = ()
-
-
-@flax.struct.dataclass
-class Rows:
+class PromptBatch:
     """A batch of prompts: [S, b, ...] as hosts lay them out, [B, ...] as the model takes them.
 
     Shapes:
         tokens: int32[..., T]; text_valid: bool[..., T]; image_valid: bool[..., M].
+        seeds: uint32[...]; of the rows' sampling.
     """
 
     tokens: Array
     text_valid: Array
     image_valid: Array
+    seeds: Array
 
 
-class Answerer(Protocol):
-    """A model under one plan. A call returns before it is done, or, where the budget of stage 3 is
-    adaptive, when the prefill is."""
+class Predictor(Protocol):
+    """A model under one plan. `encode` and `predict` return before the device is done, if they can.
 
-    sees_images: bool
+    `visual` is any pytree of arrays that begin with the axes of the images; outputs are any pytree
+    of arrays that begin with B. `inference.generate.TextPredictor` writes text,
+    `inference.classify.ClassPredictor` gives class probabilities; a model with another output needs
+    another predictor and nothing else.
+    """
 
-    def encode(self, images: Array) -> VisualTokens:
-        """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
+    @property
+    def image_size(self) -> int:
+        """Pixels of the images that `encode` takes."""
 
-    def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
-        """Replies to B prompts about their images in `visual`, [B, M, N, D]."""
+    def encode(self, images: Array) -> Any:
+        """Visual features [S, I, ...] of uint8[S, I, H, W, 3]."""
 
-    def warm_up(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Any:
-        """Compiles whatever `answer` may run for such shapes; returns what is to be waited for."""
+    def encode_nothing(self, images: Array) -> Any:
+        """What stands in for images in batches of prompts that have none: [S, I, ...] for blank
+        `images`. It is never read."""
 
+    def predict(self, visual: Any, prompts: PromptBatch, *, bucket: ShapeBucket) -> Any:
+        """Outputs for B prompts about their images in `visual`, [B, M, ...]."""
 
-@dataclasses.dataclass(frozen=True)
-class ModelAnswerer:
-    """A `Meteor` and its parameters; see `Answerer`."""
+    def warm_up(self, visual: Any, prompts: PromptBatch, *, bucket: ShapeBucket) -> Any:
+        """Compiles whatever `predict` may run for such shapes; returns what is to be waited for."""
 
-    model: nn.Module
-    params: Any
-    plan: PrunePlan
-    eos_id: int
-    sees_images: bool = True
+    def stream(self, visual: Any, prompts: PromptBatch, *, bucket: ShapeBucket) -> Iterator[str]:
+        """The first row's whole text after each token; a predictor without text has none."""
 
-    def encode(self, images: Array) -> VisualTokens:
-        return encode_images(self.params, images, model=self.model, plan=self.plan)
-
-    def answer(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Replies:
-        started = self._start(visual, rows, max_new_tokens=max_new_tokens)
-        generated = self._decode(
-            started, max_new_tokens=max_new_tokens, cache_length=choose_cache_length(started)
-        )
-        return Replies(
-            tokens=generated.tokens,
-            num_tokens=generated.num_tokens,
-            finite=generated.finite,
-            kept=tuple(step.num_kept for step in generated.prune_steps),
-            computed=tuple(step.num_computed for step in generated.prune_steps),
-        )
-
-    def warm_up(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Any:
-        started, done = self._start(visual, rows, max_new_tokens=max_new_tokens), []
-        for choice in range(started.cache.num_lengths):
-            done.append(self._decode(started, max_new_tokens=max_new_tokens, cache_length=choice))
-            # Its cache was given away.
-            started = self._start(visual, rows, max_new_tokens=max_new_tokens)
-        return done
-
-    def _start(self, visual: VisualTokens, rows: Rows, *, max_new_tokens: int) -> Started:
-        return start(
-            self.model,
-            self.params,
-            visual,
-            image_valid=rows.image_valid,
-            tokens=rows.tokens,
-            text_valid=rows.text_valid,
-            plan=self.plan,
-            max_new_tokens=max_new_tokens,
-            key=jax.random.key(0),
-        )
-
-    def _decode(self, started: Started, *, max_new_tokens: int, cache_length: int) -> Generated:
-        return decode(
-            self.model,
-            self.params,
-            started,
-            max_new_tokens=max_new_tokens,
-            eos_id=self.eos_id,
-            key=jax.random.key(0),
-            cache_length=cache_length,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class BlindAnswerer(ModelAnswerer):
-    """The model with no image: one visual token that is never read stands in for it."""
-
-    sees_images: bool = False
-
-    def encode(self, images: Array) -> VisualTokens:
-        shape = fused_shape(self.model, self.params, plan=self.plan)
-        return jax.tree.map(
-            lambda leaf: jnp.zeros((*images.shape[:2], 1, *leaf.shape[2:]), leaf.dtype), shape
-        )
+    def read(self, outputs: Any, row: int, *, bucket: ShapeBucket) -> dict[str, Any]:
+        """The fields of a `Prediction` that a row of `outputs` gives; they are on the host."""
 
 
 def fused_shape(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualTokens:
@@ -158,19 +88,26 @@ def fused_shape(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualToke
     )
 
 
-def check_fits(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualTokens:
-    """Traces all stages of a plan for a prompt of one image, without computing anything; returns
-    `fused_shape`.
+def check_fits(model: Family, params: Any, *, plan: PrunePlan) -> int:
+    """Traces a plan for a prompt of one image, without computing anything.
+
+    Returns:
+        The positions that an image takes in the decoder; 0 for a model without one.
 
     Raises:
         ValueError: if the plan does not fit the model.
     """
-    fused = fused_shape(model, params, plan=plan)
+    if model.output != "text":
+        jax.eval_shape(
+            functools.partial(model.predict_batch, plan=plan), params, model.inputs_spec(1)
+        )
+        return 0
+    fused = fused_shape(model.module, params, plan=plan)
     plan = plan.with_placeholder_lambda()
 
     def first_token(params: Any, visual: VisualTokens) -> Array:
         prompt = jnp.full((1, 2), IMAGE_TOKEN).at[0, 1].set(0)
-        return model.apply(
+        return model.module.apply(
             {"params": params},
             jax.tree.map(lambda x: x[:, None], visual),
             image_valid=jnp.ones((1, 1), bool),
@@ -182,15 +119,15 @@ def check_fits(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualToken
         ).logits
 
     jax.eval_shape(first_token, params, fused)
-    return fused
+    return fused.span
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def encode_images(params: Any, images: Array, *, model: nn.Module, plan: PrunePlan) -> VisualTokens:
     """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
-    lanes = images.shape[:2]
+    shape = images.shape[:2]
     flat = split_by_rows(images.reshape(-1, *images.shape[2:]))
     encoded = model.apply({"params": params}, flat, plan=plan, method="encode_images")
     return jax.tree.map(
-        lambda leaf: split_by_rows(leaf.reshape(*lanes, *leaf.shape[1:])), encoded.tokens
+        lambda leaf: split_by_rows(leaf.reshape(*shape, *leaf.shape[1:])), encoded.tokens
     )

@@ -34,7 +34,7 @@ from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.experiment.config import Experiment, load_experiment
 from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.experiment.plans import resolve_plans
-from meteor_jax.inference.engine.data_shards import Lanes
+from meteor_jax.inference.engine.data_shards import DataShards
 from meteor_jax.inference.layout import inference_mesh, param_dtype
 from meteor_jax.parallel.chips import find_chip
 from meteor_jax.parallel.mesh import check_batch_size, make_mesh
@@ -68,7 +68,7 @@ def bench(
     """One row a batch size and plan, in this order.
 
     The programs are those of evaluation, on `inference_mesh` over `devices` (default: all) and with
-    its parameters; batch sizes are rounded up to as many rows for each of its lanes. The training
+    its parameters; batch sizes are rounded up to as many rows for each of its shards. The training
     step is training's: float32 parameters on `train.mesh`.
 
     Seconds are medians over `repeats`; "spread" holds [fastest, slowest] of each. `tokens` is the
@@ -85,8 +85,8 @@ def bench(
     train_mesh = make_mesh(experiment.train.mesh, devices=devices) if train else None
     with jax.set_mesh(mesh):
         params = make_params(forms.values(), dtype=dtype, mesh=mesh)
-    stage, rows, lanes = experiment.train.finetune, [], Lanes(mesh).count
-    for batch in dict.fromkeys(math.ceil(size / lanes) * lanes for size in batch_sizes):
+    stage, rows, shards = experiment.train.finetune, [], DataShards(mesh).count
+    for batch in dict.fromkeys(math.ceil(size / shards) * shards for size in batch_sizes):
         sizes = {"batch": batch, "text_tokens": text_tokens}
         with jax.set_mesh(mesh):
             inputs = make_inputs(experiment.model, **sizes, mesh=mesh)

@@ -18,11 +18,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meteor_jax.experiment.config import StageConfig
+from meteor_jax.inference.engine.predictor import PromptBatch
 from meteor_jax.inference.generate import (
+    DecodeState,
     Started,
     choose_cache_length,
-    decode_rows,
     start,
+    step,
     trim,
 )
 from meteor_jax.inference.layout import cast_matrices
@@ -173,7 +175,7 @@ def compile_inference(
         compiler, meteor, params, visual, inputs, plan=plan, new_tokens=new_tokens
     )
     started = programs.start()
-    decode_bytes = _device_bytes((params["llama"], started.cache))
+    decode_bytes = _device_bytes((params["llama"], started.state.cache))
     jax.block_until_ready(programs.decode(started))
 
     def run() -> dict[str, float]:
@@ -203,16 +205,16 @@ def compile_inference(
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class CompiledGeneration:
     """The two programs of `inference.generate`, compiled.
 
     Attributes:
         start: visual tokens → rows after their first token.
-        decode: these, whose cache it takes → every row with all of its new tokens.
+        decode: these, whose state it takes → every row with all of its new tokens.
     """
 
     start: Callable[..., Started]
-    decode: Callable[[Started], Any]
+    decode: Callable[[Started], DecodeState]
 
 
 def compile_generation(
@@ -224,38 +226,25 @@ def compile_generation(
     *,
     plan: PrunePlan,
     new_tokens: int,
-) -> Generation:
+) -> CompiledGeneration:
     """The programs that answer `inputs`; no token ends a row."""
-    key, never = jax.random.key(0), -1
-    prompts = {
-        "image_valid": inputs.image_valid,
-        "tokens": inputs.tokens,
-        "text_valid": inputs.text_valid,
-        "key": key,
-    }
+    prompts, never, limit = _prompts(inputs), -1, np.int32(new_tokens)
     start_rows = compiler.compile(
-        start, meteor, params, visual, **prompts, plan=plan, max_new_tokens=new_tokens
+        start, meteor, params, visual, prompts, plan=plan, max_new_tokens=new_tokens, eos_id=never
     )
-    started = start_rows(params, visual, **prompts)
+    started = start_rows(params, visual, prompts)
     choice = choose_cache_length(started)
-    cache = trim(started.cache, choice)
-    decode = compiler.compile(
-        decode_rows,
-        meteor,
-        params,
-        started.first,
-        started.finite,
-        cache,
-        key,
-        max_new_tokens=new_tokens,
-        eos_id=never,
+    state = trim(started.state, choice)
+    decode = compiler.compile(step, meteor, params, state, limit, eos_id=never)
+    return CompiledGeneration(
+        start=lambda visual=visual: start_rows(params, visual, prompts),
+        decode=lambda started: decode(params, trim(started.state, choice), limit),
     )
-    return Generation(
-        start=lambda visual=visual: start_rows(params, visual, **prompts),
-        decode=lambda started: decode(
-            params, started.first, started.finite, trim(started.cache, choice), key
-        ),
-    )
+
+
+def _prompts(inputs: Batch) -> PromptBatch:
+    seeds = jnp.zeros(len(inputs.tokens), jnp.uint32)
+    return PromptBatch(inputs.tokens, inputs.text_valid, inputs.image_valid, seeds)
 
 
 def _with_lambda(
@@ -267,12 +256,10 @@ def _with_lambda(
         build_model(model).module,
         params,
         visual,
-        image_valid=inputs.image_valid,
-        tokens=inputs.tokens,
-        text_valid=inputs.text_valid,
+        _prompts(inputs),
         plan=plan.with_decoder_budgets([Fixed(budget.keep) for budget in asked_for]),
-        max_new_tokens=0,
-        key=jax.random.key(0),
+        max_new_tokens=1,
+        eos_id=-1,
     )
     budgets, available = [], visual.num_tokens
     for budget, trace in zip(asked_for, jax.device_get(started.prune_steps), strict=True):

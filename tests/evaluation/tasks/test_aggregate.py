@@ -20,8 +20,8 @@ def units_of(text):
     for number, unit in enumerate(text.split()):
         name, _, right = unit.rpartition(":")
         for digit in right:
-            part = {"part": name} if name else {}
-            questions.append(Asked(detail={"unit": f"{name}{number}"} | part))
+            part = {"subset": name} if name else {}
+            questions.append(Asked(detail={"group_id": f"{name}{number}"} | part))
             scores.append(float(digit))
     return questions, scores
 
@@ -59,7 +59,7 @@ def test_mmbench_counts_a_question_in_all_its_orders(units, score, questions):
 
 
 def test_orders_stand_anywhere_in_the_file():
-    asked = [Asked(detail={"unit": unit, "part": part}) for unit, part in
+    asked = [Asked(detail={"group_id": unit, "subset": part}) for unit, part in
              [("1", "ocr"), ("2", "ocr"), ("1", "ocr"), ("3", "count"), ("2", "ocr")]]  # fmt: skip
     summary = AGGREGATIONS["mmbench_circular"](asked, [""] * 5, [1.0, 1.0, 1.0, 0.0, 0.0])
     assert [unit.members for unit in summary.units] == [(0, 2), (1, 4), (3,)]
@@ -150,7 +150,7 @@ def test_pope_by_hand(rows, accuracy, precision, recall, f1, yes_ratio):
 
 def test_pope_has_its_subsets_and_all_pooled():
     subsets = ["random"] * 2 + ["popular"] * 2 + ["adversarial"] * 2
-    asked = [Asked("yes" if i % 2 else "no", {"part": name}) for i, name in enumerate(subsets)]
+    asked = [Asked("yes" if i % 2 else "no", {"subset": name}) for i, name in enumerate(subsets)]
     said = ["no", "yes", "yes", "yes", "no", "no"]
     summary = AGGREGATIONS["pope"](asked, said, [1.0, 1.0, 0.0, 1.0, 1.0, 0.0])
     parts = summary.parts
@@ -163,7 +163,7 @@ def test_pope_has_its_subsets_and_all_pooled():
 
 def test_ocrbench_adds_up():
     kinds = ["Regular Text Recognition"] * 3 + ["Doc-oriented VQA"] * 2
-    asked = [Asked(detail={"part": kind}) for kind in kinds]
+    asked = [Asked(detail={"subset": kind}) for kind in kinds]
     summary = AGGREGATIONS["ocrbench_sum"](asked, [""] * 5, [1.0, 0.0, 1.0, 0.0, 1.0])
     assert summary.parts == {"points": 3, "Regular Text Recognition": 2, "Doc-oriented VQA": 1}
     assert summary.score == pytest.approx(3 / 5)
@@ -171,7 +171,7 @@ def test_ocrbench_adds_up():
 
 
 def test_a_mean_has_its_parts_where_questions_have_one():
-    asked = [Asked(detail={"part": "human"}), Asked(detail={"part": "augmented"}), Asked()]
+    asked = [Asked(detail={"subset": "human"}), Asked(detail={"subset": "augmented"}), Asked()]
     summary = AGGREGATIONS["mean"](asked, [""] * 3, [1.0, 0.5, 0.0])
     assert summary.score == pytest.approx(0.5)
     assert summary.parts == {"human": 1, "augmented": 0.5}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.evaluation.tasks.benchmarks.datasets import FOLDERS
 from meteor_jax.evaluation.tasks.benchmarks.registry import BENCHMARKS
 from meteor_jax.evaluation.tasks.scoring.registry import SUBMISSION
@@ -108,7 +108,7 @@ def test_two_processes_give_the_same_predictions_and_scores_as_one(tmp_path):
             del row["seconds"]
     assert contents[0]["rows"] == contents[1]["rows"]
     assert contents[0]["params"] == contents[1]["params"]
-    assert contents[1]["devices"]["processes"] == 2 and contents[1]["devices"]["lanes"] == 4
+    assert contents[1]["devices"]["processes"] == 2 and contents[1]["devices"]["shards"] == 4
     for plan in ("full", "cut", "blind"):
         said = [
             [line.split('"seconds"')[0] for line in path.read_text().splitlines()]

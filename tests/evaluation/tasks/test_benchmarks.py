@@ -11,7 +11,7 @@ import pytest
 from meteor_jax.config import ConfigError
 from meteor_jax.data.sources.records import TaskSpec
 from meteor_jax.data.sources.registry import CorruptImage, decode_image
-from meteor_jax.evaluation.results import Answer, PlanResult, make_rows, score_answer
+from meteor_jax.evaluation.results import PlanResult, make_rows, score_answer
 from meteor_jax.evaluation.tasks.benchmarks.datasets import FOLDERS
 from meteor_jax.evaluation.tasks.benchmarks.registry import BENCHMARKS, GROUPS, PAPER11
 from meteor_jax.evaluation.tasks.benchmarks.submission import write_submissions
@@ -23,6 +23,7 @@ from meteor_jax.evaluation.tasks.registry import (
 )
 from meteor_jax.evaluation.tasks.scoring.aggregate import AGGREGATIONS
 from meteor_jax.evaluation.tasks.scoring.registry import SCORERS, SUBMISSION
+from meteor_jax.inference.engine.request import Prediction
 from tests.evaluation.tasks import benchmark_fixtures as fixtures
 
 SCORED = [name for name, row in BENCHMARKS.items() if row.task.metric != SUBMISSION]
@@ -44,11 +45,11 @@ def ask(name, data_dir, **kwargs):
 
 
 def result_of(questions, predictions, plan="full"):
-    answers = [
-        Answer(prediction=text, score=score_answer(question, text))
-        for question, text in zip(questions, predictions, strict=True)
-    ]
-    return PlanResult(plan=plan, answers=tuple(answers))
+    return PlanResult(
+        plan=plan,
+        predictions=tuple(Prediction(text=text) for text in predictions),
+        scores=tuple(map(score_answer, questions, predictions)),
+    )
 
 
 def in_file_order(questions):
@@ -159,7 +160,7 @@ def test_images_stand_in_the_order_in_which_they_are_mentioned(data_dir):
     assert [question.num_images for question in questions] == [1, 2, 2]
     first, second = fixtures.IMAGES[0]["bytes"], fixtures.IMAGES[1]["bytes"]
     assert [source[i]["images"] for i in range(3)] == [[first], [second, first], [first, second]]
-    assert [question.detail["part"] for question in questions] == ["Art", "Art_Theory", "Math"]
+    assert [question.detail["subset"] for question in questions] == ["Art", "Art_Theory", "Math"]
 
 
 def test_a_missing_image_is_a_corrupt_one(tmp_path):
@@ -222,7 +223,7 @@ def test_units_are_drawn_as_wholes(tmp_path):
     fixtures.write_rows(tmp_path / "MME" / "test-0.parquet", rows)
     _, questions = ask("mme_perception", tmp_path, num_questions=11, seed=1)
     assert len(questions) == 10
-    assert len({question.detail["unit"] for question in questions}) == 5
+    assert len({question.detail["group_id"] for question in questions}) == 5
     assert questions == ask("mme_perception", tmp_path, num_questions=11, seed=1)[1]
     assert questions != ask("mme_perception", tmp_path, num_questions=11, seed=2)[1]
     row = make_rows(questions, [result_of(questions, ["yes"] * 10)], tflops={})[0]

@@ -52,8 +52,8 @@ _MMVP_OPTION = re.compile(r"\([a-z]\)\s*([^(]+?)(?=\s*\([a-z]\)|$)", re.IGNORECA
 class Item:
     """One question of a row; see `tasks.Question`, which has the same fields.
 
-    `question_id` is the row's number where it is None. `detail` has a "unit" where several
-    questions count as one, and a "part" where results are also given by part.
+    `question_id` is the row's number where it is None. `detail` has a "group_id" where several
+    questions count as one, and a "subset" where results are also given by subset.
     """
 
     prompt: str
@@ -82,7 +82,7 @@ def mmmu(row: Row) -> Iterator[Item]:
     An image stands where it is first spoken of; later mentions stay words (our choice).
     """
     options = ast.literal_eval(row["options"])
-    detail = {"part": re.sub(r"^[^_]*_|_\d+$", "", row["id"])}
+    detail = {"subset": re.sub(r"^[^_]*_|_\d+$", "", row["id"])}
     if row["question_type"] == "multiple-choice":
         asked = "\nAnswer with the option letter from the given choices directly."
         prompt = f"{row['question']}\n{_lettered(options)}{asked}"
@@ -129,7 +129,7 @@ def mathvista(row: Row) -> Iterator[Item]:
 def mme(row: Row) -> Iterator[Item]:
     """Columns question_id (of the image), question, answer, category."""
     question = row["question"].strip().replace(" Please answer yes or no.", "")
-    detail = {"part": row["category"], "unit": f"{row['category']}/{row['question_id']}"}
+    detail = {"subset": row["category"], "group_id": f"{row['category']}/{row['question_id']}"}
     yield Item(f"{question}{SHORT}", (row["answer"],), row["question_id"], detail)
 
 
@@ -140,8 +140,8 @@ def mmbench(row: Row) -> Iterator[Item]:
     listed = "\n".join(f"{letter}. {text}" for letter, text in choices.items())
     prompt = f"{hint}{row['question']} There are several options:\n{listed}\n{LETTER}"
     detail = {
-        "unit": str(row["index"] % NUM_ORDERS),
-        "part": row["category"],
+        "group_id": str(row["index"] % NUM_ORDERS),
+        "subset": row["category"],
         "choices": json.dumps(choices),
     }
     yield Item(prompt, (row["answer"],), row["index"], detail)
@@ -162,7 +162,7 @@ def gqa(row: Row) -> Iterator[Item]:
 def pope(row: Row) -> Iterator[Item]:
     """Columns id, question, answer, category (the subset)."""
     prompt = f"{row['question'].strip()}{SHORT}"
-    yield Item(prompt, (row["answer"],), row["id"], {"part": row["category"]})
+    yield Item(prompt, (row["answer"],), row["id"], {"subset": row["category"]})
 
 
 def vqav2(row: Row) -> Iterator[Item]:
@@ -189,7 +189,7 @@ def chartqa(row: Row) -> Iterator[Item]:
     """Columns question, answer, type (human_test or augmented_test)."""
     part = "human" if row["type"] == "human_test" else "augmented"
     prompt = f"{row['question']}\nAnswer the question with a single word."
-    yield Item(prompt, (row["answer"],), detail={"part": part})
+    yield Item(prompt, (row["answer"],), detail={"subset": part})
 
 
 def docvqa(row: Row) -> Iterator[Item]:
@@ -200,7 +200,7 @@ def docvqa(row: Row) -> Iterator[Item]:
 def ocrbench(row: Row) -> Iterator[Item]:
     """Columns dataset, question, question_type, answer (a list)."""
     references = (row["answer"],) if isinstance(row["answer"], str) else tuple(row["answer"])
-    detail = {"part": row["question_type"], "dataset": row["dataset"]}
+    detail = {"subset": row["question_type"], "dataset": row["dataset"]}
     yield Item(row["question"].strip(), references, detail=detail)
 
 
@@ -217,7 +217,7 @@ def mmvp(row: Row) -> Iterator[Item]:
     index = row["Index"]
     prompt = f"{row['Question']}\n{_lettered(_MMVP_OPTION.findall(row['Options']))}{LETTER}"
     reference = row["Correct Answer"].strip().strip("()").upper()
-    yield Item(prompt, (reference,), index, {"unit": str((index - 1) // 2)})
+    yield Item(prompt, (reference,), index, {"group_id": str((index - 1) // 2)})
 
 
 def refcoco(row: Row) -> Iterator[Item]:

@@ -58,10 +58,10 @@ Aggregation = Callable[[Sequence[Asked], Sequence[str], Sequence[float]], Aggreg
 def mean(
     questions: Sequence[Asked], predictions: Sequence[str], scores: Sequence[float]
 ) -> Aggregate:
-    """The mean over questions; where they have a "part", the mean of each as well."""
+    """The mean over questions; where they have a "subset", the mean of each as well."""
     del predictions
     units = tuple(Unit(float(score), (i,)) for i, score in enumerate(scores))
-    return _mean_of(units, _means_by(questions, scores, "part"))
+    return _mean_of(units, _means_by(questions, scores, "subset"))
 
 
 def pope(
@@ -74,12 +74,12 @@ def pope(
     answers, where lmms-eval takes the reference ones.
     """
     rows = [
-        (question.detail.get("part", ""), pope_answer(question.answer), pope_answer(prediction))
+        (question.detail.get("subset", ""), pope_answer(question.answer), pope_answer(prediction))
         for question, prediction in zip(questions, predictions, strict=True)
     ]
     parts = _yes_statistics([row[1:] for row in rows])
     subsets = list(dict.fromkeys(name for name, *_ in rows if name))
-    means = _means_by(questions, scores, "part")
+    means = _means_by(questions, scores, "subset")
     for subset in subsets:
         of_subset = _yes_statistics([row[1:] for row in rows if row[0] == subset])
         parts |= {f"{subset}/accuracy": means[subset]}
@@ -115,7 +115,7 @@ def circular(
     for members in _members(questions).values():
         units.append(Unit(float(all(scores[i] == 1 for i in members)), members))
         parts.append(questions[members[0]])
-    by_part = _means_by(parts, [unit.score for unit in units], "part")
+    by_part = _means_by(parts, [unit.score for unit in units], "subset")
     return _mean_of(tuple(units), {"questions": float(np.mean(scores))} | by_part)
 
 
@@ -135,7 +135,7 @@ def mme(
         if len(members) == 2:
             right = [scores[i] for i in members]
             points = 100.0 * sum(right) / 2 + 100.0 * (sum(right) == 2)
-            categories.setdefault(questions[members[0]].detail["part"], []).append(
+            categories.setdefault(questions[members[0]].detail["subset"], []).append(
                 (points, members)
             )
     parts = {
@@ -162,7 +162,7 @@ def points(
     del predictions
     parts = {"points": float(sum(scores))}
     for question, score in zip(questions, scores, strict=True):
-        kind = question.detail["part"]
+        kind = question.detail["subset"]
         parts[kind] = parts.get(kind, 0.0) + score
     units = tuple(Unit(float(score), (i,)) for i, score in enumerate(scores))
     return _mean_of(units, parts)
@@ -183,7 +183,7 @@ def _members(questions: Sequence[Asked]) -> dict[str, tuple[int, ...]]:
     """Indices of the questions of every unit."""
     members: dict[str, tuple[int, ...]] = {}
     for i, question in enumerate(questions):
-        unit = question.detail["unit"]
+        unit = question.detail["group_id"]
         members[unit] = (*members.get(unit, ()), i)
     return members
 

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from meteor_jax.config import ConfigError
-from meteor_jax.evaluation import runner
+from meteor_jax.evaluation.evaluator import evaluate_checkpoint
 from meteor_jax.evaluation.request import check_request
-from meteor_jax.evaluation.runner import evaluate_checkpoint
+from meteor_jax.evaluation.tasks import registry
 from meteor_jax.evaluation.tasks.registry import open_task_source
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.inference.engine.batching import BatchSizes
@@ -46,7 +46,7 @@ def records(num_images):
 def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            runner, "open_task_source", lambda task, **kwargs: records(kwargs["num_images"])
+            registry, "open_task_source", lambda task, **kwargs: records(kwargs["num_images"])
         )
         yield tmp_path_factory.mktemp("data")
 
@@ -160,10 +160,10 @@ def test_batch_sizes_do_not_change_predictions(done, data_dir, params, tmp_path)
         assert predictions(tmp_path, plan) == predictions(done[0], plan)
 
 
-@pytest.mark.parametrize(("lanes", "images", "questions"), [(1, 2, 16), (5, 5, 20), (64, 64, 64)])
-def test_batches_are_rounded_up_to_the_lanes(data_dir, lanes, images, questions):
-    sizes = BatchSizes.of(load_experiment(config(data_dir)).eval, lanes=lanes)
-    assert (sizes.images, sizes.questions, sizes.group) == (images, questions, 4)
+@pytest.mark.parametrize(("shards", "encode", "batch"), [(1, 2, 16), (5, 5, 20), (64, 64, 64)])
+def test_batches_are_rounded_up_to_the_shards(data_dir, shards, encode, batch):
+    sizes = BatchSizes.of(load_experiment(config(data_dir)).eval, shards=shards)
+    assert (sizes.encode, sizes.batch, sizes.cache) == (encode, batch, 4)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_answers_and_scores_of_another_checkpoint_stay(data_dir, params, tmp_pat
 
 @pytest.mark.slow
 def test_batch_1_and_16_agree_on_500_questions_of_easy_vqa(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "open_task_source", open_task_source)
+    monkeypatch.setattr(registry, "open_task_source", open_task_source)
     said = []
     for size in (1, 16):
         values = config(data_dir)
