@@ -1,6 +1,7 @@
 """Rooms may import only the rooms before them, and models never torch."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,21 @@ def test_torch_and_tensorflow_are_imported_only_where_they_are_asked_for():
         names = imported(path, inside_functions=not lazy)
         if path.name != "torch_models.py":  # PyTorch's side of a comparison
             assert not {name.split(".")[0] for name in names} & {"torch", "tensorflow"}, path
+
+
+def test_rooms_that_serve_any_family_name_none():
+    """A family is reached through `models.family`; benchmarks of EAGLE against itself aside."""
+    own = ("adaptive_prefill.py", "torch_comparison.py", "torch_models.py")
+    families = re.compile(r"meteor_jax\.models\.(eagle|encoders|decoders)\b")
+    rooms = ("experiment", "convert", "training", "inference", "evaluation", "perf")
+    named = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in FILES
+        if room_of(path) in rooms and path.name not in own
+        for name in imported(path)
+        if families.match(name)
+    ]
+    assert not named, "\n".join(named)
 
 
 def test_every_room_is_in_the_order():

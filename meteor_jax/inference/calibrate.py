@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ from meteor_jax.inference.engine.data_shards import DataShards
 from meteor_jax.inference.layout import inference_mesh
 from meteor_jax.inference.load import load_params
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
-from meteor_jax.models.eagle.model import Meteor
+from meteor_jax.models.family import build_model
 from meteor_jax.parallel.distributed import is_main_process
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
@@ -117,7 +118,7 @@ def calibration_batch(
 
 
 def calibrate_plans(
-    model: Meteor,
+    model: nn.Module,
     params: Any,
     *,
     plans: Iterable[PrunePlan],
@@ -185,7 +186,7 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
 
     Ranks that the run was trained with stay, unless --ranks asks to measure them anew.
     """
-    model, path = Meteor(experiment.model), workdir / CALIBRATION_FILE
+    model, path = build_model(experiment.model).module, workdir / CALIBRATION_FILE
     calibration = Calibration.load(path)
     names = split_plans(PLANS.value) if PLANS.value else list(experiment.plans)
     plans = resolve_plans(names, library=experiment.plans, calibration=calibration)

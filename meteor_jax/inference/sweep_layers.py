@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,7 @@ from meteor_jax.experiment.eval_config import prompt_template
 from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.inference.layout import inference_mesh
 from meteor_jax.inference.load import load_params
-from meteor_jax.models.eagle.model import Meteor
-from meteor_jax.models.family import count_cost
+from meteor_jax.models.family import build_model, count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.progress import track
 from meteor_jax.pruning.budgets import Fixed
@@ -95,7 +95,7 @@ class PruneLayer:
 
 
 def measure_prune_layers(
-    model: Meteor,
+    model: nn.Module,
     params: Any,
     *,
     plan: PrunePlan,
@@ -179,14 +179,14 @@ def kept_overlap(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> fl
 
 
 @jax.jit(static_argnames=("model", "plan"))
-def _encode(model: Meteor, params: Any, images: Array, *, plan: PrunePlan) -> Any:
+def _encode(model: nn.Module, params: Any, images: Array, *, plan: PrunePlan) -> Any:
     encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
     return jax.tree.map(lambda x: x[:, None], encoded.tokens)
 
 
 @jax.jit(static_argnames=("model", "plan"))
 def _answer(
-    model: Meteor, params: Any, visual: Any, batch: AskedBatch, *, plan: PrunePlan
+    model: nn.Module, params: Any, visual: Any, batch: AskedBatch, *, plan: PrunePlan
 ) -> tuple[Array, Any]:
     """The sum of each answer's losses, float32[B], and what the plan's steps did. The prompt alone
     chooses what stays; the answer comes after, as in generation."""
@@ -315,7 +315,7 @@ def main(argv: list[str]) -> int:
 def _measure_workdir(experiment: Experiment, *, workdir: Path) -> tuple[float, list[PruneLayer]]:
     plan = parse_plan(PLAN.value, library=experiment.plans)
     plan = plan.calibrated(Calibration.load(workdir / CALIBRATION_FILE))
-    model, mesh = Meteor(experiment.model), inference_mesh(experiment)
+    model, mesh = build_model(experiment.model).module, inference_mesh(experiment)
     with jax.set_mesh(mesh):
         params, _ = load_params(experiment, workdir, mesh=mesh)
         tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)

@@ -1,12 +1,17 @@
 """A family of one's own, all of it in this file: a classifier of pictures and questions.
 
-It is converted, sharded, counted and compiled by the code that does so for EAGLE.
+It trains, is killed and resumes, is converted, sharded, evaluated, counted and compiled by the code
+that does so for EAGLE. This file is also its config: `train.py --config=` this file.
 """
 
 import dataclasses
 import functools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -18,7 +23,7 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from meteor_jax import checkpoint
+from meteor_jax import Request, checkpoint, load_engine
 from meteor_jax.config import ConfigError, build
 from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
@@ -41,6 +46,7 @@ from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import make_state
 from meteor_jax.training.step import make_train_step
+from tests.training.tiny_run import read_steps
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("yes", "no")
@@ -196,6 +202,68 @@ def get_config() -> ConfigDict:
         "num_visualizations": 0,
     }
     return complete(config)
+
+
+if os.environ.get("KILL_AFTER"):  # as a power cut would end the run, once that step is saved
+    save = checkpoint.save
+
+    def save_and_die(checkpoints, *args, step, **options):
+        save(checkpoints, *args, step=step, **options)
+        checkpoints.wait_until_finished()
+        if step == int(os.environ["KILL_AFTER"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save = save_and_die
+
+
+def train(workdir, **environment):
+    command = [sys.executable, "train.py", f"--config={__file__}", f"--workdir={workdir}"]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that was killed after its first step, and went on."""
+    workdir = tmp_path_factory.mktemp("toy") / "run"
+    killed = train(workdir, KILL_AFTER="1")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    again = train(workdir)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "resumed at step 1 of 2" in again.stderr + again.stdout
+    return workdir
+
+
+def test_it_resumes_where_it_was_killed(run, tmp_path):
+    whole = train(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert read_steps(run) == read_steps(tmp_path / "whole")
+    assert [row["step"] for row in read_steps(run)] == [0, 1]
+
+
+def test_its_evaluation_names_classes(run):
+    rows = json.loads((run / "eval.json").read_text())["rows"]
+    assert {row["plan"] for row in rows} == {"full", "blind", "majority"}
+    (file,) = (run / "predictions").glob("step_2/full.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 6 and {line["prediction"] for line in lines} <= set(CLASSES)
+
+
+def test_the_engine_gives_probabilities(run):
+    engine = load_engine(run)
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    questions = [Request(f"is there a {shape}?", images=[image]) for shape in ("circle", "box")]
+    found = sorted(engine.predict(questions), key=lambda prediction: prediction.index)
+    for prediction in found:
+        assert sum(prediction.scores) == pytest.approx(1, abs=1e-6)
+        assert prediction.text == CLASSES[int(np.argmax(prediction.scores))]
+    assert found[0].scores != found[1].scores
 
 
 def test_it_is_converted_and_back(tmp_path):
