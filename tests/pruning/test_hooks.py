@@ -13,6 +13,7 @@ from meteor_jax.experiment.config import StageConfig
 from meteor_jax.models.family import build_model
 from meteor_jax.pruning.budgets import Fixed
 from meteor_jax.pruning.method import Method
+from meteor_jax.pruning.methods.random import Random
 from meteor_jax.pruning.plan import PrunePlan, Step
 from meteor_jax.pruning.points import FUSION
 from meteor_jax.training.optimizer import make_optimizer
@@ -142,3 +143,29 @@ def test_a_method_adds_a_term_to_the_training_loss():
     plain, added = loss(0.0, 1), loss(0.5, 1)
     assert added > plain + 0.1
     assert loss(0.5, 2) == pytest.approx(added, rel=1e-5)  # a mean, however it is accumulated
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRandom(Random):
+    in_training = True
+
+
+def test_a_method_of_the_decoder_may_act_in_training():
+    plan = PrunePlan(
+        steps=(
+            Step("decoder.layer1", TrainedRandom(), Fixed(20)),
+            Step("decoder.layer2", Random(), Fixed(9)),
+        )
+    )
+    assert plan.for_training() == PrunePlan(steps=plan.steps[:1])
+    batch = tiny.make_batch()
+
+    def loss(params):
+        out = tiny.forward.__wrapped__(params, batch, plan=plan.for_training())
+        return (out.logits**2).mean(), out.trace
+
+    gradients, trace = jax.jit(jax.grad(loss, has_aux=True))(tiny.params())
+    np.testing.assert_array_equal(trace.prune_steps[0].num_kept, [20, 20, 0])
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+    assert np.abs(gradients["clip"]["patch_embedding"]["kernel"]).max() > 0
