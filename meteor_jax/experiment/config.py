@@ -174,7 +174,7 @@ def load_experiment(config: Any) -> Experiment:
     values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     if isinstance(values.get("plans"), dict):
         values["plans"] = {
-            name: plan.to_json() if isinstance(plan, PrunePlan) else plan
+            name: plan.to_json(indent=None) if isinstance(plan, PrunePlan) else plan
             for name, plan in values["plans"].items()
         }
     return build(Experiment, values)

@@ -242,7 +242,7 @@ class PrunePlan:
         bare = dataclasses.replace(self.map_steps(unmeasured), name="")
         return hashlib.sha256(bare.to_json().encode()).hexdigest()[:16]
 
-    def to_json(self) -> str:
+    def to_json(self, *, indent: int | None = 2) -> str:
         """Every method and budget as its registered name and its fields."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["steps"] = [
@@ -255,7 +255,7 @@ class PrunePlan:
             }
             for step in self.steps
         ]
-        return json.dumps(values, indent=2)
+        return json.dumps(values, indent=indent)
 
     @staticmethod
     def from_json(text: str, *, where: str = "plan") -> PrunePlan:
