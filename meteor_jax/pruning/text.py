@@ -74,11 +74,10 @@ def parse_plan(text: str, *, library: Mapping[str, str | PrunePlan] | None = Non
             f"({', '.join(f'{key}=…' for key in required)})."
         )
     try:
-        return override(_call(known[name], direct), **fields)
-    except ConfigError as error:
-        raise ConfigError(f"plan '{text}': {error}") from error
+        plan = _call(known[name], direct)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"plan '{text}': {error}") from error
+    return override(plan, **fields)
 
 
 def parse_method(text: str) -> Method:
