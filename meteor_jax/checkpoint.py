@@ -24,7 +24,7 @@ from flax import serialization
 
 from meteor_jax.config import ConfigError
 
-# What lies in a workdir.
+# Files and folders of a workdir.
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
 CALIBRATION_FILE = "calibration.json"
@@ -122,7 +122,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any) -> Any:
 
 
 def find_step(workdir: Path, *, step: int | None = None) -> int:
-    """The step of the newest checkpoint in a workdir, or `step` if there is one of it.
+    """The step of the newest checkpoint in a workdir, or `step` if there is a checkpoint of it.
 
     Raises:
         CheckpointError: no workdir, no checkpoint, or none of that step.
@@ -154,7 +154,7 @@ def restore_params(
         step: of the checkpoint; None takes the newest.
         check: called with the checkpoint's config, the workdir and None; may refuse.
         unpadded: by path, shapes that arrays may have in the checkpoint instead; zeros are added,
-            for which `like` must say where they lie.
+            for which `like` needs shardings.
 
     Raises:
         CheckpointError: no workdir, no such checkpoint, or one of another model.

@@ -177,7 +177,7 @@ class _Checkpoint:
         return _read(self.folder.parent / "unused", self.unused, [name])
 
     def torch_config(self) -> dict[str, Any]:
-        """config.json as it came with the whole model, or written anew."""
+        """config.json as it came with the whole model, or a new one."""
         return self.conversion.config_json(
             self.config, part=self.source.get("part", ""), source=self.source.get("config", {})
         )

@@ -38,7 +38,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies and what it is; `order` is its place among all tensors."""
+    """A tensor's file, shape and dtype; `order` is its place among all tensors."""
 
     path: Path
     shape: tuple[int, ...]

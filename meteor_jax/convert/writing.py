@@ -28,7 +28,7 @@ IN_FLIGHT_BYTES = 256 << 20  # pieces that wait to be written
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of an array: `read` makes it when its turn comes, and turns come by `order`.
+    """A part of an array: `read` makes it; pieces are read by `order`.
 
     Attributes:
         row: where it goes along the first axis; None for the whole array.
@@ -56,15 +56,15 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
         self._on_piece = on_piece
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-        turns = []
+        ordered = []
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             store = await _create(info.path, value)
-            turns += [(piece.order, piece, store) for piece in value.pieces]
+            ordered += [(piece.order, piece, store) for piece in value.pieces]
         waiting: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
         in_flight = 0
         try:
-            for _, piece, store in sorted(turns, key=lambda turn: turn[0]):
+            for _, piece, store in sorted(ordered, key=lambda item: item[0]):
                 array = piece.read()
                 target = store if piece.row is None else store[piece.row]
                 waiting.append((target.write(array), array.nbytes))

@@ -25,7 +25,7 @@ class StageConfig:
             "classification" (a question and which of `data.classes` answers it).
         template: how a conversation becomes text; see `data.templates`.
         text_length: text places of a row; 0 takes `data.text_length`.
-        plans: names of plans, taken in turn step by step by the same parameters.
+        plans: names of plans; the steps alternate between them, on the same parameters.
         steps: optimizer steps; 0 leaves the stage out.
         batch_size: rows of one step, over all devices.
         grad_accum_steps: parts of a batch, whose gradients are summed one after the other, to save
@@ -133,7 +133,7 @@ class Stage:
     stop: int
 
     def plan_name(self, step: int) -> str:
-        """The plan whose turn it is at a global step."""
+        """The plan of a global step."""
         return self.config.plans[(step - self.start) % len(self.config.plans)]
 
 

@@ -126,7 +126,7 @@ def wait_for_processes(name: str) -> None:
 
 
 def allgather_to_host(tree: Any) -> Any:
-    """`jax.device_get` of arrays that may lie with several processes, who all call this."""
+    """`jax.device_get` of arrays that several processes may hold; all of them call this."""
 
     def whole(array: Any) -> Any:
         if isinstance(array, jax.Array) and not (

@@ -55,7 +55,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
 
 def regroup(mesh: Mesh, config: MeshConfig) -> Mesh:
     """Another mesh of the same devices in the same order, so that one program can take arrays that
-    lie on `mesh` and give arrays that lie on this one.
+    are on `mesh` and give arrays that are on this one.
 
     Raises:
         ConfigError: if the axes do not multiply to the number of devices.
@@ -97,7 +97,7 @@ def _mesh_sizes(config: MeshConfig, devices: Sequence[Any]) -> list[int]:
 
 
 def num_slices(devices: Iterable[Any]) -> int:
-    """How many slices the devices lie in; those of a lone slice have no number."""
+    """How many slices the devices are in; those of a lone slice have no number."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -105,7 +105,7 @@ def parse_mesh(text: str, *, where: str = "mesh") -> MeshConfig:
     """Reads "data=1,fsdp=64" as a `MeshConfig`; axes that are not named are 1.
 
     Raises:
-        ConfigError: for an unknown axis or a size that is no number.
+        ConfigError: for an unknown axis or a size that is not a number.
     """
     sizes: dict[str, Any] = {"data": 1}
     for part in text.split(","):

@@ -38,7 +38,7 @@ ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result: its bytes, and whether it lies in HBM."""
+    """One array of an instruction's result: its bytes, and whether it is in HBM."""
 
     num_bytes: float
     in_hbm: bool
@@ -148,7 +148,7 @@ def _parse_line(line: str) -> Instruction | None:
     end = _closing(line, opcode.end() - 1)
     inside, attributes = line[opcode.end() : end - 1], line[end:]
     is_literal = opcode[1] in ("parameter", "constant")
-    if opcode[1] != "while":  # whose turns may stand in its backend_config
+    if opcode[1] != "while":  # whose trip count may be in its backend_config
         attributes = re.split(r", (?:metadata|backend_config)=", attributes, maxsplit=1)[0]
     return Instruction(
         name=head[2],

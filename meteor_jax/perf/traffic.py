@@ -1,6 +1,6 @@
 """What a device moves in one run of a compiled program: to and from memory, and to others.
 
-XLA's own cost analysis counts the body of a loop once; here every loop counts its turns.
+XLA's own cost analysis counts the body of a loop once; here it counts once per trip.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of collective, summed over the turns of all loops; bytes are a device's.
+    """One kind of collective, summed over the trips of all loops; bytes are a device's.
 
     Attributes:
         count: how often one is started.
@@ -56,8 +56,8 @@ class Collective:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Collective(*(a + b for a, b in pairs))
 
-    def times(self, turns: float) -> Collective:
-        return Collective(*(turns * value for value in dataclasses.astuple(self)))
+    def times(self, trips: float) -> Collective:
+        return Collective(*(trips * value for value in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Traffic:
         hbm_bytes: read and written by fusions and the like, loops unrolled; of a conditional's
             branches the one that moves most. Arrays that XLA placed on the chip are free.
         collectives: by kind, those of `COLLECTIVES` that occur.
-        unknown_loops: loops whose turns cannot be read off, counted as one turn.
+        unknown_loops: loops whose trip count cannot be read off, counted as one trip.
     """
 
     hbm_bytes: float = 0.0
@@ -87,9 +87,9 @@ class Traffic:
             self.unknown_loops + other.unknown_loops,
         )
 
-    def times(self, turns: float) -> Traffic:
-        collectives = {kind: moved.times(turns) for kind, moved in self.collectives.items()}
-        return Traffic(turns * self.hbm_bytes, collectives, self.unknown_loops)
+    def times(self, trips: float) -> Traffic:
+        collectives = {kind: moved.times(trips) for kind, moved in self.collectives.items()}
+        return Traffic(trips * self.hbm_bytes, collectives, self.unknown_loops)
 
     @property
     def link_bytes(self) -> float:
@@ -136,8 +136,8 @@ class _Reader:
         if opcode in FREE or opcode.endswith("-done"):
             return Traffic()
         if opcode == "while":
-            body, turns = self.traffic(it.called("body")[0]), trip_counts(it, where, self._module)
-            return body + Traffic(unknown_loops=1) if turns is None else body.times(turns)
+            body, trips = self.traffic(it.called("body")[0]), trip_counts(it, where, self._module)
+            return body + Traffic(unknown_loops=1) if trips is None else body.times(trips)
         if opcode == "conditional":
             names = it.called("branch_computations")
             names += it.called("true_computation") + it.called("false_computation")

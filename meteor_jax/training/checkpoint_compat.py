@@ -142,7 +142,7 @@ def _differences(
 
 
 def _unmoved(value: Any) -> Any:
-    """Paths by their last part, for folders may lie elsewhere by now."""
+    """Paths by their last part, because folders may have been moved."""
     if isinstance(value, tuple):
         return tuple(map(_unmoved, value))
     return Path(value).name if isinstance(value, str) and "/" in value else value

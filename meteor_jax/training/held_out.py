@@ -40,7 +40,7 @@ class HeldOutLoss:
         }
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """The losses with `params`, which lie on the mesh."""
+        """The losses with `params`, which are on the mesh."""
         losses = {}
         for name, add in self._add.items():
             total = (np.zeros((), np.float32),) * 2

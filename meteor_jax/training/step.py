@@ -42,8 +42,8 @@ def make_train_step(
     Args:
         optimizer: `make_optimizer(stage)`.
         stage_start: the global step at which the stage begins.
-        state_shardings: where the new state lies; must be where the old one lay, or the second
-            step compiles again.
+        state_shardings: of the new state; must be those of the old one, or the second step
+            compiles again.
     """
     plan = plan.for_training()
     schedule = make_schedule(stage)

@@ -33,7 +33,7 @@ STEPS_AHEAD = 2  # steps that may wait on the device: enough to keep it busy, fe
 
 
 class TrainingFailed(RuntimeError):
-    """The loss is no number any more, or nothing is left to learn from. The message is one line."""
+    """The loss is NaN or infinite, or every example was skipped. The message is one line."""
 
 
 @dataclasses.dataclass
