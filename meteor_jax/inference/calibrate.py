@@ -42,6 +42,7 @@ from meteor_jax.inference.load import load_params
 from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
 from meteor_jax.models.family import build_model
 from meteor_jax.parallel.distributed import is_main_process
+from meteor_jax.pruning.budgets import Adaptive
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.pruning.points import NUM_SEGMENTS
@@ -146,7 +147,7 @@ def calibrate_plans(
                 plan=plan.calibrated(calibration),
                 num_shards=num_shards,
             )
-            calibration = calibration.with_plan(plan, budget.budgets)
+            calibration = calibration.with_plan(plan.with_decoder_budgets(budget.budgets))
             note = evenness_note(
                 model.config,
                 plan.calibrated(calibration),
@@ -211,11 +212,12 @@ def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
     console, shapes = Console(), feature_shapes(model, params)
     console.print(rank_table(calibration, shapes=shapes))
     table = Table("plan", "λ of each step", "totals of 32 rows, a row", title=str(path))
-    for name, measured in calibration.plans.items():
-        edges = (dict(of_step).get(32, ()) for of_step in measured.edges)
+    for plan in filter(None, map(calibration.measured, calibration.plans)):
+        budgets = [s.budget for s in plan.decoder_steps if isinstance(s.budget, Adaptive)]
+        edges = (dict(budget.edges).get(32, ()) for budget in budgets)
         table.add_row(
-            name,
-            ", ".join(f"{value:.2f}" for value in measured.lambdas),
+            plan.name,
+            ", ".join(f"{budget.lambda_:.2f}" for budget in budgets),
             ", ".join("/".join(f"{edge:.1f}" for edge in of_step) for of_step in edges),
         )
     if calibration.plans:

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from meteor_jax.config import ConfigError, build
-from meteor_jax.pruning.budgets import Adaptive, Budget, Edges, Shared
+from meteor_jax.pruning.budgets import Shared
 from meteor_jax.pruning.plan import PrunePlan, Step
-
-
-@dataclasses.dataclass(frozen=True)
-class MeasuredPlan:
-    """What was measured for the decoder's steps of one plan.
-
-    Attributes:
-        fingerprint: that of the plan as it was measured: an edited one needs its own.
-        lambdas: λ of each step. edges: `Adaptive.edges` of each step.
-    """
-
-    fingerprint: str
-    lambdas: tuple[float, ...]
-    edges: tuple[Edges, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,24 +19,23 @@ class Calibration:
     Attributes:
         ranks: by kind of rank ("energy 0.99", "effective", "tolerance"; see `ranks.RankKind`) and
             encoder, the rank of its features after each segment.
-        plans: by name, what was measured for a plan.
+        plans: by name, each plan with the λ and edges of its decoder's steps, as `to_json` has it.
     """
 
     ranks: dict[str, dict[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
-    plans: dict[str, MeasuredPlan] = dataclasses.field(default_factory=dict)
+    plans: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def measured(self, name: str) -> PrunePlan | None:
+        """The plan of that name as it was measured."""
+        if name not in self.plans:
+            return None
+        return PrunePlan.from_json(json.dumps(self.plans[name]), where=f"measured plan '{name}'")
 
     def apply(self, plan: PrunePlan) -> PrunePlan:
-        """`plan` with the ranks and λ that were measured."""
-        measured = self.plans.get(plan.name)
+        """`plan` with the ranks and λ that were measured. An edited plan needs its own λ."""
+        measured = self.measured(plan.name)
         if measured is not None and measured.fingerprint == plan.fingerprint:
-            lambdas = iter(measured.lambdas)
-            edges = iter(measured.edges or [()] * len(measured.lambdas))
-            plan = plan.with_decoder_budgets(
-                [
-                    _with_lambda(step.budget, next(lambdas), next(edges))
-                    for step in plan.decoder_steps
-                ]
-            )
+            plan = plan.with_decoder_budgets([step.budget for step in measured.decoder_steps])
         return plan.map_steps(self._with_ranks, stage="encode")
 
     def _with_ranks(self, step: Step) -> Step:
@@ -64,15 +49,9 @@ class Calibration:
             step, budget=dataclasses.replace(budget, ranks=tuple(ranks.items()))
         )
 
-    def with_plan(self, plan: PrunePlan, budgets: Sequence[Budget]) -> Calibration:
-        """This calibration and what was measured for the decoder's steps of `plan`."""
-        adaptive = [b if isinstance(b, Adaptive) else Adaptive(b.keep) for b in budgets]
-        measured = MeasuredPlan(
-            fingerprint=plan.fingerprint,
-            lambdas=tuple(1.0 if b.lambda_ is None else b.lambda_ for b in adaptive),
-            edges=tuple(b.edges for b in adaptive),
-        )
-        return dataclasses.replace(self, plans=self.plans | {plan.name: measured})
+    def with_plan(self, plan: PrunePlan) -> Calibration:
+        """This calibration and a plan with what was measured for it."""
+        return dataclasses.replace(self, plans=self.plans | {plan.name: json.loads(plan.to_json())})
 
     def save(self, path: Path) -> None:
         """Writes JSON, atomically."""
@@ -96,9 +75,3 @@ class Calibration:
                 f"{path}: not valid JSON ({error}); run `meteor calibrate`."
             ) from error
         return build(Calibration, values, where=str(path))
-
-
-def _with_lambda(budget: Budget, lambda_: float, edges: Edges) -> Budget:
-    if not isinstance(budget, Adaptive):
-        return budget
-    return dataclasses.replace(budget, lambda_=lambda_, edges=edges)

@@ -6,7 +6,7 @@ import pytest
 
 from meteor_jax.config import ConfigError
 from meteor_jax.pruning.budgets import Adaptive, Fixed, steps_that_drop
-from meteor_jax.pruning.calibration import Calibration, MeasuredPlan
+from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.methods.mean_token import MeanToken
 from meteor_jax.pruning.methods.text_attention import TextAttention
 from meteor_jax.pruning.plan import PrunePlan, Step
@@ -162,8 +162,8 @@ def test_a_calibration_survives_its_file(tmp_path):
             Calibration.load(path)
     plan = parse_plan("meteor(decode.lambda_=(None, None), name=meteor)", library=LIBRARY)
     edges = ((1, (11.5, 20.0)), (8, (10.5,)))
-    measured = MeasuredPlan(plan.fingerprint, lambdas=(1.5, 2.0), edges=(edges, edges))
-    calibration = dataclasses.replace(tiny.RANKS, plans={"meteor": measured})
+    budgets = [Adaptive(keep, lambda_=value, edges=edges) for keep, value in ((14, 1.5), (6, 2.0))]
+    calibration = tiny.RANKS.with_plan(plan.with_decoder_budgets(budgets))
     calibration.save(path)
     assert Calibration.load(path) == calibration
     plan = plan.calibrated(calibration)
@@ -179,7 +179,7 @@ def test_an_edited_plan_does_not_take_the_lambda_of_what_it_was():
     budgets = [
         dataclasses.replace(s.budget, lambda_=2.0 + i) for i, s in enumerate(plan.decoder_steps)
     ]
-    calibration = tiny.RANKS.with_plan(plan, budgets)
+    calibration = tiny.RANKS.with_plan(plan.with_decoder_budgets(budgets))
 
     def lambdas(plan):
         return [step.budget.lambda_ for step in plan.decoder_steps]
