@@ -153,7 +153,7 @@ def quick_compilation():
 def experiment(data_dir="absent"):
     values = random_model.config(data_dir)
     for name in ("clip", "pix2struct"):
-        values["model"][name]["depth"] = 2
+        values["model"]["encoders"][name]["depth"] = 2
     values["model"]["learned_methods"] = ("gate(hidden=3)",)
     values["train"]["finetune"] |= {"batch_size": ROWS, "learning_rate": 1e-2}
     values["plans"] = {}
