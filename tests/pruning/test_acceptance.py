@@ -142,7 +142,7 @@ def gate(*, keep: int) -> PrunePlan:
 TEXTS = {"norm": "norm(keep=7)", "pairs": "pairs(keep=11)", "gate": "gate(keep=7)"}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -208,6 +208,22 @@ def calibrated(text):
     return plan.calibrated(calibration), calibration
 
 
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, quick_compilation):
+    """By plan, its row of one evaluation, which finds the plans' λ in the workdir."""
+    workdir = tmp_path_factory.mktemp("run")
+    plans = {name: calibrated(text)[1].plans[name] for name, text in TEXTS.items()}
+    Calibration(plans=plans).save(workdir / "calibration.json")
+    rows = evaluate_checkpoint(
+        experiment(workdir / "data"),
+        params(),
+        workdir=workdir,
+        plans=tuple(TEXTS.values()),
+        display="quiet",
+    )
+    return {row.plan: row for row in rows}
+
+
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 class TestEverywhere:
     def test_it_survives_text_and_json_and_is_hashable(self, text):
@@ -243,13 +259,9 @@ class TestEverywhere:
         (step,) = plan.decoder_steps
         assert step.budget.lambda_ > 0 and set(calibration.plans) == {plan.name}
 
-    def test_it_is_evaluated(self, text, tmp_path, data_dir):
-        plan, calibration = calibrated(text)
-        calibration.save(tmp_path / "calibration.json")
-        rows = evaluate_checkpoint(
-            experiment(data_dir), params(), workdir=tmp_path, plans=(text,), display="quiet"
-        )
-        (row,) = [row for row in rows if row.plan == plan.name]
+    def test_it_is_evaluated(self, text, evaluated):
+        plan, _ = calibrated(text)
+        row = evaluated[plan.name]
         entering = 7 if plan.fusion_steps else 25
         assert row.visual_tokens_fused == entering and 2 <= row.visual_tokens_kept < entering
 
