@@ -5,50 +5,71 @@ A command's module is imported when it is asked for, so that `meteor --help` is 
 
 from __future__ import annotations
 
-import runpy
+import faulthandler
+import importlib
 import sys
+from collections.abc import Sequence
+
+from absl import logging
 
 from meteor_jax import __version__
 from meteor_jax.config import suggest
 
-COMMANDS = {
-    "convert": ("meteor_jax.cli.convert", "PyTorch checkpoints into workdirs, and back"),
-    "prepare": ("meteor_jax.data.sources.llava", "conversations in LLaVA's JSON into a data set"),
-    "pretrain-encoders": ("meteor_jax.training.pretrain_encoders", "train encoders on shapes"),
-    "calibrate": ("meteor_jax.inference.calibrate", "measure what rank-guided plans need"),
-    "sweep-layers": ("meteor_jax.inference.sweep_layers", "where in the LLM can a plan prune?"),
-    "report": ("meteor_jax.reports.html", "one HTML page of one run or of several"),
-    "flops": ("meteor_jax.models.eagle.cost", "operations of a model under plans"),
-    "bench": ("meteor_jax.perf.bench.measure", "time plans against each other"),
-    "bench-adaptive-prefill": (
-        "meteor_jax.perf.bench.adaptive_prefill",
-        "time what an adaptive budget costs",
-    ),
-    "bench-torch": ("meteor_jax.perf.bench.torch_comparison", "time transformers beside it"),
-    "aot": ("meteor_jax.perf.aot", "compile for a TPU topology: does it fit, how fast is it?"),
+GROUPS = {
+    "train and evaluate": {
+        "train": "train a model through its stages, and evaluate it",
+        "evaluate": "score a checkpoint under plans",
+        "report": "one HTML page about one run or several",
+        "pretrain-encoders": "train small encoders on pictures of shapes and text",
+    },
+    "weights and data": {
+        "convert": "PyTorch checkpoints into workdirs, and back",
+        "prepare": "conversations in LLaVA's JSON into a data set",
+    },
+    "pruning plans": {
+        "calibrate": "measure feature ranks and λ, which some plans need",
+        "sweep-layers": "before which decoder layers may a plan prune?",
+        "flops": "operations of a model under plans",
+    },
+    "speed and memory": {
+        "bench": "time plans against each other",
+        "bench-adaptive-prefill": "time what an adaptive budget costs",
+        "bench-torch": "time the same model in PyTorch beside it",
+        "aot": "compile for a TPU topology: does it fit, and how fast could it be?",
+    },
 }
+COMMANDS = [name for group in GROUPS.values() for name in group]
 
 
-def main() -> int | None:
+def main(arguments: Sequence[str] | None = None, *, program: str = "meteor") -> int:
     """Runs the command that the command line names; returns the exit code."""
-    arguments = sys.argv[1:]
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        width = max(map(len, COMMANDS))
-        print("usage: meteor COMMAND [--flags]; meteor COMMAND --help lists its flags.\n")
-        for name, (_, summary) in COMMANDS.items():
-            print(f"  {name:{width}}  {summary}")
+        print(overview())
         return 0
-    if arguments[0] == "--version":
+    name, *rest = arguments
+    if name == "--version":
         print(__version__)
         return 0
-    if arguments[0] not in COMMANDS:
-        print(
-            f"error: no command '{arguments[0]}'{suggest(arguments[0], COMMANDS)}", file=sys.stderr
-        )
+    if name not in COMMANDS:
+        print(f"error: no command '{name}'.{suggest(name, COMMANDS)}", file=sys.stderr)
         return 2
-    sys.argv = [f"meteor {arguments[0]}", *arguments[1:]]
-    runpy.run_module(COMMANDS[arguments[0]][0], run_name="__main__")
-    return None
+    from meteor_jax.cli.run import run
+
+    faulthandler.enable(sys.__stderr__)
+    logging.use_absl_handler()
+    command = importlib.import_module(f"meteor_jax.cli.{name.replace('-', '_')}")
+    return run(command, rest, name=f"{program} {name}")
+
+
+def overview() -> str:
+    """All commands, with a line for each."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: meteor COMMAND --FLAG=VALUE …", "", "meteor COMMAND --help lists its flags."]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:{width}}  {summary}" for name, summary in commands.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Measures what plans need offline, feature ranks and λ, and writes calibration.json.
+"""Measures what plans need offline: feature ranks, and λ of adaptive plans.
 
-    meteor calibrate --config=configs/tiny.py --workdir=runs/tiny
-
-Training does the same: ranks before the stage that asks for them, λ before each evaluation.
+`meteor calibrate` writes both into a run's calibration.json; training does the same, ranks before
+the stage that asks for them, λ before each evaluation.
 
 I images, N tokens, E encoder width, B prompts, K kept tokens.
 """
@@ -12,41 +11,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
-import jax
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
-from rich.console import Console
-from rich.table import Table
+from absl import logging
 
-from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
 from meteor_jax.data.sources.registry import decode_image
-from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
-from meteor_jax.experiment.config import Experiment, load_experiment
+from meteor_jax.data.tokenizers import Tokenizer
+from meteor_jax.experiment.config import Experiment
 from meteor_jax.experiment.eval_config import prompt_template
-from meteor_jax.experiment.flags import parse_flags
-from meteor_jax.experiment.plans import resolve_plans
 from meteor_jax.inference.budgets import Questions, calibrate_budget, evenness_note
 from meteor_jax.inference.engine.data_shards import DataShards
-from meteor_jax.inference.layout import inference_mesh
-from meteor_jax.inference.load import load_params
-from meteor_jax.inference.ranks import calibrate_ranks, feature_shapes, full_rank_warnings
-from meteor_jax.models.family import build_model
+from meteor_jax.inference.ranks import calibrate_ranks
 from meteor_jax.parallel.distributed import is_main_process
-from meteor_jax.pruning.budgets import Adaptive
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.pruning.points import NUM_SEGMENTS
-from meteor_jax.pruning.text import split_plans
 from meteor_jax.types import Array
 
 NUM_IMAGES = 64
@@ -168,84 +152,3 @@ def needs_measuring(plans: Iterable[PrunePlan], calibration: Calibration) -> boo
 
 def _lacks_ranks(plan: PrunePlan, calibration: Calibration) -> bool:
     return any(str(kind) not in calibration.ranks for kind in plan.missing_ranks)
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 2, after one line, for what the user can put right."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
-        calibrate_workdir(load_experiment(CONFIG.value), workdir=Path(WORKDIR.value))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def calibrate_workdir(experiment: Experiment, *, workdir: Path) -> None:
-    """Measures with the newest checkpoint of `workdir`, and writes its calibration.json.
-
-    Ranks that the run was trained with stay, unless --ranks asks to measure them anew.
-    """
-    model, path = build_model(experiment.model).module, workdir / CALIBRATION_FILE
-    calibration = Calibration.load(path)
-    names = split_plans(PLANS.value) if PLANS.value else list(experiment.plans)
-    plans = resolve_plans(names, library=experiment.plans, calibration=calibration)
-    mesh = inference_mesh(experiment)
-    with jax.set_mesh(mesh):
-        params, _ = load_params(experiment, workdir, mesh=mesh)
-        records = pipeline.open_sources(experiment.data)
-        tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
-        batch = calibration_batch(experiment, tokenizer=tokenizer, records=records)
-        if RANKS.value or not calibration.ranks:
-            ranks = calibrate_ranks(model, params, batch.images, plans=plans)
-            calibration = dataclasses.replace(calibration, ranks=ranks)
-        calibration = calibrate_plans(
-            model,
-            params,
-            plans=plans,
-            batch=batch,
-            calibration=calibration,
-            batch_size=experiment.eval.batch_size,
-        )
-    calibration.save(path)
-    console, shapes = Console(), feature_shapes(model, params)
-    console.print(rank_table(calibration, shapes=shapes))
-    table = Table("plan", "λ of each step", "totals of 32 rows, a row", title=str(path))
-    for plan in filter(None, map(calibration.measured, calibration.plans)):
-        budgets = [s.budget for s in plan.decoder_steps if isinstance(s.budget, Adaptive)]
-        edges = (dict(budget.edges).get(32, ()) for budget in budgets)
-        table.add_row(
-            plan.name,
-            ", ".join(f"{budget.lambda_:.2f}" for budget in budgets),
-            ", ".join("/".join(f"{edge:.1f}" for edge in of_step) for of_step in edges),
-        )
-    if calibration.plans:
-        console.print(table)
-    for line in full_rank_warnings(plans, calibration=calibration, shapes=shapes):
-        console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
-
-
-def rank_table(calibration: Calibration, *, shapes: Mapping[str, tuple[int, int]]) -> Table:
-    """Ranks by kind, encoder and boundary, beside the (tokens, width) that they are at most."""
-    segments = [f"segment {boundary + 1}" for boundary in range(NUM_SEGMENTS)]
-    table = Table(title="feature ranks, mean over images")
-    for column in ("rank", "encoder"):
-        table.add_column(column, no_wrap=True)
-    for column in ("tokens", "width", *segments):
-        table.add_column(column, justify="right")
-    for kind, ranks in calibration.ranks.items():
-        for name, values in ranks.items():
-            shape = map(str, shapes.get(name, ("", "")))
-            table.add_row(kind, name, *shape, *(f"{value:.1f}" for value in values))
-        table.add_section()
-    return table
-
-
-if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-    PLANS = flags.DEFINE_string("plans", None, "Plans to measure λ for (default: config.plans).")
-    RANKS = flags.DEFINE_bool("ranks", False, "Measure the ranks anew.")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)

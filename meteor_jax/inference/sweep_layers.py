@@ -1,8 +1,5 @@
 """Where a plan may prune in the decoder: what a step before each layer does to the answers.
 
-    meteor sweep-layers --config=configs/small.py --workdir=runs/small \\
-        --plan=meteor
-
 Before each layer, alone, a step keeps half of the visual tokens: those that the text's attention
 chooses, or as many drawn by chance, three times. Measured is the loss of the right answers, on
 questions of the training split, so that no test question has a say in where a plan prunes.
@@ -14,9 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,32 +19,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
-from rich.console import Console
-from rich.table import Table
+from absl import logging
 
-from meteor_jax.checkpoint import CALIBRATION_FILE, TOKENIZER_FOLDER
 from meteor_jax.data import pipeline
 from meteor_jax.data.config import DataConfig
 from meteor_jax.data.sources.registry import CorruptImage, decode_image
 from meteor_jax.data.templates import Conversation, get_template, render, with_images
-from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
-from meteor_jax.experiment.config import Experiment, load_experiment
+from meteor_jax.data.tokenizers import Tokenizer
+from meteor_jax.experiment.config import Experiment
 from meteor_jax.experiment.eval_config import prompt_template
-from meteor_jax.experiment.flags import parse_flags
-from meteor_jax.inference.layout import inference_mesh
-from meteor_jax.inference.load import load_params
-from meteor_jax.models.family import build_model, count_cost
+from meteor_jax.models.family import count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.progress import track
 from meteor_jax.pruning.budgets import Fixed
-from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.methods.random import Random
 from meteor_jax.pruning.methods.text_attention import TextAttention
 from meteor_jax.pruning.plan import PrunePlan, Step
 from meteor_jax.pruning.points import before_layer
-from meteor_jax.pruning.text import parse_plan
 from meteor_jax.types import IGNORE_LABEL, Array, PruneStepTrace
 
 QUESTIONS_PER_IMAGE = 2
@@ -273,63 +259,3 @@ def _decode(asked: pipeline.Asked, config: DataConfig) -> np.ndarray | None:
     except CorruptImage as error:
         logging.warning("left out: %s", error)
         return None
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 2, after one line, for what the user can put right."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
-        if not 0 < SHARE.value < 1:
-            raise ValueError(f"--share: expected a share between 0 and 1, got {SHARE.value}.")
-        unpruned, found = _measure_workdir(
-            load_experiment(CONFIG.value), workdir=Path(WORKDIR.value)
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    table = Table(
-        "pruned before",
-        "by attention",
-        "by chance",
-        "kept alike",
-        "VAV",
-        title=f"plan '{PLAN.value}': the answers' loss, nats a token",
-        caption=f"{unpruned:.3f} unpruned; {SHARE.value:.0%} of the tokens kept; kept alike: "
-        "by attention, whichever of two questions is asked; VAV: mean, 5 % and 95 %",
-    )
-    for row in found:
-        mean, low, high = row.value
-        chance = row.losses_by_chance
-        table.add_row(
-            f"layer {row.layer}",
-            f"{row.loss:.3f}",
-            f"{np.mean(chance):.3f} ({min(chance):.3f}–{max(chance):.3f})",
-            f"{row.same:.0%}",
-            f"{mean:.2f} ({low:.2f}–{high:.2f})",
-        )
-    Console().print(table)
-    return 0
-
-
-def _measure_workdir(experiment: Experiment, *, workdir: Path) -> tuple[float, list[PruneLayer]]:
-    plan = parse_plan(PLAN.value, library=experiment.plans)
-    plan = plan.calibrated(Calibration.load(workdir / CALIBRATION_FILE))
-    model, mesh = build_model(experiment.model).module, inference_mesh(experiment)
-    with jax.set_mesh(mesh):
-        params, _ = load_params(experiment, workdir, mesh=mesh)
-        tokenizer = load_tokenizer(experiment.data.tokenizer, folder=workdir / TOKENIZER_FOLDER)
-        batches = asked_batches(experiment, tokenizer=tokenizer, num_images=NUM_IMAGES.value)
-        return measure_prune_layers(model, params, plan=plan, batches=batches, share=SHARE.value)
-
-
-if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-    PLAN = flags.DEFINE_string(
-        "plan", "meteor", "Whose steps before the decoder, and way to score."
-    )
-    SHARE = flags.DEFINE_float("share", 0.5, "Of the visual tokens, what the step keeps.")
-    NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images of a source.", lower_bound=1)
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -31,33 +30,6 @@ START_SECONDS = 300
 WAIT_SECONDS = 12 * 60 * 60  # while process 0 may build data sets
 EXIT_PEER_LOST = 3  # exit code of a process that cannot go on without the others
 _BARRIERS = itertools.count()  # all processes pass the same barriers in the same order
-
-
-def define_process_flags() -> None:
-    """Flags of a launcher that jax does not know; `start_from_flags` reads them."""
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0, for processes outside TPU pods and SLURM."
-    )
-    flags.DEFINE_integer("num_processes", None, "How many processes; 1 starts no others anywhere.")
-    flags.DEFINE_integer("process_id", None, "Which of them this one is: 0, 1, ….")
-    flags.DEFINE_integer(
-        "heartbeat_seconds",
-        HEARTBEAT_SECONDS,
-        "A process that was not heard of for so long is lost, and the others end.",
-        lower_bound=1,
-    )
-
-
-def start_from_flags(*, enable_preemption: bool = False) -> None:
-    """`start_processes` as the flags say."""
-    values = flags.FLAGS
-    start_processes(
-        coordinator=values.coordinator,
-        num_processes=values.num_processes,
-        process_id=values.process_id,
-        heartbeat_seconds=values.heartbeat_seconds,
-        enable_preemption=enable_preemption,
-    )
 
 
 def start_processes(

@@ -1,48 +1,33 @@
-"""Whether a config fits a pod, and how fast it could be, before one is rented:
+"""Compiling for TPUs that this machine need not have: topologies, tables, what else would fit.
 
-    meteor aot --config=configs/eagle.py:meteor_x4_7b --topology=v5e:8x8
-
-compiles the train step, prefill and extend for TPUs that this machine need not have. Needs libtpu
-(`pip install 'meteor_jax[tpu]'`). See docs/aot.md.
+Needs libtpu (`pip install 'meteor_jax[tpu]'`). See docs/aot.md.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import importlib.util
-import json
 import os
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from meteor_jax.config import ConfigError
-from meteor_jax.experiment.config import load_experiment
-from meteor_jax.experiment.flags import parse_flags
-from meteor_jax.inference.layout import inference_mesh
 from meteor_jax.parallel.chips import Chip
-from meteor_jax.parallel.mesh import MeshConfig, make_mesh, parse_mesh
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.perf.fit import (
     PLATFORM,
     DoesNotFit,
     Measured,
     alternatives,
-    chip_of,
     measure,
     show_bytes,
 )
-from meteor_jax.perf.programs import PROGRAMS, Request, check_program
-from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.perf.programs import Request
 
 # Set before libtpu is loaded: it must not ask what TPUs this machine has, nor refuse to be loaded
 # by two processes. The accelerator's type can be any.
@@ -152,92 +137,3 @@ def try_alternatives(
 
 def say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 0, 1 if something does not fit, 2 for what the user can put right."""
-    jax.config.update("jax_platforms", "cpu")  # whatever this machine has, it is not used
-    try:
-        return run(argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-def run(argv: list[str]) -> int:
-    """Compiles what the flags ask for, and prints and writes what came out."""
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected argument '{argv[1]}'; flags start with --.")
-    options, console = flags.FLAGS, Console()
-    names = [check_program(name) for name in options.programs]
-    experiment = load_experiment(options.config)
-    devices = open_topology(options.topology, slices=options.slices)
-    asked = parse_mesh(options.mesh) if options.mesh else experiment.train.mesh
-    meshes = {"train": make_mesh(asked, devices=devices)} if "train" in names else {}
-    if names != ["train"]:
-        evaluated = inference_mesh(experiment, devices=devices)
-        meshes |= {name: evaluated for name in names if name != "train"}
-    chip = chip_of(next(iter(meshes.values())))
-    request = Request(
-        program="",
-        experiment=experiment,
-        stage=options.stage,
-        plan=options.plan,
-        calibration=Calibration.load(Path(options.calibration or os.devnull)),
-        rows=options.rows,
-    )
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    title = (
-        f"{options.topology}{f' × {options.slices}' if options.slices > 1 else ''}, "
-        f"jax {versions['jax']}, libtpu {versions['libtpu']}"
-    )
-    results, refused = {}, {}
-    for name in names:
-        request = dataclasses.replace(request, program=name)
-        try:
-            results[name] = measure(request, meshes[name])
-        except DoesNotFit as error:
-            shape = show_mesh(meshes[name].shape)
-            say(console, f"{name} does not fit {title}, mesh {shape}: {error}")
-            refused[name] = {"reason": str(error)}
-            if options.alternatives:
-                refused[name]["fits_with"] = try_alternatives(
-                    request, meshes[name], refused=error, console=console
-                )
-    if results:
-        console.print(report(results, chip=chip, title=title))
-    if options.output:
-        written = {
-            "topology": options.topology,
-            "slices": options.slices,
-            "meshes": {name: dict(mesh.shape) for name, mesh in meshes.items()},
-            "plan": options.plan,
-            "versions": versions,
-            "does_not_fit": refused,
-            "programs": {name: _as_json(result) for name, result in results.items()},
-        }
-        Path(options.output).write_text(json.dumps(written, indent=2) + "\n")
-    return 1 if refused else 0
-
-
-def _as_json(result: Measured) -> dict[str, Any]:
-    values = dataclasses.asdict(result)
-    roofline = result.roofline
-    values["roofline"] |= {"seconds": roofline.seconds, "bound": roofline.bound}
-    return values
-
-
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-    flags.DEFINE_string("topology", "v5e:8x8", f"A TPU slice: {TOPOLOGIES}")
-    flags.DEFINE_integer("slices", 1, "Slices of that topology; they divide the data axis.")
-    flags.DEFINE_string("mesh", None, "Of training, as data=1,fsdp=64; the config's by default.")
-    flags.DEFINE_list("programs", list(PROGRAMS), "Which of train, prefill, extend.")
-    flags.DEFINE_string("plan", "", "A plan's name or text; the stage's first where not given.")
-    flags.DEFINE_enum("stage", "finetune", ("pretrain", "finetune"), "The stage to train.")
-    flags.DEFINE_integer("rows", 0, "Prompts of prefill and extend; 0 takes the config's.")
-    flags.DEFINE_string("calibration", None, "A workdir's calibration.json, for measured ranks.")
-    flags.DEFINE_bool("alternatives", True, "Compile others where something does not fit.")
-    flags.DEFINE_string("output", None, "File for the numbers, as JSON.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)

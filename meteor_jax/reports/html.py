@@ -1,6 +1,4 @@
-"""A report of one or more evaluations, for reading and for sending on:
-
-    meteor report runs/tiny --output=runs/tiny/report
+"""A report of one or more evaluations, for reading and for sending on.
 
 `report.html` needs no other file; `report.md` has its pictures beside it. What a run lacks
 (predictions, examples, several plans) makes the report shorter.
@@ -12,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-
-from meteor_jax.config import ConfigError
 from meteor_jax.evaluation.results import COMBINED, Row
 from meteor_jax.evaluation.token_stats import PERCENTILES
 from meteor_jax.evaluation.visualize import choose_examples
@@ -305,19 +300,3 @@ def _is_correct(record: Mapping[str, Any]) -> bool:
 
 def _mark(record: Mapping[str, Any]) -> str:
     return "✓" if _is_correct(record) else "✗"
-
-
-def main(argv: list[str]) -> None:
-    """Reads the paths on the command line and writes the report."""
-    try:
-        if len(argv) < 2:
-            raise ConfigError("expected the paths of one or more eval.json files, got none.")
-        page = write_report(argv[1:], flags.FLAGS.output)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"{page} and {page.with_suffix('.md').name}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("output", "report", "Folder for report.md, report.html and pictures.")
-    app.run(main)

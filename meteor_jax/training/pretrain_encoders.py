@@ -1,8 +1,5 @@
 """Teaches small encoders to see, one after the other, before a language model listens to them.
 
-    meteor pretrain-encoders --config=configs/small.py \\
-        --workdir=runs/small_encoders
-
 The encoders of a released model come trained on many millions of images. Those of the study start
 from nothing, and predicting captions teaches them to read far too slowly. Here each learns, with a
 linear head over its tokens, what lies in every 4 × 4 pixels of pictures of the reading set: which
@@ -18,8 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags
-from ml_collections import config_flags
 from rich.progress import TextColumn
 
 from meteor_jax.checkpoint import CheckpointError, find_step, open_checkpoints, write_config
@@ -46,8 +39,7 @@ from meteor_jax.data.sources.reading_cells import (
     NOTHING,
     label_cells,
 )
-from meteor_jax.experiment.config import Experiment, load_experiment
-from meteor_jax.experiment.flags import parse_flags
+from meteor_jax.experiment.config import Experiment
 from meteor_jax.models.family import build_model
 from meteor_jax.progress import progress_bar, track
 from meteor_jax.training.logging.metrics import MetricsLog
@@ -278,34 +270,3 @@ def _is_finished(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 2, after one line, for what the user can put right."""
-    try:
-        if len(argv) > 1:
-            raise ConfigError(f"unexpected argument '{argv[1]}'; flags start with --.")
-        pretrain(
-            load_experiment(CONFIG.value),
-            workdir=Path(WORKDIR.value),
-            config=json.loads(CONFIG.value.to_json_best_effort()),
-            steps=STEPS.value,
-            batch_size=BATCH_SIZE.value,
-            learning_rate=LEARNING_RATE.value,
-            num_images=NUM_IMAGES.value,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-    WORKDIR = flags.DEFINE_string("workdir", None, "Folder that gets a folder for each encoder.")
-    STEPS = flags.DEFINE_integer("steps", 6000, "Steps of each encoder.", lower_bound=1)
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures of one step.", lower_bound=1)
-    LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "The peak.", lower_bound=0.0)
-    NUM_IMAGES = flags.DEFINE_integer("num_images", 20_000, "Different pictures.", lower_bound=1)
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)

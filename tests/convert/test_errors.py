@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from meteor_jax.cli.convert import main
+from meteor_jax.cli.__main__ import main
 from meteor_jax.config import ConfigError
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.convert.sources import ConversionError
@@ -96,7 +96,7 @@ def test_the_command_says_it_in_the_end(tmp_path, capsys):
     tensors = llama_tensors()
     del tensors[UP]
     source = write(tmp_path / "source", tensors)
-    code = main([f"--source={source}", f"--output={tmp_path / 'out'}"])
+    code = main(["convert", f"--source={source}", f"--output={tmp_path / 'out'}"])
     assert code == 2
     assert capsys.readouterr().err == (f"error: missing: {UP} (12, 8)\n")
     assert left_behind(tmp_path) == []
@@ -161,13 +161,13 @@ def test_what_the_model_cannot_do(tmp_path, change, message):
         ("--set=llama.width", "expected FIELD=VALUE"),
         ("--set=llama.width=wide", "expected int, got 'wide'"),
         ("--set=llama.width.x=1", "'width' has no fields"),
-        ("--split-projector", "holds no EAGLE projector"),
+        ("--split_projector", "holds no EAGLE projector"),
         ("--format=clip", "missing: "),
     ],
 )
 def test_arguments(tmp_path, capsys, argument, message):
     source = write(tmp_path / "source", llama_tensors())
-    assert main([f"--source={source}", f"--output={tmp_path / 'out'}", argument]) == 2
+    assert main(["convert", f"--source={source}", f"--output={tmp_path / 'out'}", argument]) == 2
     assert message in capsys.readouterr().err
     assert left_behind(tmp_path) == []
 
@@ -200,5 +200,5 @@ def test_bfloat16_and_float32_side_by_side(tmp_path):
     tensors[UP] = tensors[UP].astype(jnp.bfloat16)
     source = write(tmp_path / "source", tensors)
     convert_checkpoint(source, tmp_path / "out")
-    main(["--to-torch", f"--source={tmp_path / 'out'}", f"--output={tmp_path / 'back'}"])
+    main(["convert", "--to_torch", f"--source={tmp_path / 'out'}", f"--output={tmp_path / 'back'}"])
     assert_identical(read_folder(tmp_path / "back"), tensors)

@@ -1,15 +1,9 @@
 """From a config to an experiment, and what a wrong one is told."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import complete, load_experiment
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_config(**train_fields):
@@ -70,67 +64,3 @@ def test_completed_config_has_every_field_and_means_the_same():
     with config.unlocked():
         config.eval.num_questions = 7  # a field that was None takes a value
     assert load_experiment(config).eval.num_questions == 7
-
-
-PROGRAM = """
-import sys
-from absl import app, flags
-from ml_collections import config_flags
-from meteor_jax.experiment.config import load_experiment
-from meteor_jax.experiment.flags import parse_flags
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-def main(_):
-    print(load_experiment(CONFIG.value).train.finetune.steps)
-flags.mark_flags_as_required(["config"])
-app.run(main, flags_parser=parse_flags)
-"""
-
-CONFIG = """
-from ml_collections import ConfigDict
-from meteor_jax.experiment.config import complete
-def get_config():
-    return complete(ConfigDict({
-        "model": {}, "data": {"sources": ("easy-vqa",)}, "train": {"finetune": {"steps": 5}},
-    }))
-"""
-
-
-def test_command_line(tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG)
-    program = tmp_path / "program.py"
-    calls = "\n".join(
-        f"""
-pid = os.fork()
-if pid == 0:
-    sys.argv = ["program", *{arguments!r}]
-    sys.stdout.flush()
-    exec(compile(program, "program", "exec"))
-print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-        for arguments in (
-            ["--config=config.py", "--config.train.finetune.steps=7"],
-            ["--config=config.py", "--config.train.finetune.stepz=7"],
-            ["--config=config.py", "--config.train.finetune.steps=many"],
-            ["--config=confg.py"],
-            ["--workdri=x"],
-            [],
-        )
-    )
-    preamble = f"import os, sys\nimport meteor_jax.experiment.config\nprogram = {PROGRAM!r}\n"
-    program.write_text(preamble + calls)
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
-    )
-    assert done.stdout.split() == ["7", "exit", "0", *["exit", "2"] * 5], done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors[0] == "error: config: no such field 'stepz'. Did you mean 'steps'?"
-    assert "invalid literal for int() with base 10: 'many'" in errors[1]
-    assert errors[2] == "error: config file confg.py does not exist."
-    assert "Did you mean: workdir" not in errors[3] and "workdri" in errors[3]
-    assert "config" in errors[4]
-    assert "Traceback" not in done.stderr

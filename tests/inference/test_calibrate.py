@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from meteor_jax.cli.calibrate import rank_table
 from meteor_jax.config import ConfigError
 from meteor_jax.data.tokenizers import ByteTokenizer
 from meteor_jax.experiment.config import load_experiment
@@ -18,7 +19,6 @@ from meteor_jax.inference.calibrate import (
     CalibrationBatch,
     calibrate_plans,
     calibration_batch,
-    rank_table,
 )
 from meteor_jax.models.eagle.config import MeteorConfig, default_encoders
 from meteor_jax.pruning.budgets import Adaptive

@@ -20,7 +20,7 @@ from meteor_jax.experiment.eval_config import EvalConfig
 from meteor_jax.models.encoders.convnext.model import depthwise
 from meteor_jax.models.layers.platform import compiling_for, target_platform
 from meteor_jax.parallel.chips import CHIPS, GIB
-from meteor_jax.parallel.mesh import MeshConfig, make_mesh
+from meteor_jax.parallel.mesh import MeshConfig, make_mesh, parse_mesh
 from meteor_jax.perf import aot
 from meteor_jax.perf.fit import (
     DoesNotFit,
@@ -221,8 +221,8 @@ def test_models_are_traced_for_the_platform_they_are_compiled_for():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: aot.parse_mesh("data=1,fsdp"), "mesh: expected such as data=1,fsdp=64, got"),
-        (lambda: aot.parse_mesh("dat=1"), "Did you mean 'data'?"),
+        (lambda: parse_mesh("data=1,fsdp"), "mesh: expected such as data=1,fsdp=64, got"),
+        (lambda: parse_mesh("dat=1"), "Did you mean 'data'?"),
         (
             lambda: check_program("trian"),
             "names out of train, prefill, extend, predict, got",
@@ -241,7 +241,7 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'meteor_jax\[tpu\]'"):
         aot.open_topology("v5e:2x2")
-    assert aot.parse_mesh("fsdp=64") == MeshConfig(1, 64, 1)
+    assert parse_mesh("fsdp=64") == MeshConfig(1, 64, 1)
 
 
 @pytest.mark.tpu_compile

@@ -1,7 +1,5 @@
 """Prepares a LLaVA JSON file and its image folder once, as array_record files.
 
-    meteor prepare --json=FILE --images=FOLDER --name=NAME
-
 A config then reads it as the source `llava:NAME`. Killed and started again, it goes on after the
 last whole shard. Entries are shuffled, so that the last records of a file that was joined from
 several sets are a sample of all of them (they are what `data.held_out` sets aside).
@@ -9,14 +7,12 @@ several sets are a sample of all of them (they are what `data.held_out` sets asi
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
@@ -319,55 +314,3 @@ def _first(skipped: Sequence[Skipped]) -> str:
     shown = [f"entry {item.row} (id {item.name}): {item.reason}" for item in skipped[:SHOWN]]
     more = len(skipped) - len(shown)
     return " ".join(shown) + (f" … and {more} more." if more else "")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = argparse.ArgumentParser(
-        prog="meteor prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("--json", required=True, help="the LLaVA file: a list, or .jsonl")
-    result.add_argument("--images", required=True, help="folder that its image paths start from")
-    result.add_argument("--name", required=True, help="the source becomes llava:NAME")
-    result.add_argument("--data_dir", default="~/tensorflow_datasets", help="as in the config")
-    result.add_argument(
-        "--skip_bad", action="store_true", help="leave out entries that cannot be used"
-    )
-    result.add_argument("--threads", type=int, help="that read images (default: one a core)")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2, after one line, for what the user can put right."""
-    args = parser().parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # tfds warns of every name that it does not know
-    try:
-        prepared = prepare_llava(
-            args.json,
-            images=args.images,
-            name=args.name,
-            data_dir=args.data_dir,
-            skip_bad=args.skip_bad,
-            num_threads=args.threads,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last whole shard.", file=sys.stderr)
-        return 130
-    print(
-        f"{prepared.num_examples:,} examples ({prepared.num_text_only:,} without image), "
-        f"{prepared.num_bytes / 1e6:,.1f} MB in {prepared.num_shards} files: {prepared.folder}"
-    )
-    if prepared.num_skipped:
-        listed = prepared.folder / SKIPPED_FILE
-        lines = listed.read_text().splitlines()[:SHOWN]
-        print(f"{prepared.num_skipped:,} entries left out, listed in {listed}:", *lines, sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,5 @@
 """What one prompt costs, in floating-point operations by part of the model.
 
-    meteor flops --config=configs/tiny.py --plans=full,meteor
-
 The parts are counted in the traces of the two programs that inference runs (`models.flops`): the
 encoding of an image, and the prefill of a prompt. The sum for EAGLE-X4-7B is the 26.2 TFLOPs of
 METEOR's table (arXiv 2507.20842).
@@ -14,27 +12,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
-from rich.console import Console
-from rich.table import Table
 
-from meteor_jax.config import build
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.family import build_model
 from meteor_jax.models.flops import Cost, Flops, counted_forms, trace_flops
 from meteor_jax.pruning.budgets import Fixed
-from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.pruning.text import parse_plan, split_plans
 from meteor_jax.types import VisualTokens
 
 
@@ -199,37 +188,3 @@ def _part_of_prefill(scope: str) -> str:
 def _param_shapes(config: MeteorConfig) -> Any:
     model = build_model(config)
     return jax.eval_shape(functools.partial(model.init_params, seed=0), model.inputs_spec(1))
-
-
-def main(argv: list[str]) -> None:
-    """Prints one column a plan, one row a part; an adaptive budget counts as its mean."""
-    del argv
-    try:
-        config = FLAGS.config
-        model = build(MeteorConfig, config.model.to_dict(), where="config.model")
-        calibration = Calibration.load(Path(FLAGS.calibration or os.devnull))
-        costs = {}
-        for text in split_plans(FLAGS.plans):
-            plan = parse_plan(text, library=config.plans.to_dict()).calibrated(calibration)
-            costs[text] = count_cost(model, plan, text_tokens=FLAGS.text_tokens)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    table = Table("GFLOPs of one image", *costs)
-    for i, (part, _) in enumerate(next(iter(costs.values())).rows):
-        table.add_row(part, *(f"{cost.rows[i][1] / 1e9:,.3f}" for cost in costs.values()))
-    table.add_section()
-    table.add_row("total", *(f"{cost.total_flops / 1e9:,.3f}" for cost in costs.values()))
-    table.add_row("tokens into the LLM", *(str(c.visual_tokens_fused) for c in costs.values()))
-    means = (f"{cost.visual_tokens_mean:.1f}" for cost in costs.values())
-    table.add_row("kept, mean over its layers", *means)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    config_flags.DEFINE_config_file("config", None, "Experiment file, such as configs/tiny.py.")
-    flags.DEFINE_string("plans", "full,meteor", "Plans, separated by commas.")
-    flags.DEFINE_string("calibration", None, "A workdir's calibration.json, for measured ranks.")
-    flags.DEFINE_integer("text_tokens", 1, "Places of the text, the image's mark included.")
-    flags.mark_flag_as_required("config")
-    app.run(main)

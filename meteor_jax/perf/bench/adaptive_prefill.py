@@ -1,12 +1,10 @@
 """What the layers after a prune step cost where rows keep unequal numbers of tokens.
 
-    meteor bench-adaptive-prefill
-
 Random weights, and K spread evenly between half and one and a half of its mean, which is every
 batch's, since noise looks at every image alike. "fixed" computes the mean for every row, "adaptive"
 packs the rows into the smallest static total that holds them (`prefill.run_rows`), the totals
 measured as `calibrate` does, "padded" pads every row to the longest there may be. All in turns, so
-that a slow moment of the machine falls on all; compile time stands apart; medians over --repeats of
+that a slow moment of the machine falls on all; compile time stands apart; medians over `repeats` of
 all batches, with the fastest and the slowest.
 
 Below, what a whole prefill needs beside its arguments and results: the compiler's temporaries,
@@ -17,18 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
 from meteor_jax.models.decoders.llama.layer_runs import run_rows
 from meteor_jax.models.decoders.llama.model import Llama, LlamaConfig
@@ -209,63 +202,3 @@ def three_steps(decoder: Decoder) -> tuple[Step, ...]:
         method=TextAttention(heads=4),
         budget=functools.partial(Adaptive, lambda_=1.0),
     )
-
-
-def main(argv: list[str]) -> None:
-    del argv
-    config = LlamaConfig(
-        depth=DEPTH.value,
-        width=WIDTH.value,
-        num_heads=WIDTH.value // 64,
-        num_kv_heads=WIDTH.value // 64,
-        mlp_dim=WIDTH.value * 11 // 4,
-        vocab_size=1000,
-    )
-    decoder = Decoder.make(config, num_visual=VISUAL.value, num_text=TEXT.value)
-    timings = bench_rows(
-        decoder, mean=KEEP.value, start=DEPTH.value // 2, batch=BATCH.value, repeats=REPEATS.value
-    )
-    table = Table(
-        "rows",
-        "ms",
-        "fastest–slowest",
-        "÷ fixed",
-        "compile s",
-        "tokens computed",
-        title=f"{DEPTH.value - DEPTH.value // 2} layers × {WIDTH.value}, {BATCH.value} rows of "
-        f"{TEXT.value} + {KEEP.value / 2:.0f}–{1.5 * KEEP.value:.0f} tokens, "
-        f"{jax.default_backend()}, jax {jax.__version__}",
-    )
-    for timing in timings:
-        table.add_row(
-            timing.name,
-            f"{timing.median_s * 1e3:.0f}",
-            f"{timing.fastest_s * 1e3:.0f}–{timing.slowest_s * 1e3:.0f}",
-            f"{timing.median_s / timings[0].median_s:.2f}",
-            f"{timing.compile_s:.1f}",
-            f"{timing.computed:.0f}",
-        )
-    console = Console()
-    console.print(table)
-    full, pruned = (
-        temporaries(decoder, steps=steps, batch=2) / 1e6 for steps in ((), three_steps(decoder))
-    )
-    console.print(
-        f"temporaries of a prefill of 2 × {VISUAL.value} tokens: {full:.0f} MB unpruned, "
-        f"{pruned:.0f} MB with three prune steps ({pruned / full:.2f})."
-    )
-    if OUTPUT.value:
-        rows = [json.dumps(dataclasses.asdict(timing)) for timing in timings]
-        Path(OUTPUT.value).write_text("\n".join(rows) + "\n")
-
-
-if __name__ == "__main__":
-    DEPTH = flags.DEFINE_integer("depth", 8, "Layers of the decoder; the upper half is timed.")
-    WIDTH = flags.DEFINE_integer("width", 512, "Its width; heads are 64 wide.")
-    VISUAL = flags.DEFINE_integer("visual", 1024, "Visual tokens of the image.")
-    TEXT = flags.DEFINE_integer("text", 32, "Text tokens around it.")
-    BATCH = flags.DEFINE_integer("batch", 8, "Rows of a batch; a divisor of 64.")
-    KEEP = flags.DEFINE_integer("keep", 394, "Visual tokens that a row keeps, on average.")
-    REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs over all batches.")
-    OUTPUT = flags.DEFINE_string("output", None, "File for one JSON object a row.")
-    app.run(main)

@@ -1,39 +1,29 @@
 """What pruning saves, measured: plans against one another, with the same weights, in one run.
 
-    meteor bench --config=configs/bench_x4_eighth.py --plans=full,meteor
-
 Times an image and a question to the end of the answer: encode (encoders, projectors, fusion),
 prefill (up to the first token), decode. The weights are random and made on the device. The plans
-take turns, so that a slow moment of the machine falls on all; medians, with the fastest and the
-slowest. Compiling stands apart. `--train` times a training step too, `--data` the data pipeline
-alone. A plan that prunes inside the encoders runs in METEOR's form of the model (a projector an
-encoder), the others in the form that the config has.
+are interleaved, so that a slow moment of the machine falls on all; medians, with the fastest and
+the slowest. Compile time is apart. A plan that prunes inside the encoders runs in METEOR's form of
+the model (a projector an encoder), the others in the form that the config has.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
-from rich.console import Console
 
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.experiment.config import Experiment, load_experiment
-from meteor_jax.experiment.flags import parse_flags
-from meteor_jax.experiment.plans import resolve_plans
+from meteor_jax.experiment.config import Experiment
 from meteor_jax.inference.engine.data_shards import DataShards
 from meteor_jax.inference.layout import inference_mesh, param_dtype
 from meteor_jax.parallel.chips import find_chip
@@ -48,10 +38,8 @@ from meteor_jax.perf.bench.programs import (
     make_params,
     train_states,
 )
-from meteor_jax.perf.bench.table import Row, draw, print_table
-from meteor_jax.pruning.calibration import Calibration
+from meteor_jax.perf.bench.table import Row
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.pruning.text import split_plans
 
 
 def bench(
@@ -255,61 +243,3 @@ def bench_data(experiment: Experiment, *, batch: int, batches: int = 32) -> floa
     for _ in range(batches):
         next(iterator)
     return batch * batches / (time.perf_counter() - started)
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 2, after one line, for what the user can put right."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
-        sizes = [int(size) for size in BATCH_SIZES.value]
-        if min(*sizes, REPEATS.value, NEW_TOKENS.value - 1, TEXT_TOKENS.value - 1) < 1:
-            raise ValueError("batch_sizes and repeats are at least 1, the tokens at least 2.")
-        experiment = load_experiment(CONFIG.value)
-        plans = resolve_plans(
-            split_plans(PLANS.value),
-            library=experiment.plans,
-            calibration=Calibration.load(Path(CALIBRATION.value or "")),
-        )
-        rows = bench(
-            experiment,
-            plans=plans,
-            batch_sizes=sizes,
-            repeats=REPEATS.value,
-            new_tokens=NEW_TOKENS.value,
-            text_tokens=TEXT_TOKENS.value,
-            train=TRAIN.value,
-        )
-        if DATA.value:
-            speed = bench_data(experiment, batch=sizes[0])
-            rows = [row | {"data_examples_per_s": speed} for row in rows]
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    print_table(rows, console=console)
-    if DATA.value:
-        fastest = max(row["examples_per_s"] for row in rows)
-        console.print(
-            f"data pipeline alone: {speed:.1f} examples/s, {speed / fastest:.1f} × the fastest row"
-        )
-    if OUTPUT.value:
-        path = Path(OUTPUT.value)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        draw(path.with_suffix(".png"), rows)
-    return 0
-
-
-if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-    PLANS = flags.DEFINE_string("plans", "full,meteor", "Plans, separated by commas.")
-    CALIBRATION = flags.DEFINE_string("calibration", None, "A calibration.json with ranks.")
-    BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once.")
-    REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each plan.")
-    NEW_TOKENS = flags.DEFINE_integer("new_tokens", 16, "Tokens of an answer.")
-    TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 64, "Text tokens around the image.")
-    TRAIN = flags.DEFINE_bool("train", False, "Times a training step too.")
-    DATA = flags.DEFINE_bool("data", False, "Times the data pipeline alone too.")
-    OUTPUT = flags.DEFINE_string("output", None, "File for a JSON object a row; a plot beside it.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,4 @@
-"""Every part of a model against the same part in PyTorch, on the same machine, in one run:
-
-    meteor bench-torch --config=configs/bench_x4_eighth.py
+"""Every part of a model against the same part in PyTorch, on the same machine, in one run.
 
 Needs torch and transformers. Sizes are the config's, weights random, attention PyTorch's own
 (`scaled_dot_product_attention`). Models are transformers' where it has them (CLIP, ConvNeXt,
@@ -14,24 +12,14 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from ml_collections import config_flags
-from rich.console import Console
-from rich.table import Table
 
-from meteor_jax.config import ConfigError
-from meteor_jax.experiment.config import load_experiment
-from meteor_jax.experiment.flags import parse_flags
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.eagle.projector import Projector
 from meteor_jax.models.encoders.registry import ENCODERS
@@ -156,44 +144,3 @@ def _cast(tree: Any, dtype: Any) -> Any:
 def _versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return versions() | packages
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 2, after one line, for what the user can put right."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument '{argv[1]}'; flags start with --.")
-        unknown = [dtype for dtype in DTYPES_FLAG.value if dtype not in DTYPES]
-        if unknown:
-            raise ConfigError(f"dtypes: expected names out of {DTYPES}, got '{unknown[0]}'.")
-        if importlib.util.find_spec("torch") is None:
-            raise ConfigError("comparing with PyTorch needs torch: pip install torch.")
-        experiment, rows = load_experiment(CONFIG.value), []
-        for dtype in DTYPES_FLAG.value:
-            rows += bench_torch(experiment.model, dtype=dtype, repeats=REPEATS.value)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    title = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
-    table = Table("part", "dtype", "ours ms", "torch ms", "ours / torch", title=title)
-    for row in rows:
-        cells = [_milliseconds(row, side) for side in ("ours_s", "torch_s")]
-        table.add_row(row["part"], row["dtype"], *cells, f"{row['ratio']:.2f}")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if OUTPUT.value:
-        Path(OUTPUT.value).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return 0
-
-
-def _milliseconds(row: dict[str, Any], name: str) -> str:
-    low, high = row["spread"][name]
-    return f"{1e3 * row[name]:.0f} ({1e3 * low:.0f}–{1e3 * high:.0f})"
-
-
-if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-    DTYPES_FLAG = flags.DEFINE_list("dtypes", list(DTYPES), "float32, bfloat16 or both.")
-    REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each side.")
-    OUTPUT = flags.DEFINE_string("output", None, "File for a JSON object a row.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)

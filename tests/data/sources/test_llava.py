@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from meteor_jax.cli.__main__ import main
 from meteor_jax.data.config import DataConfig
 from meteor_jax.data.examples import SKIPPED_ID, ExampleTooLong, cut_text
 from meteor_jax.data.pipeline import (
@@ -265,10 +266,11 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
         ({"name": "a/b"}, "--name: expected letters"),
     ):
         flags = [f"--{flag}={value}" for flag, value in (good | changed).items()]
-        assert llava.main([*flags, f"--data_dir={tmp_path / 'out'}"]) == 2
+        assert main(["prepare", *flags, f"--data_dir={tmp_path / 'out'}"]) == 2
         printed = capsys.readouterr()
         assert message in printed.err and not printed.out
-    assert llava.main([f"--{k}={v}" for k, v in good.items()] + [f"--data_dir={tmp_path}"]) == 0
+    flags = [f"--{flag}={value}" for flag, value in good.items()]
+    assert main(["prepare", *flags, f"--data_dir={tmp_path}"]) == 0
     assert "2 examples (0 without image)" in capsys.readouterr().out
 
 

@@ -1,15 +1,12 @@
-"""evaluate.py as it starts an evaluation: what it restores, and where that lies."""
-
-import functools
-import importlib.util
-from pathlib import Path
+"""`meteor evaluate` as it starts an evaluation: what it restores, and onto which devices."""
 
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
+from meteor_jax.cli import evaluate
+from meteor_jax.cli.__main__ import main
 from meteor_jax.experiment.config import load_experiment
 from meteor_jax.inference.load import load_params
 from meteor_jax.models.eagle.model import Meteor
@@ -18,7 +15,6 @@ from meteor_jax.perf.traffic import read_traffic
 from meteor_jax.pruning.plan import PrunePlan
 from tests.evaluation.random_model import config, save_run
 
-ROOT = Path(__file__).parents[1]
 ROWS, VOCAB = 8, 264
 
 
@@ -55,26 +51,18 @@ def test_matrices_are_restored_in_the_dtype_of_the_computation(run):
     assert block["attention_norm"]["scale"].dtype == "float32"
 
 
-@functools.cache
-def load_launcher():
-    """By its path: another package is called evaluate too. Once, since it defines flags."""
-    spec = importlib.util.spec_from_file_location("evaluate_launcher", ROOT / "evaluate.py")
-    launcher = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launcher)
-    return launcher
-
-
 @pytest.fixture
 def started(run, monkeypatch):
-    """The parameters that evaluate.py evaluates, and the mesh that it puts in force."""
-    launcher, found = load_launcher(), []
-    flags.FLAGS(["evaluate.py", f"--checkpoint={run}"])
+    """The parameters that `meteor evaluate` evaluates, and the mesh that it puts in force."""
+    found = []
 
     def evaluate_checkpoint(experiment, params, **_):
         found.extend((params, jax.sharding.get_mesh()))
+        return []
 
-    monkeypatch.setattr(launcher, "evaluate_checkpoint", evaluate_checkpoint)
-    launcher.evaluate()
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", evaluate_checkpoint)
+    monkeypatch.setattr(evaluate, "show_results", lambda rows, *, workdir: None)
+    assert main(["evaluate", f"--checkpoint={run}", "--num_processes=1"]) == 0
     return found
 
 

@@ -15,7 +15,7 @@ from tests.training.tiny_run import read_steps
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = (
     "--config.train.pretrain.steps=2 --config.train.finetune.steps=4 --config.train.log_every=1 "
     "--config.train.finetune.batch_size=4 --config.train.pretrain.batch_size=4 "
