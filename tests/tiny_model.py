@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from meteor_jax.models.decoders.llama.model import LlamaConfig
@@ -74,7 +73,7 @@ PLANS = {
 
 def row(batch: Any, i: int) -> Any:
     """Row `i` alone, still a batch."""
-    return jax.tree.map(lambda x: x[i : i + 1], batch)
+    return jax.tree.map(lambda x: np.asarray(x)[i : i + 1], batch)
 
 
 def plan(text: str) -> PrunePlan:
@@ -104,12 +103,12 @@ def make_batch(
     tokens[np.asarray(with_image), 2] = IMAGE_TOKEN
     images = rng.integers(0, 256, (rows, 1, 32, 32, 3)).astype(np.uint8)
     return Batch(
-        images=jnp.asarray(images),
-        image_valid=jnp.asarray(with_image)[:, None],
-        tokens=jnp.asarray(np.where(valid, tokens, 0)),
-        text_valid=jnp.asarray(valid),
-        labels=jnp.asarray(tokens),
-        example_id=jnp.arange(rows),
+        images=images,
+        image_valid=np.asarray(with_image)[:, None],
+        tokens=np.where(valid, tokens, 0),
+        text_valid=valid,
+        labels=tokens,
+        example_id=np.arange(rows, dtype=np.int32),
     )
 
 

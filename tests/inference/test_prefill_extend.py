@@ -27,7 +27,7 @@ def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
     layers by hand, over the entries that the prefill kept in each range of layers."""
     plan, batch = tiny.plan(tiny.PLANS[text]), tiny.make_batch()
     visual = tiny.encode(tiny.params(), batch.images, plan=plan).tokens
-    new = jnp.asarray(np.random.default_rng(1).integers(3, tiny.VOCAB, (3, 5)), jnp.int32)
+    new = np.random.default_rng(1).integers(3, tiny.VOCAB, (3, 5)).astype(np.int32)
     prefilled = tiny.prefill(tiny.params(), visual, batch, plan=plan, max_new_tokens=6)
     first = tiny.extend(tiny.params(), prefilled.cache, new[:, :3])
     second = tiny.extend(tiny.params(), first.cache, new[:, 3:])
@@ -40,12 +40,33 @@ def test_prefill_then_extend_equals_one_forward_over_the_same_kept_tokens(text):
         np.testing.assert_allclose(stepwise[i], reference, rtol=0, atol=3e-5)
 
 
-@functools.partial(jax.jit, static_argnames=("start", "stop"))
-def _layers(params, x, position, *, start, stop):
+LENGTH = tiny.NUM_VISUAL + tiny.TEXT_LENGTH + 5  # of the longest row and its new tokens
+
+
+@functools.partial(jax.jit, static_argnames="index")
+def _padded_layer(params, x, position, *, index):
     return tiny.MODEL.apply(
         {"params": params},
-        method=lambda model: model.llama.run(x, position, start=start, stop=stop).x,
+        method=lambda model: model.llama.run(x, position, start=index, stop=index + 1).x,
     )
+
+
+@jax.jit
+def _padded_logits(params, x):
+    return tiny.MODEL.apply({"params": params}, method=lambda model: model.llama.logits(x))
+
+
+def _pad(x):
+    """To one length for all rows, so that a layer is compiled once; nothing sees the padding."""
+    return np.pad(x, ((0, 0), (0, LENGTH - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+
+
+def _layers(x, position, *, start, stop):
+    length = x.shape[1]
+    x, position = _pad(x), _pad(position)
+    for index in range(start, stop):
+        x = _padded_layer(tiny.params(), x, position, index=index)
+    return np.asarray(x)[:, :length]
 
 
 @jax.jit
@@ -67,8 +88,7 @@ def _join(params, batch, new, visual):
 
 def _forward_over_kept(batch, new, visual, steps, *, plan):
     """Logits of `new` behind one prompt, without any cache: whole rows, dense attention."""
-    params = tiny.params()
-    start, embedded = _join(params, batch, new, visual)
+    start, embedded = _join(tiny.params(), batch, new, visual)
     bounds = (0, *plan.decoder_layers, tiny.CONFIG.llama.depth)
     kept = np.flatnonzero(np.asarray(start.valid[0]))
     x = np.concatenate([np.asarray(start.x)[:, kept], np.asarray(embedded)], axis=1)
@@ -80,14 +100,14 @@ def _forward_over_kept(batch, new, visual, steps, *, plan):
             left = steps[number - 1]
             stay = (index < 0) | np.isin(index, left[left >= 0])
             rows = np.concatenate([np.flatnonzero(stay), index.size + np.arange(new.size)])
-            x, index, position = np.asarray(x)[:, rows], index[stay], position[stay]
+            x, index, position = x[:, rows], index[stay], position[stay]
             if plan.decoder_steps[0].positions == "contiguous":
                 position = np.arange(index.size)
                 after = index.size
         where = np.concatenate([position, after + np.arange(new.size)])[None]
-        x = _layers(params, x, where, start=first, stop=last)
-    logits = tiny.MODEL.apply({"params": params}, method=lambda model: model.llama.logits(x))
-    return np.asarray(logits)[0, -new.size :]
+        x = _layers(x, where, start=first, stop=last)
+    logits = _padded_logits(tiny.params(), _pad(x))
+    return np.asarray(logits)[0, x.shape[1] - new.size : x.shape[1]]
 
 
 def test_shapes_are_static():

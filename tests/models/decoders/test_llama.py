@@ -1,6 +1,7 @@
 """The decoder's head: how logits are summed up, and a vocabulary that a mesh cannot divide."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +37,17 @@ def forward(llama, tokens):
 def test_logits_are_summed_up_in_float32(tie_embeddings):
     config = LlamaConfig(vocab_size=300, tie_embeddings=tie_embeddings, **SMALL)
     llama = Llama(config, jnp.bfloat16)
-    params = llama.init(jax.random.key(0), TOKENS, method=forward)["params"]
-    x = jax.random.normal(jax.random.key(1), (64, config.width), jnp.bfloat16)
-    logits = llama.apply({"params": params}, x, method="logits")
-    normed = llama.apply({"params": params}, x, method=lambda llama, x: llama.norm(x))
+    params = init(config)["llama"]
+
+    @jax.jit
+    def run(params):
+        x = jax.random.normal(jax.random.key(1), (64, config.width), jnp.bfloat16)
+        return llama.apply({"params": params}, x, method=lambda m, x: (m.logits(x), m.norm(x)))
+
+    logits, normed = run(params)
     kernel = params["embedding"]["embedding"].T if tie_embeddings else params["head"]["kernel"]
-    expected = np.asarray(normed, np.float32) @ np.asarray(kernel.astype(jnp.bfloat16), np.float32)
+    kernel = np.asarray(kernel).astype(jnp.bfloat16)
+    expected = np.asarray(normed, np.float32) @ kernel.astype(np.float32)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -51,12 +57,14 @@ def llama3(vocabulary=VOCABULARY, **fields):
     return dataclasses.replace(LLAMA3_8B, **SMALL, vocab_size=vocabulary, **fields)
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def log_likelihood(params, tokens, *, config):
     logits = Llama(config).apply({"params": params["llama"]}, tokens, method=forward)
     right = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
     return right.mean(), logits
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config):
     return {"llama": Llama(config).init(jax.random.key(0), TOKENS, method=forward)["params"]}
 
@@ -105,22 +113,24 @@ def test_padded_columns_are_no_tokens():
     _, logits = log_likelihood(params, TOKENS, config=config)
     assert logits.shape[-1] > VOCABULARY
     # Whatever these columns hold, nothing but they can see it.
-    junk = jax.tree.map(lambda leaf: leaf, params)
-    junk["llama"]["head"]["kernel"] = params["llama"]["head"]["kernel"].at[:, VOCABULARY:].set(1e9)
+    junk = jax.tree.map(np.array, params)
+    junk["llama"]["head"]["kernel"][:, VOCABULARY:] = 1e9
     value, again = log_likelihood(junk, TOKENS, config=config)
     np.testing.assert_array_equal(again, logits)
     plain = dataclasses.replace(config, pad_vocab_to_multiple_of=1)
-    cut = jax.tree.map(lambda leaf: leaf, params)
-    cut["llama"]["head"]["kernel"] = params["llama"]["head"]["kernel"][:, :VOCABULARY]
-    cut["llama"]["embedding"]["embedding"] = params["llama"]["embedding"]["embedding"][:VOCABULARY]
+    cut = jax.tree.map(np.asarray, params)
+    cut["llama"]["head"]["kernel"] = cut["llama"]["head"]["kernel"][:, :VOCABULARY]
+    cut["llama"]["embedding"]["embedding"] = cut["llama"]["embedding"]["embedding"][:VOCABULARY]
     expected, unpadded = log_likelihood(cut, TOKENS, config=plain)
+    logits = np.asarray(logits)
     np.testing.assert_allclose(logits[..., :VOCABULARY], unpadded, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert np.isfinite(logits).all() and (logits.argmax(-1) < VOCABULARY).all()
-    drawn = jax.random.categorical(jax.random.key(2), logits / 10.0, shape=(100, *logits.shape[:2]))
-    assert drawn.max() < VOCABULARY
-    gradient = jax.grad(lambda params: log_likelihood(params, TOKENS, config=config)[0])(junk)
-    assert not gradient["llama"]["head"]["kernel"][:, VOCABULARY:].any()
+    draw = jax.jit(functools.partial(jax.random.categorical, shape=(100, *logits.shape[:2])))
+    assert np.asarray(draw(jax.random.key(2), logits / 10)).max() < VOCABULARY
+    loss = functools.partial(log_likelihood, config=config)
+    gradient, _ = jax.jit(jax.grad(loss, has_aux=True))(junk, TOKENS)
+    assert not np.asarray(gradient["llama"]["head"]["kernel"])[:, VOCABULARY:].any()
 
 
 def test_padding_to_no_multiple_is_one_line():

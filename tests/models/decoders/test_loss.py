@@ -38,9 +38,8 @@ def loss_and_gradients(params, x, labels):
 
 
 def test_loss_is_of_the_next_token():
-    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]))
-    labels = jnp.array([[0, IGNORE_LABEL, 1]])
-    sums = token_loss(logits, labels)
+    shares = np.float32([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]])
+    sums = jax.jit(token_loss)(np.log(shares), np.array([[0, IGNORE_LABEL, 1]]))
     assert float(sums.count) == 1  # the first label has nothing before it
     assert float(sums.loss) == pytest.approx(-np.log(0.8))
     assert float(sums.correct) == 1
@@ -49,8 +48,11 @@ def test_loss_is_of_the_next_token():
 @pytest.mark.parametrize("sizes", [None, (1, 8, 1), (2, 2, 2), (1, 1, 8)])
 def test_parts_sum_up_to_the_whole(monkeypatch, sizes):
     inputs = make_inputs()
-    whole = token_loss(head(inputs[0], inputs[1]), inputs[2])
-    expected = loss_and_gradients(*inputs)  # all logits at once
+
+    def at_once(params, x, labels):
+        return token_loss(head(params, x), labels), loss_and_gradients(params, x, labels)
+
+    whole, expected = jax.jit(at_once)(*inputs)
     for name in ("loss", "correct", "count"):
         np.testing.assert_allclose(getattr(expected[0][1], name), getattr(whole, name), rtol=1e-6)
     # Three places at a time, the last of them with a place less.

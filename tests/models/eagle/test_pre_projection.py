@@ -15,32 +15,37 @@ from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.pruning.text import parse_plan
 from tests import tiny_model as tiny
 
+MODEL = Meteor(dataclasses.replace(tiny.CONFIG, fusion="pre"))
+
+
+def init():
+    return MODEL.init(jax.random.key(0), tiny.make_batch(), plan=PrunePlan())["params"]
+
 
 def test_pre_projection_joins_channels_on_one_grid():
-    config = dataclasses.replace(tiny.CONFIG, fusion="pre")
-    model, batch = Meteor(config), tiny.make_batch()
-    params = jax.jit(model.init, static_argnames="plan")(
-        jax.random.key(0), batch, plan=PrunePlan()
-    )["params"]
+    params, batch = jax.eval_shape(init), tiny.make_batch()
     assert "projector" in params and "projector_clip" not in params
-    tokens = model.apply(
-        {"params": params}, batch.images[:, 0], plan=PrunePlan(), method="encode_images"
+
+    def run(params, **arguments):
+        return MODEL.apply({"params": params}, **arguments)
+
+    tokens = jax.eval_shape(
+        functools.partial(run, plan=PrunePlan(), method="encode_images"),
+        params,
+        images=batch.images[:, 0],
     ).tokens
     assert tokens.x.shape == (3, 16, 32)
     with pytest.raises(ValueError, match="fusion='post'"):
-        model.apply({"params": params}, batch, plan=tiny.plan(tiny.METEOR))
+        jax.eval_shape(functools.partial(run, plan=tiny.plan(tiny.METEOR)), params, batch=batch)
 
 
 def test_pre_projection_is_pruned_place_by_place_without_training():
     """What runs on EAGLE's own weights: places that the encoders agree on go, then stage 3."""
-    model, batch = Meteor(dataclasses.replace(tiny.CONFIG, fusion="pre")), tiny.make_batch()
-    params = jax.jit(model.init, static_argnames="plan")(
-        jax.random.key(0), batch, plan=PrunePlan()
-    )["params"]
+    params, batch = jax.jit(init)(), tiny.make_batch()
 
     @functools.partial(jax.jit, static_argnames="text")
     def encode(params, text):
-        return model.apply(
+        return MODEL.apply(
             {"params": params}, batch.images[:, 0], plan=parse_plan(text), method="encode_images"
         )
 
@@ -54,10 +59,10 @@ def test_pre_projection_is_pruned_place_by_place_without_training():
         encode(params, "meteor(fuse=6, fuse.num_iterations=2)")
 
     # Each encoder's part of the projector's first layer is what the scores compare.
-    cost = dict(count_cost(model.config, parse_plan("meteor(fuse=6)")).rows)
-    width = sum(model.config.encoder(name).width for name in model.config.encoders)
+    cost = dict(count_cost(MODEL.config, parse_plan("meteor(fuse=6)")).rows)
+    width = sum(MODEL.config.encoder(name).width for name in MODEL.config.encoders)
     assert cost["projector"] == 2 * 16 * 32 * (width + 32)
-    assert cost["scores"] == 2 * 16 * 32 * (width + len(model.config.encoders))
+    assert cost["scores"] == 2 * 16 * 32 * (width + len(MODEL.config.encoders))
 
 
 def test_projector_parts_sum_to_the_first_layer():

@@ -39,15 +39,17 @@ def test_each_turn_apart_is_answered_as_if_it_were_the_only_one(text):
     plan = tiny.plan(tiny.PLANS[text])
     packed = (SHARED + sum(TURNS, ()), (0, 0, 0, *np.repeat([1, 2, 3], [4, 2, 3])))
     apart, conversation = _logits(_batch([packed, _plain(packed[0])], segments=True), plan)
+    # One batch without turns: each question in a row of its own, and the whole conversation.
+    rows = [_plain(SHARED + turn) for turn in TURNS]
+    *alone, plain = _logits(_batch([*rows, _plain(packed[0])], segments=False), plan)
     begin = len(SHARED)
-    for turn in TURNS:
-        expected = _logits(_batch([_plain(SHARED + turn)], segments=False), plan)
+    for turn, expected in zip(TURNS, alone, strict=True):
         stop = begin + len(turn)
-        np.testing.assert_allclose(apart[begin:stop], expected[0, len(SHARED) :], rtol=0, atol=3e-5)
+        expected = expected[len(SHARED) : len(SHARED) + len(turn)]
+        np.testing.assert_allclose(apart[begin:stop], expected, rtol=0, atol=3e-5)
         begin = stop
     # In the same batch a conversation stays one.
-    plain = _logits(_batch([_plain(packed[0])], segments=False), plan)
-    np.testing.assert_allclose(conversation, plain[0], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(conversation, plain, rtol=0, atol=3e-5)
     later = len(SHARED) + len(TURNS[0])
     assert (np.abs(conversation - apart)[later:].max(axis=-1) > 1e-2).all()
 

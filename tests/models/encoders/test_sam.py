@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,7 +33,7 @@ MODEL = Sam(CONFIG)
 
 
 def images(seed=0):
-    return jax.random.normal(jax.random.key(seed), (2, 40, 40, 3))
+    return np.random.default_rng(seed).normal(size=(2, 40, 40, 3)).astype(np.float32)
 
 
 @functools.cache
@@ -44,9 +43,13 @@ def params():
     return jax.tree.map(lambda s: random.normal(scale=0.5, size=s.shape).astype(s.dtype), shapes)
 
 
+@functools.cache
+def compiled(steps):
+    return jax.jit(functools.partial(MODEL.apply, steps=steps))
+
+
 def run(params, *keeps, method="attention"):
-    steps = segment_steps(keeps, method)
-    return jax.jit(functools.partial(MODEL.apply, steps=steps))({"params": params}, images())
+    return compiled(segment_steps(keeps, method))({"params": params}, images())
 
 
 def to_raster(groups):
@@ -242,10 +245,11 @@ def test_relative_positions_by_hand():
         sizes=(2,),
         side=2,
     )
-    q, k = jnp.full((1, 1, 2, 1, 4), 3.0), jnp.full((1, 1, 2, 1, 4), 5.0)
-    relative = {"height": jnp.arange(3.0)[:, None] * jnp.ones(4), "width": jnp.zeros((3, 4))}
-    q, k = join_relative_positions(q, k, layout=layout, relative=relative)
-    logits = jnp.einsum("iwshd,iwthd->st", q, k)
+    q, k = (np.full((1, 1, 2, 1, 4), value, np.float32) for value in (3.0, 5.0))
+    heights = np.repeat(np.arange(3, dtype=np.float32)[:, None], 4, axis=1)
+    relative = {"height": heights, "width": np.zeros((3, 4), np.float32)}
+    join = jax.jit(functools.partial(join_relative_positions, layout=layout, relative=relative))
+    logits = np.einsum("iwshd,iwthd->st", *join(q, k))
     # q·k / √d = 4 · 3 · 5 / 2; row − row + 1 picks the entry, 4 · 3 times it.
     np.testing.assert_allclose(logits, 30 + 12 * np.array([[1, 0], [2, 1]]))
 

@@ -85,10 +85,10 @@ def test_splash_attention_is_not_computed_again_where_it_is_saved():
 
 
 def test_gradients_do_not_depend_on_the_policy():
-    position = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
-    aux = (rope_freqs(position, config=CONFIG), None)
-    x = jax.random.normal(jax.random.key(1), X.shape)
-    variables = Stack(LlamaBlock, CONFIG, 3).init(jax.random.key(0), x, *aux)
+    position = np.broadcast_to(np.arange(LENGTH), (2, LENGTH))
+    aux = (jax.jit(functools.partial(rope_freqs, config=CONFIG))(position), None)
+    x = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
+    variables = jax.jit(Stack(LlamaBlock, CONFIG, 3).init)(jax.random.key(0), x, *aux)
 
     def gradient(remat):
         stack = Stack(LlamaBlock, CONFIG, 3, remat=remat)

@@ -25,14 +25,16 @@ class Block(nn.Module):
 
 
 STACK = Stack(Block, WIDTH, DEPTH)
-X = jax.random.normal(jax.random.PRNGKey(0), (2, 3, WIDTH))
-VARIABLES = STACK.init(jax.random.PRNGKey(1), X)
+X = np.random.default_rng(0).normal(size=(2, 3, WIDTH)).astype(np.float32)
+VARIABLES = jax.jit(STACK.init)(jax.random.key(1), X)
 
 
+@functools.partial(jax.jit, static_argnames=("start", "stop"))
 def run(x, variables=VARIABLES, **arguments):
     return STACK.apply(variables, x, **arguments)
 
 
+@functools.partial(jax.jit, static_argnames="scales")
 def naively(x, variables, scales):
     """Block by block, the scale of each given: the last output and input, and all extras."""
     extras, last = [], x
@@ -47,7 +49,7 @@ def naively(x, variables, scales):
 @pytest.mark.parametrize(("start", "stop"), [(0, DEPTH), (0, 2), (1, 4), (4, DEPTH)])
 def test_a_part_is_its_blocks_one_after_the_other(start, stop):
     out = run(X, start=start, stop=stop)
-    expected = naively(X, VARIABLES, [(i, 1.0) for i in range(start, stop)])
+    expected = naively(X, VARIABLES, tuple((i, 1.0) for i in range(start, stop)))
     for ours, theirs in zip((out.x, out.last_input, out.extras), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
@@ -99,27 +101,30 @@ def test_a_blocks_gradient_is_no_larger_than_the_block():
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "of the input alone"])
 def test_gradients_are_those_of_the_blocks(frozen):
     def naive(variables, x):
-        return (naively(x, variables, [(i, 1.0) for i in range(1, 4)])[0] ** 2).sum()
+        return (naively(x, variables, ((1, 1.0), (2, 1.0), (3, 1.0)))[0] ** 2).sum()
 
     arguments = (1,) if frozen else (0, 1)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-4),
-        jax.grad(loss, arguments)(VARIABLES, X),
-        jax.grad(naive, arguments)(VARIABLES, X),
+        jax.jit(jax.grad(loss, arguments))(VARIABLES, X),
+        jax.jit(jax.grad(naive, arguments))(VARIABLES, X),
     )
 
 
 def test_forward_differentiation():
-    change, gradient = jax.tree.map(jnp.cos, (VARIABLES, X)), jax.grad(loss, (0, 1))(VARIABLES, X)
-    products = jax.tree.map(lambda a, b: (a * b).sum(), gradient, change)
-    _, moved = jax.jvp(loss, (VARIABLES, X), change)
-    np.testing.assert_allclose(moved, sum(jax.tree.leaves(products)), rtol=1e-5)
+    @jax.jit
+    def both_ways(arguments):
+        change, gradient = jax.tree.map(jnp.cos, arguments), jax.grad(loss, (0, 1))(*arguments)
+        products = jax.tree.map(lambda a, b: (a * b).sum(), gradient, change)
+        return jax.jvp(loss, arguments, change)[1], sum(jax.tree.leaves(products))
+
+    np.testing.assert_allclose(*both_ways((VARIABLES, X)), rtol=1e-5)
 
 
 def test_kinds_that_take_turns():
     """Eight blocks, every third doubled, the first and the last run cut off."""
     stack = Stack(Block, WIDTH, 8)
-    variables = stack.init(jax.random.PRNGKey(1), X)
+    variables = jax.jit(stack.init)(jax.random.key(1), X)
     runs = ((1, 2, 0), (2, 3, 1), (3, 5, 0), (5, 6, 1), (6, 8, 0))
 
     def outputs(variables):
@@ -135,17 +140,20 @@ def test_kinds_that_take_turns():
 
     scales = ((1, 1.0), (2, 20.0), (3, 2.0), (4, 3.0), (5, 30.0), (6, 4.0), (7, 5.0))
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4)
-    jax.tree.map(assert_close, outputs(variables), naively(X, variables, scales))
-    jax.tree.map(
-        assert_close,
-        jax.grad(lambda variables: outputs(variables)[0].sum())(variables),
-        jax.grad(lambda variables: naively(X, variables, scales)[0].sum())(variables),
-    )
+
+    def with_gradient(function):
+        def loss(variables):
+            return function(variables)[0].sum(), function(variables)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables)
+
+    ours, theirs = map(with_gradient, (outputs, lambda v: naively(X, v, scales)))
+    jax.tree.map(assert_close, ours, theirs)
 
 
 def test_runs_that_repeat_are_in_the_program_once():
     stack = Stack(Block, WIDTH, 9)
-    variables = stack.init(jax.random.PRNGKey(1), X)
+    variables = jax.jit(stack.init)(jax.random.key(1), X)
     runs = [
         (first, first + size, kind)
         for i in range(0, 9, 3)
@@ -156,8 +164,9 @@ def test_runs_that_repeat_are_in_the_program_once():
         aux = ((1.0,), (2.0,))
         return stack.apply(variables, X, runs=tuple(runs), aux=aux, method="alternate").x
 
-    scales = [(i, 2.0 if i % 3 == 2 else 1.0) for i in range(9)]
-    np.testing.assert_allclose(forward(variables), naively(X, variables, scales)[0], rtol=1e-4)
+    scales = tuple((i, 2.0 if i % 3 == 2 else 1.0) for i in range(9))
+    expected = naively(X, variables, scales)[0]
+    np.testing.assert_allclose(jax.jit(forward)(variables), expected, rtol=1e-4)
     assert count_primitives(jax.make_jaxpr(forward)(variables), "dot_general") == 2
 
 
