@@ -8,12 +8,17 @@ import pytest
 from meteor_jax.models.eagle.prefill import pack_entries
 from meteor_jax.pruning.budgets import Adaptive
 from meteor_jax.pruning.method import ReductionContext, gather
+from meteor_jax.pruning.methods import sparsevlm
 from meteor_jax.pruning.methods.dart import Dart
-from meteor_jax.pruning.methods.sparsevlm import SparseVLM, recycle_dropped, text_query_mask
+from meteor_jax.pruning.methods.sparsevlm import SparseVLM
 from meteor_jax.pruning.ops.select import keep_topk
 from meteor_jax.types import Sequence
 
-ONE = jnp.asarray([1])
+ONE = np.ones(1, np.int32)
+
+# Each as one program, which is quicker than its operations one by one.
+text_query_mask = jax.jit(sparsevlm.text_query_mask, static_argnames="num_text")
+recycle_dropped = jax.jit(sparsevlm.recycle_dropped, static_argnames=("recycled", "clusters"))
 
 
 def row(x, kinds):
@@ -27,11 +32,11 @@ def row(x, kinds):
         images += kind == "v"
     count = len(kinds)
     return Sequence(
-        x=jnp.asarray(x, jnp.float32)[None],
-        position=jnp.arange(count)[None],
-        valid=jnp.asarray([kind != "-" for kind in kinds])[None],
-        text_index=jnp.asarray(text_index)[None],
-        visual=jnp.asarray(visual)[None],
+        x=np.float32(x)[None],
+        position=np.arange(count, dtype=np.int32)[None],
+        valid=np.array([kind != "-" for kind in kinds])[None],
+        text_index=np.int32(text_index)[None],
+        visual=np.int32(visual)[None],
     )
 
 
@@ -41,14 +46,23 @@ def test_raters_are_the_text_that_the_image_is_close_to():
     raters = text_query_mask(sequence, num_text=4)
     np.testing.assert_array_equal(raters, [[False, False, True, False]])
     context = ReductionContext(sequence=sequence, num_text=4)
-    np.testing.assert_array_equal(SparseVLM().begin(context=context), raters)
-    weights = SparseVLM().query_weights(context=context.replace(state=raters))
-    np.testing.assert_array_equal(weights, [[0, 0, 0, 0, 1, 0]])
+    np.testing.assert_array_equal(jax.jit(lambda: SparseVLM().begin(context=context))(), raters)
+
+    @jax.jit
+    def query_weights(context):
+        return SparseVLM().query_weights(context=context)
+
+    context = context.replace(state=raters)
+    np.testing.assert_array_equal(query_weights(context), [[0, 0, 0, 0, 1, 0]])
+
     # They are the same text after a step, whose row is shorter.
-    left = gather(sequence.x, keep_topk(jnp.asarray([[1.0, 0, 1, 1, 1, 0]]), keep=4))
-    context = context.replace(sequence=pack_entries(sequence, left), state=raters)
-    weights = SparseVLM().query_weights(context=context)
-    np.testing.assert_array_equal(weights, [[0, 0, 0, 1]])
+    @jax.jit
+    def shorter(sequence):
+        left = gather(sequence.x, keep_topk(jnp.asarray([[1.0, 0, 1, 1, 1, 0]]), keep=4))
+        return pack_entries(sequence, left)
+
+    context = context.replace(sequence=shorter(sequence))
+    np.testing.assert_array_equal(query_weights(context), [[0, 0, 0, 1]])
 
 
 def test_where_all_text_is_equal_all_rate_and_without_an_image_none_matters():
@@ -61,8 +75,13 @@ def test_where_all_text_is_equal_all_rate_and_without_an_image_none_matters():
 # By angle: text, five visual tokens, two text tokens; the keys of 1 and 6 are the largest.
 ANGLES = np.deg2rad([50, 0, 10, 120, 180, 270, 90, 300])
 STATES = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)
-SIZES = jnp.asarray([5, 4, 1, 2, 1, 1, 3, 1], jnp.float32)
-KEYS = SIZES[None, :, None, None] * jnp.asarray([-1, 1.0])
+SIZES = np.float32([5, 4, 1, 2, 1, 1, 3, 1])
+KEYS = SIZES[None, :, None, None] * np.float32([-1, 1])
+
+
+@jax.jit
+def pivot_scores(x, context):
+    return Dart(pivots=(1, 1)).scores(x, context=context)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +98,7 @@ KEYS = SIZES[None, :, None, None] * jnp.asarray([-1, 1.0])
 def test_pivot_scores_by_hand(keep, expected):
     sequence = row(STATES, "tvvvvvtt")
     context = ReductionContext(sequence=sequence, keys=KEYS, num_images=ONE, keep=keep)
-    scores = Dart(pivots=(1, 1)).scores(sequence.x, context=context)
+    scores = pivot_scores(sequence.x, context)
     np.testing.assert_array_equal(np.flatnonzero(scores[0]), expected)
 
 
@@ -87,9 +106,9 @@ def test_recycling_by_hand():
     # Of seven visual tokens 5 is best. The next five cluster at 0 and 10; 50 is lost.
     x = np.array([[7.0], [50], [0], [5], [1], [3], [10], [11.5], [8]])
     sequence = row(x, "tvvvvvvvt")
-    scores = jnp.asarray([[0, 1, 6, 9, 5, 4, 3, 2, 0]], jnp.float32)
+    scores = np.float32([[0, 1, 6, 9, 5, 4, 3, 2, 0]])
     context = ReductionContext(
-        sequence=sequence, num_images=ONE, max_images=2, num_kept=jnp.asarray([3])
+        sequence=sequence, num_images=ONE, max_images=2, num_kept=np.int32([3])
     )
     after, stays = recycle_dropped(sequence.x, scores, recycled=5, clusters=2, context=context)
     np.testing.assert_array_equal(np.flatnonzero(stays[0]), [2, 3, 6])
@@ -124,26 +143,27 @@ def test_no_gradient_flows_through_a_choice():
     def total(x):
         sequence = row(STATES, "tvvvvvtt").replace(x=x)
         context = ReductionContext(sequence=sequence, keys=KEYS, num_images=ONE, keep=3)
-        return Dart(pivots=(1, 1)).scores(x, context=context).sum()
+        return pivot_scores(x, context).sum()
 
-    gradient = jax.grad(total)(jnp.asarray(STATES, jnp.float32)[None])
+    gradient = jax.jit(jax.grad(total))(np.float32(STATES)[None])
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_never_displaces_text(bad):
     sequence = row(np.zeros((7, 2)), "tvvvvtt")
-    scores = jnp.asarray([[bad, bad, 0.1, bad, 0.2, bad, 0.0]], jnp.float32)
-    context = ReductionContext(sequence=sequence, num_kept=jnp.asarray([2]), num_text=3, capacity=2)
-    kept = context.keep_best(scores)
+    scores = np.float32([[bad, bad, 0.1, bad, 0.2, bad, 0.0]])
+    context = ReductionContext(sequence=sequence, num_kept=np.int32([2]), num_text=3, capacity=2)
+    kept = jax.jit(lambda context, scores: context.keep_best(scores))(context, scores)
     np.testing.assert_array_equal(kept.idx, [[0, 2, 4, 5, 6]])
     assert kept.valid.all()
 
 
 def test_a_budget_signal_that_is_not_finite_keeps_the_least_or_the_most():
     budget = Adaptive(8, budget_range=(0.25, 1.5), lambda_=1.0)
-    signal = jnp.asarray([jnp.nan, jnp.inf, 5.0])
-    kept = budget.num_kept(signal, num_images=jnp.ones(3, int), available=jnp.full(3, 15))
+    run = jax.jit(budget.num_kept)
+    signal, available = np.float32([np.nan, np.inf, 5]), np.full(3, 15, np.int32)
+    kept = run(signal, num_images=np.ones(3, np.int32), available=available)
     np.testing.assert_array_equal(kept, [2, 12, 5])
 
 
