@@ -33,6 +33,7 @@ from meteor_jax.progress import progress_bar
 
 GIGABYTE = 10**9
 INDEX_FILE = "model.safetensors.index.json"
+READ_BYTES = GIGABYTE  # of parameters at once, unless a single one is larger
 
 
 def export_checkpoint(
@@ -150,10 +151,12 @@ class _Checkpoint:
         console.print(grid)
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Each tensor with its name; one parameter is in memory at a time."""
+        """Each tensor with its name; `READ_BYTES` of parameters are in memory at a time, or one."""
         wanted = set(names)
-        for rule in self.rules:
-            param = _read(self.folder, self.shapes, rule.target.split("/"))
+        rules = {tuple(rule.target.split("/")): rule for rule in self.rules}
+        shapes = flax.traverse_util.flatten_dict(self.shapes)
+        for path, param in _read(self.folder, {path: shapes[path] for path in rules}):
+            rule = rules[path]
             for name, row in rule.expand():
                 tensor = rule.transform.save(param if row is None else param[row])
                 if rule.padding_rows:
@@ -163,18 +166,19 @@ class _Checkpoint:
                 if name in wanted:
                     yield name, tensor
                     wanted.remove(name)
-        for name in sorted(wanted):
-            yield name, self._unused(name)
+        yield from self._unused(sorted(wanted))
 
     def _with_dropped_rows(self, name: str, rule: Rule, tensor: np.ndarray) -> np.ndarray:
         rows = np.zeros((rule.unused_rows, *tensor.shape[1:]), tensor.dtype)
         if name in self.unused:
-            rows = self._unused(name)
+            [(_, rows)] = self._unused([name])
         dtype = jnp.promote_types(rows.dtype, tensor.dtype)
         return np.concatenate([rows.astype(dtype), tensor.astype(dtype)])
 
-    def _unused(self, name: str) -> np.ndarray:
-        return _read(self.folder.parent / "unused", self.unused, [name])
+    def _unused(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        shapes = {(name,): self.unused[name] for name in names}
+        for path, tensor in _read(self.folder.parent / "unused", shapes):
+            yield path[0], tensor
 
     def torch_config(self) -> dict[str, Any]:
         """config.json as it came with the whole model, or a new one."""
@@ -214,18 +218,27 @@ def _structs(tree: Any) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _read(folder: Path, tree: Mapping[str, Any], path: list[str]) -> np.ndarray:
-    """One array of an item."""
-    for name in path:
-        tree = tree[name]
-    like: Any = tree
-    for name in reversed(path):
-        like = {name: like}
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
-    restore = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(folder, args=restore)
-    return jax.tree.leaves(restored)[0]
+def _read(
+    folder: Path, shapes: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Arrays of an item by path. Several are read at a time, because each read parses the metadata
+    of all."""
+    groups: list[dict[tuple[str, ...], Any]] = []
+    room = 0
+    for path, shape in shapes.items():
+        size = shape.size * shape.dtype.itemsize
+        if not groups or size > room:
+            groups.append({})
+            room = READ_BYTES
+        groups[-1][path] = shape
+        room -= size
+    for group in groups:
+        like = flax.traverse_util.unflatten_dict(group)
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        restore = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(folder, args=restore)
+        yield from flax.traverse_util.flatten_dict(restored).items()
 
 
 class _Shards:
