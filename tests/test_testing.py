@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import textwrap
 
 import jax
 
@@ -10,8 +11,8 @@ from meteor_jax.testing import DUMMY_PLANS, DummyTokenizer, dummy_config, dummy_
 
 
 def test_the_example_of_its_documentation_runs():
-    _, _, example = inspect.getdoc(testing).partition("\n\n")
-    exec(inspect.cleandoc(example), vars(testing) | {"jax": jax, "functools": functools})
+    _, _, example = inspect.getdoc(testing).partition("In a test:\n\n")
+    exec(textwrap.dedent(example), vars(testing) | {"jax": jax, "functools": functools})
 
 
 def test_the_tokenizer_gives_text_back_and_fits_the_model():

@@ -1,9 +1,11 @@
 """A model, prompts and plans so small that a test compiles them in seconds; for your tests too.
 
-plan = dummy_plan("fastv(layer=2, keep=7)")
-forward = jax.jit(functools.partial(dummy_model().module.apply, plan=plan))
-out = forward({"params": dummy_params()}, dummy_batch())
-assert out.logits.shape == (3, 12, 50)
+In a test:
+
+    plan = dummy_plan("fastv(layer=2, keep=7)")
+    forward = jax.jit(functools.partial(dummy_model().module.apply, plan=plan))
+    out = forward({"params": dummy_params()}, dummy_batch())
+    assert out.logits.shape == (3, 12, 50)
 """
 
 from __future__ import annotations
