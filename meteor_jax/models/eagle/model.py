@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from meteor_jax.models.decoders.llama.caches import new_position
+from meteor_jax.models.decoders.llama.caches import new_position, pin_cache
 from meteor_jax.models.decoders.llama.model import Llama
 from meteor_jax.models.eagle.config import MeteorConfig
 from meteor_jax.models.eagle.fusion import (
@@ -29,28 +29,12 @@ from meteor_jax.models.eagle.outputs import Encoded, Extended, Forward, HiddenSt
 from meteor_jax.models.eagle.prefill import DecoderRun, run_decoder
 from meteor_jax.models.eagle.projector import Projector
 from meteor_jax.models.encoders.registry import ENCODERS
+from meteor_jax.models.layers.method_params import MethodParams
 from meteor_jax.models.layers.pixels import hash_images, normalise
 from meteor_jax.models.layers.stack import constrain
-from meteor_jax.pruning.method import Method, ReductionContext, Span, add_losses
+from meteor_jax.pruning.method import ReductionContext, Span, add_losses
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.types import Array, Batch, DecodeCache, EncodeTrace, PruneTrace, VisualTokens
-
-
-class MethodParams(nn.Module):
-    """Parameters of the learned pruning methods, by name."""
-
-    methods: tuple[Method, ...]
-    widths: tuple[tuple[str, int], ...]
-
-    @nn.compact
-    def __call__(self) -> dict[str, Any]:
-        widths = dict(self.widths)
-        return {
-            method.name: self.param(
-                method.name, lambda key, m=method: m.init_params(key, widths=widths)
-            )
-            for method in self.methods
-        }
 
 
 class Meteor(nn.Module):
@@ -205,7 +189,7 @@ class Meteor(nn.Module):
         x = jnp.take_along_axis(run.sequence.x, last[:, None, None], axis=1)[:, 0]
         return Prefilled(
             logits=self.llama.logits(x),
-            cache=_pinned(
+            cache=pin_cache(
                 DecodeCache(
                     ranges=run.ranges,
                     cache_index=jnp.zeros((), jnp.int32),
@@ -248,7 +232,7 @@ class Meteor(nn.Module):
             overflowed=cache.overflowed | ~fits,
         )
         logits = jnp.where(fits, self.llama.logits(x), jnp.nan)
-        return Extended(logits=logits, cache=_pinned(grown))
+        return Extended(logits=logits, cache=pin_cache(grown))
 
     def encoder_output(self, images: Array, *, encoder: str) -> Array:
         """What one encoder alone, unpruned, makes of uint8[I, H, W, 3]:
@@ -309,17 +293,3 @@ class Meteor(nn.Module):
             decode_capacity=decode_capacity,
             learned=self._method_params(),
         )
-
-
-def _pinned(cache: DecodeCache) -> DecodeCache:
-    """`cache` by rows and kv heads, so that it stays where it is from one program to the next."""
-    return cache.replace(
-        ranges=tuple(
-            layers.replace(
-                k=constrain(layers.k, "lbshd"),
-                v=constrain(layers.v, "lbshd"),
-                valid=constrain(layers.valid, "bs"),
-            )
-            for layers in cache.ranges
-        )
-    )

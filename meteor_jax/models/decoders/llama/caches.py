@@ -10,7 +10,8 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 
-from meteor_jax.types import Array, RangeCache, Sequence
+from meteor_jax.models.layers.stack import constrain
+from meteor_jax.types import Array, DecodeCache, RangeCache, Sequence
 
 
 @flax.struct.dataclass
@@ -91,3 +92,17 @@ class HeldRange:
 def new_position(cache: RangeCache, cache_index: Array, *, count: int) -> Array:
     """int32[B, T]: rotary positions of the next `count` tokens in a range of layers."""
     return cache.next_position[:, None] + cache_index + jnp.arange(count)
+
+
+def pin_cache(cache: DecodeCache) -> DecodeCache:
+    """`cache` by rows and kv heads, so that it stays where it is from one program to the next."""
+    return cache.replace(
+        ranges=tuple(
+            layers.replace(
+                k=constrain(layers.k, "lbshd"),
+                v=constrain(layers.v, "lbshd"),
+                valid=constrain(layers.valid, "bs"),
+            )
+            for layers in cache.ranges
+        )
+    )
