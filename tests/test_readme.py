@@ -81,7 +81,8 @@ def test_the_other_commands_run(workspace, words, extra, expected):
 
 def test_the_python_example_runs(workspace):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert "fastv" in run(["python", "-c", example], cwd=workspace)
+    said = run(["python", "-c", example], cwd=workspace)
+    assert said.startswith("full: ") and "\nmeteor: " in said
 
 
 def test_the_study_runs(workspace):
