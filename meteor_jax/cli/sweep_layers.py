@@ -73,11 +73,11 @@ def layer_table(found: list[PruneLayer], *, name: str, unpruned: float, share: f
     table = Table(
         "pruned before",
         "by attention",
-        "by chance",
-        "kept alike",
+        "at random",
+        "overlap",
         "VAV",
         title=f"plan '{name}': the answers' loss, nats a token",
-        caption=f"{unpruned:.3f} unpruned; {share:.0%} of the tokens kept; kept alike: "
+        caption=f"{unpruned:.3f} unpruned; {share:.0%} of the tokens kept; overlap: tokens kept "
         "by attention, whichever of two questions is asked; VAV: mean, 5 % and 95 %",
     )
     for row in found:

@@ -1,7 +1,7 @@
 """Where a plan may prune in the decoder: what a step before each layer does to the answers.
 
 Before each layer, alone, a step keeps half of the visual tokens: those that the text's attention
-chooses, or as many drawn by chance, three times. Measured is the loss of the right answers, on
+chooses, or as many at random, three times. Measured is the loss of the right answers, on
 questions of the training split, so that no test question has a say in where a plan prunes.
 
 B questions, A answer tokens, K kept tokens.

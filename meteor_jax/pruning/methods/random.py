@@ -1,4 +1,4 @@
-"""Control: tokens drawn by chance. They depend on the image and the seed, never on the batch."""
+"""Control: tokens drawn at random. They depend on the image and the seed, never on the batch."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def random_scores(image_seed: Array, *, seed: int, num_tokens: int) -> Array:
 
 @preset
 def random(*, keep: int, seed: int = 0) -> PrunePlan:
-    """`keep` tokens drawn by chance at fusion."""
+    """`keep` random tokens at fusion."""
     return PrunePlan("random", (Step(FUSION, Random(seed), Fixed(keep)),))
