@@ -64,13 +64,13 @@ class Scenes:
         return Scenes(self.images[index], self.classes[index], self.colors[index])
 
 
-def make_scenes(*, split: str, count: int, side: int, pages: bool) -> Scenes:
-    """The first pictures of a split, in memory; with `pages`, every other one full of glyphs."""
+def make_scenes(*, split: str, count: int, side: int, dense_pages: bool) -> Scenes:
+    """The first pictures of a split, in memory; with `dense_pages`, every other one full of glyphs."""
     classes = np.empty((count, side // CELL, side // CELL), np.uint8)
     colors = np.empty_like(classes)
     images = np.empty((count, side, side, 3), np.uint8)
     for index in track(range(count), f"Drawing {split}"):
-        page = pages and index // len(reading.SCENES) % 2
+        page = dense_pages and index // len(reading.SCENES) % 2
         make = reading.make_page if page else reading.make_picture
         picture = make(index, split=split, side=side)
         images[index] = picture.image
@@ -79,7 +79,7 @@ def make_scenes(*, split: str, count: int, side: int, pages: bool) -> Scenes:
 
 
 @flax.struct.dataclass
-class Learner:
+class Params:
     """An encoder's parameters, and those of its head: float[E, K · K · P] and float[K · K · P]."""
 
     encoder: Any
@@ -115,20 +115,20 @@ def train_encoder(
     measure = functools.partial(loss_and_accuracy, model=model, encoder=encoder)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(learner: Learner, state: Any, batch: Scenes) -> tuple[Learner, Any, Array, Array]:
-        (loss, (hits, _)), grads = jax.value_and_grad(measure, has_aux=True)(learner, batch)
-        updates, state = optimizer.update(grads, state, learner)
+    def step(params: Params, state: Any, batch: Scenes) -> tuple[Params, Any, Array, Array]:
+        (loss, (hits, _)), grads = jax.value_and_grad(measure, has_aux=True)(params, batch)
+        updates, state = optimizer.update(grads, state, params)
         filled = batch.classes != NOTHING
         accuracy = jnp.sum(hits & filled) / jnp.sum(filled)
-        return optax.apply_updates(learner, updates), state, loss, accuracy
+        return optax.apply_updates(params, updates), state, loss, accuracy
 
-    learner = first_learner(model, encoder, scenes=scenes, seed=seed)
-    state, started = optimizer.init(learner), time.perf_counter()
+    params = init_params(model, encoder, scenes=scenes, seed=seed)
+    state, started = optimizer.init(params), time.perf_counter()
     batches = _shuffled(scenes, batch_size=batch_size, seed=seed)
     with progress_bar(TextColumn("{task.fields[numbers]}")) as bar:
         task = bar.add_task(encoder, total=steps, numbers="")
         for number, batch in enumerate(itertools.islice(batches, steps), start=1):
-            learner, state, loss, accuracy = step(learner, state, batch)
+            params, state, loss, accuracy = step(params, state, batch)
             if number % LOG_EVERY == 0 or number == steps:
                 row = {"step": number - 1, "loss": float(loss), "accuracy": float(accuracy)}
                 log.write_steps([row | {"seconds": time.perf_counter() - started}])
@@ -137,15 +137,15 @@ def train_encoder(
 
     find_hits = jax.jit(lambda *args: measure(*args)[1])
     parts = np.array_split(np.arange(len(test.images)), max(len(test.images) // batch_size, 1))
-    found = [find_hits(learner, test.rows(part)) for part in parts]
+    found = [find_hits(params, test.rows(part)) for part in parts]
     hits, color_hits = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return learner.encoder, {
+    return params.encoder, {
         group: float(hits[np.isin(test.classes, numbers)].mean())
         for group, numbers in GROUPS.items()
     } | {"colours": float(color_hits[test.colors != NOTHING].mean())}
 
 
-def first_learner(model: nn.Module, encoder: str, *, scenes: Scenes, seed: int) -> Learner:
+def init_params(model: nn.Module, encoder: str, *, scenes: Scenes, seed: int) -> Params:
     """Fresh parameters.
 
     Raises:
@@ -161,7 +161,7 @@ def first_learner(model: nn.Module, encoder: str, *, scenes: Scenes, seed: int) 
     key, head_key = jax.random.split(jax.random.PRNGKey(seed))
     tokens, variables = jax.jit(init)(key, scenes.images[:1])
     width, outputs = tokens.shape[-1], (cells // grid) ** 2 * NUM_OUTPUTS
-    return Learner(
+    return Params(
         encoder=variables["params"],
         head=jax.random.normal(head_key, (width, outputs)) * width**-0.5,
         bias=jnp.zeros(outputs),
@@ -169,18 +169,18 @@ def first_learner(model: nn.Module, encoder: str, *, scenes: Scenes, seed: int) 
 
 
 def loss_and_accuracy(
-    learner: Learner, batch: Scenes, *, model: nn.Module, encoder: str
+    params: Params, batch: Scenes, *, model: nn.Module, encoder: str
 ) -> tuple[Array, tuple[Array, Array]]:
     """The weighted cross-entropy of a batch's cells, their classes' plus their colours', and
     which of both are right: bool[I, C, C]."""
     tokens = model.apply(
-        {"params": learner.encoder}, batch.images, encoder=encoder, method="encoder_output"
+        {"params": params.encoder}, batch.images, encoder=encoder, method="encoder_output"
     )
     tokens *= jax.lax.rsqrt(jnp.mean(tokens**2, axis=-1, keepdims=True) + 1e-6)
     # Every token speaks for its own K × K cells.
     cells, grid = batch.classes.shape[1], model.config.encoder(encoder).grid
     side = cells // grid
-    logits = tokens @ learner.head + learner.bias
+    logits = tokens @ params.head + params.bias
     logits = logits.reshape(-1, grid, grid, side, side, NUM_OUTPUTS)
     logits = logits.swapaxes(2, 3).reshape(-1, cells, cells, NUM_OUTPUTS)
 
@@ -235,8 +235,8 @@ def pretrain(
             missing[name] = workdir / name
     if not missing:
         return
-    scenes = make_scenes(split="train", count=num_images, side=side, pages=True)
-    test = make_scenes(split="test", count=NUM_TEST, side=side, pages=False)
+    scenes = make_scenes(split="train", count=num_images, side=side, dense_pages=True)
+    test = make_scenes(split="test", count=NUM_TEST, side=side, dense_pages=False)
     for name, folder in missing.items():
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
