@@ -53,6 +53,9 @@ def define_flags() -> None:
         False,
         "Start METEOR's projector an encoder from slices of EAGLE's single one.",
     )
+    flags.DEFINE_string(
+        "name", None, "What a lone encoder is called in the model. Default: its type, such as clip."
+    )
     flags.DEFINE_bool("to_torch", False, "Write a workdir back as safetensors, for EAGLE.")
     flags.DEFINE_string("shard_size", "2GB", "With --to_torch: the most that one file holds.")
 
@@ -94,6 +97,7 @@ def main(options: flags.FlagValues) -> None:
             dtype=options.dtype,
             overrides=options.set,
             split_projector=options.split_projector,
+            name=options.name,
             console=console,
         )
     console.print(f"{output} is written.")

@@ -50,6 +50,7 @@ def convert_checkpoint(
     dtype: str = AS_IS,
     overrides: Sequence[str] = (),
     split_projector: bool = False,
+    name: str | None = None,
     console: Console | None = None,
 ) -> ModelConfig:
     """Writes the workdir `output` from the checkpoint at `source_path`, and returns its config.
@@ -60,6 +61,7 @@ def convert_checkpoint(
         dtype: of the parameters, out of `DTYPES`; "as-is" leaves each as it is.
         overrides: fields of the config, such as "llama.num_heads=2".
         split_projector: gives each encoder its own projector, from slices of EAGLE's single one.
+        name: of an encoder that comes alone, in the model; its type where None.
         console: where the report goes; None prints nothing.
 
     Raises:
@@ -74,6 +76,7 @@ def convert_checkpoint(
             dtype=dtype,
             overrides=overrides,
             split_projector=split_projector,
+            name=name,
             console=console,
         )
 
@@ -86,6 +89,7 @@ def _convert(
     dtype: str,
     overrides: Sequence[str],
     split_projector: bool,
+    name: str | None,
     console: Console | None,
 ) -> ModelConfig:
     family, form = recognise(source, name=format_name)
@@ -95,6 +99,8 @@ def _convert(
     fields = conversion.fields(form.part, shapes=tensors, config=source.config)
     if split_projector:
         fields = conversion.split_projector(form.part, fields)
+    if name is not None:
+        fields = conversion.rename_encoder(form.part, fields, name=name)
     config = build_config(family.config_class, fields, overrides)
     parts = conversion.parts(config, form.part)
     shapes = conversion.param_shapes(config, parts)

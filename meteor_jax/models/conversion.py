@@ -335,6 +335,10 @@ class Conversion(abc.ABC):
         """`fields` with a projector for each encoder, made of the checkpoint's single one."""
         raise ConfigError(f"--split_projector: a checkpoint of '{part}' has no projector to split.")
 
+    def rename_encoder(self, part: str, fields: Fields, *, name: str) -> Fields:
+        """`fields` of an encoder that comes alone, under another name in the model."""
+        raise ConfigError(f"--name: a checkpoint of '{part}' is not an encoder alone.")
+
     def part_of(self, config: Any, name: str) -> tuple[str, str]:
         """A tensor's part of the model and its name in it, for the report."""
         return "", name

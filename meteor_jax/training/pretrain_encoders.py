@@ -65,7 +65,8 @@ class Scenes:
 
 
 def make_scenes(*, split: str, count: int, side: int, dense_pages: bool) -> Scenes:
-    """The first pictures of a split, in memory; with `dense_pages`, every other one full of glyphs."""
+    """The first pictures of a split, in memory; with `dense_pages` every other one is full of
+    glyphs."""
     classes = np.empty((count, side // CELL, side // CELL), np.uint8)
     colors = np.empty_like(classes)
     images = np.empty((count, side, side, 3), np.uint8)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from meteor_jax.checkpoint import restore_params
-from meteor_jax.config import build
+from meteor_jax.config import ConfigError, build
 from meteor_jax.convert.exporting import export_checkpoint
 from meteor_jax.convert.loading import convert_checkpoint
 from meteor_jax.models.eagle.model import MeteorConfig
@@ -138,6 +138,23 @@ def test_encoder_alone(tmp_path, eagle, case):
     assert build(MeteorConfig, written) == model
     whole = json.loads((eagle[1] / "config.json").read_text())["model"]
     assert written["encoders"][part] == whole["encoders"][part]
+
+
+def test_an_encoder_alone_may_have_another_name(tmp_path):
+    source = write(tmp_path / "source", hf_convnext())
+    config = convert_checkpoint(source, tmp_path / "out", name="fine")
+    assert [(name, encoder.type) for name, encoder in config.encoders.items()] == [
+        ("fine", "convnext")
+    ]
+    assert list(read_params(tmp_path / "out")) == ["fine"]
+    export_checkpoint(tmp_path / "out", tmp_path / "back")
+    prefix = PREFIX.format(n=0)
+    assert_identical(
+        read_folder(tmp_path / "back"), {prefix + name: t for name, t in tower(1).items()}
+    )
+    whole = eagle_tiny.write_eagle(tmp_path / "eagle", eagle_tiny.weights())
+    with pytest.raises(ConfigError, match="'eagle' is not an encoder alone"):
+        convert_checkpoint(whole, tmp_path / "no", name="fine")
 
 
 def test_encoder_alone_goes_back_under_eagles_names(tmp_path):

@@ -169,12 +169,19 @@ class EagleConversion(cv.Conversion):
             raise ConfigError("--split_projector: the source holds no EAGLE projector.")
         return fields | {"fusion": "post"}
 
+    def rename_encoder(self, part: str, fields: cv.Fields, *, name: str) -> cv.Fields:
+        if part not in ENCODERS:
+            return super().rename_encoder(part, fields, name=name)
+        return {"encoders": {name: fields["encoders"][part]}, "encoder_order": (name,)}
+
     def parts(self, config: MeteorConfig, part: str) -> tuple[str, ...]:
         joint = ("projector",)
         if config.fusion == "post":
             joint = tuple(f"projector_{name}" for name in config.encoders)
         if part == "projector":
             return joint
+        if part in ENCODERS:
+            return config.encoder_order
         return (part,) if part != "eagle" else (*config.encoders, *joint, "llama")
 
     def table(self, config: MeteorConfig, parts: Sequence[str]) -> cv.Table:
