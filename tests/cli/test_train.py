@@ -64,7 +64,7 @@ def whole(tmp_path_factory):
         ("--config.data.image_size=96", "the model does not take the data: expected images of 64"),
         ("--config.model.encoders.clip.remat=nothing", "clip.remat: expected 'none' or a name"),
         ("--config.eval.plans=\"('random(fuse.keep=999)',)\"", "fuse.keep=999 but only 116"),
-        ("--config.eval.plans=\"('fastv(layer=9,keep=4)',)\"", "must lie within 1..3"),
+        ("--config.eval.plans=\"('fastv(layer=9,keep=4)',)\"", "must be within 1..3"),
         (
             "--config.data.text_length=4 "
             "--config.train.finetune.plans=\"('meteor(decode=None)',)\"",
