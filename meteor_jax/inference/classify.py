@@ -55,7 +55,7 @@ class ClassPredictor:
     """
 
     model: Family
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     plan: PrunePlan
     classes: tuple[str, ...]
 

@@ -270,7 +270,7 @@ class TextPredictor:
     """A model that answers in text, under one plan; see `Predictor`."""
 
     model: nn.Module
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     plan: PrunePlan
     tokenizer: Tokenizer
     eos_id: int
