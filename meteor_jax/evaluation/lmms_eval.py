@@ -126,12 +126,11 @@ class MeteorJax(lmms):
                 )
             # At the model's size they take less memory while they wait.
             images.append(square_image(visual.convert("RGB"), size=self.engine.image_size))
-        until = options.get("until") or ()
         return Request(
             question=context,
             images=images,
             max_new_tokens=self._new_tokens(options, task=task),
-            stop=(until,) if isinstance(until, str) else tuple(until),
+            stop=options.get("until") or (),
         )
 
     def _new_tokens(self, options: Mapping[str, Any], *, task: str) -> int:

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from meteor_jax.inference.engine.data_shards import split_by_rows
-from meteor_jax.inference.engine.predictor import PromptBatch
+from meteor_jax.inference.engine.predictor import PromptBatch, encode_by_shard
 from meteor_jax.inference.engine.request import ShapeBucket
 from meteor_jax.models.family import Family
 from meteor_jax.pruning.plan import PrunePlan
@@ -24,12 +23,7 @@ from meteor_jax.types import Array
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def encode(params: Any, images: Array, *, model: Family, plan: PrunePlan) -> Any:
     """A pytree [S, I, ...] of `Family.encode` for uint8[S, I, H, W, 3]."""
-    shape = images.shape[:2]
-    flat = split_by_rows(images.reshape(-1, *images.shape[2:]))
-    return jax.tree.map(
-        lambda leaf: split_by_rows(leaf.reshape(*shape, *leaf.shape[1:])),
-        model.encode(params, flat, plan=plan),
-    )
+    return encode_by_shard(functools.partial(model.encode, params, plan=plan), images)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))

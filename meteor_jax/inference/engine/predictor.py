@@ -7,7 +7,7 @@ T prompt tokens, M images of a prompt, N visual tokens, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -122,12 +122,20 @@ def check_fits(model: Family, params: Any, *, plan: PrunePlan) -> int:
     return fused.span
 
 
+def encode_by_shard(encode: Callable[[Array], Any], images: Array) -> Any:
+    """[S, I, ...] of what `encode` makes [S·I, ...] of uint8[S, I, H, W, 3]; within a program."""
+    shape = images.shape[:2]
+    flat = split_by_rows(images.reshape(-1, *images.shape[2:]))
+    return jax.tree.map(
+        lambda leaf: split_by_rows(leaf.reshape(*shape, *leaf.shape[1:])), encode(flat)
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def encode_images(params: Any, images: Array, *, model: nn.Module, plan: PrunePlan) -> VisualTokens:
     """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
-    shape = images.shape[:2]
-    flat = split_by_rows(images.reshape(-1, *images.shape[2:]))
-    encoded = model.apply({"params": params}, flat, plan=plan, method="encode_images")
-    return jax.tree.map(
-        lambda leaf: split_by_rows(leaf.reshape(*shape, *leaf.shape[1:])), encoded.tokens
-    )
+
+    def encode(flat: Array) -> VisualTokens:
+        return model.apply({"params": params}, flat, plan=plan, method="encode_images").tokens
+
+    return encode_by_shard(encode, images)

@@ -68,7 +68,7 @@ def make_prompt(
                     prompt_length=min(length, longest),
                     num_images=max(num_images, 1),
                     max_new_tokens=request.max_new_tokens,
-                    stop=request.stop,
+                    stop=tuple(request.stop),
                     sampling=request.sampling,
                 ),
                 plan=plan,

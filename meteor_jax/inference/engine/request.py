@@ -23,7 +23,7 @@ class Request:
             are read when they are needed. Images of equal keys are encoded once.
         plan: one of the engine's plans by name; "" takes its first.
         max_new_tokens: the answer is cut off there.
-        stop: texts; the answer ends before the first of them.
+        stop: a text or several; the answer ends before the first that comes.
         history: earlier turns of the conversation, as (question, answer).
         sampling: how tokens are drawn; the most likely ones by default.
         seed: of that. A request and a seed have the same answer, whatever is asked beside.
@@ -33,7 +33,7 @@ class Request:
     images: Sequence[Any] = ()
     plan: str = ""
     max_new_tokens: int = 64
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     history: tuple[tuple[str, str], ...] = ()
     sampling: Sampling = GREEDY
     seed: int = 0
@@ -42,7 +42,8 @@ class Request:
         if self.max_new_tokens < 1:
             raise ValueError(f"request: expected max_new_tokens ≥ 1, got {self.max_new_tokens}.")
         object.__setattr__(self, "images", tuple(map(image_handle, self.images)))
-        object.__setattr__(self, "stop", tuple(filter(None, self.stop)))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", tuple(filter(None, stop)))
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -51,6 +51,11 @@ def test_every_image_has_one_place(questions, count, placed):
     assert place_images(questions, count, template=get_template("vicuna_v1")) == placed
 
 
+def test_a_stop_text_is_a_text_or_several_and_never_empty():
+    assert prompt_of("what?", stop="no").bucket.stop == ("no",)
+    assert prompt_of("what?", stop=["no", "", "end"]).bucket.stop == ("no", "end")
+
+
 def test_earlier_turns_stand_before_the_question():
     prompt = prompt_of("and now?", images=[b"a"], history=[("what?", "a dog")])
     text = TOKENIZER.decode(prompt.tokens)
