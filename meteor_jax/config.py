@@ -27,10 +27,10 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected fields by name, got {values!r:.60}.")
-    if hasattr(cls, "class_for"):
-        cls = cls.class_for(values, where=where)
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    choose = getattr(cls, "class_for", None)
+    target: Any = cls if choose is None else choose(values, where=where)
+    hints = typing.get_type_hints(target)
+    names = [field.name for field in dataclasses.fields(target)]
     built = {}
     for name, value in values.items():
         if name not in names:
@@ -38,14 +38,14 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
         built[name] = convert(hints[name], value, f"{where}.{name}")
     required = [
         field.name
-        for field in dataclasses.fields(cls)
+        for field in dataclasses.fields(target)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     missing = [name for name in required if name not in built]
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}.")
     try:
-        return cls(**built)
+        return target(**built)
     except ConfigError:
         raise
     except ValueError as error:

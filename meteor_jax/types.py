@@ -2,68 +2,68 @@
 
 Axis letters, used in every file: B examples, M images an example, I images, H W pixels, N visual
 tokens, T text tokens, S tokens of a whole sequence, D model width, E encoder width, V vocabulary,
-L layers, K kept tokens.
+L layers, K kept tokens. Shapes are types (jaxtyping); tests check them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
 
 Array = jax.Array
+AnyArray = Any  # of JAX in a model, of NumPy on the host, or a ShapeDtypeStruct
 
 IMAGE_TOKEN = -200  # stands in the text where an image's tokens go (LLaVA's number)
 IGNORE_LABEL = -100  # a position that takes no part in the loss
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """What the data pipeline gives and every model function takes. Rows are padded on the right.
 
-    Shapes:
-        images: uint8[B, M, H, W, 3], raw RGB; an absent image is all zeros.
-        image_valid: bool[B, M]; present images come first. `image_valid.sum(1)` equals the number
-            of `IMAGE_TOKEN`s in the row.
-        tokens: int32[B, T]; text ids, with `IMAGE_TOKEN` at each image's place.
-        text_valid: bool[B, T]; False on padding.
-        labels: int32[B, T]; `labels[t] == tokens[t]` where token t is to be predicted (from what
-            stands before it), `IGNORE_LABEL` elsewhere.
-        example_id: int32[B]; the row in its data source, for error messages and predictions.
-        segment_ids: int32[B, T]; 0 for what all questions of a row see, which comes first, then
-            the number of the question, whose tokens see segment 0 and their own segment, at the
-            positions that they would have alone. None where every token sees all before it.
-        target: int32[B]; of the task "classification" the index of the answer in `data.classes`,
-            −1 where there is none. None for other tasks.
+    Attributes:
+        images: raw RGB; an absent image is all zeros.
+        image_valid: present images come first. `image_valid.sum(1)` equals the number of
+            `IMAGE_TOKEN`s in the row.
+        tokens: text ids, with `IMAGE_TOKEN` at each image's place.
+        text_valid: False on padding.
+        labels: `labels[t] == tokens[t]` where token t is to be predicted (from what stands before
+            it), `IGNORE_LABEL` elsewhere.
+        example_id: the row in its data source, for error messages and predictions.
+        segment_ids: 0 for what all questions of a row see, which comes first, then the number of
+            the question, whose tokens see segment 0 and their own segment, at the positions that
+            they would have alone. None where every token sees all before it.
+        target: of the task "classification" the index of the answer in `data.classes`, −1 where
+            there is none. None for other tasks.
     """
 
-    images: Array
-    image_valid: Array
-    tokens: Array
-    text_valid: Array
-    labels: Array
-    example_id: Array
-    segment_ids: Array | None = None
-    target: Array | None = None
+    images: UInt8[AnyArray, "B M H W 3"]
+    image_valid: Bool[AnyArray, "B M"]
+    tokens: Int32[AnyArray, "B T"]
+    text_valid: Bool[AnyArray, "B T"]
+    labels: Int32[AnyArray, "B T"]
+    example_id: Int32[AnyArray, " B"]
+    segment_ids: Int32[AnyArray, "B T"] | None = None
+    target: Int32[AnyArray, " B"] | None = None
 
 
-@flax.struct.dataclass
-class VisualTokens:
+class VisualTokens(flax.struct.PyTreeNode):
     """Tokens of one image, from one encoder or from all of them joined.
 
-    Shapes:
-        x: float[..., N, D].
-        encoder: int32[..., N]; which of the encoders that ran a token
-            comes from, in the model's order.
-        patch_index: int32[..., N]; its row-major place in that encoder's own output grid.
-        position: int32[..., N]; its place within the span that the image takes in the sequence.
+    Attributes:
+        encoder: which of the encoders that ran a token comes from, in the model's order.
+        patch_index: its row-major place in that encoder's own output grid.
+        position: its place within the span that the image takes in the sequence.
         span: how many positions an image takes (static).
     """
 
-    x: Array
-    encoder: Array
-    patch_index: Array
-    position: Array
+    x: Float[AnyArray, "*batch N D"]
+    encoder: Int32[AnyArray, "*batch N"]
+    patch_index: Int32[AnyArray, "*batch N"]
+    position: Int32[AnyArray, "*batch N"]
     span: int = flax.struct.field(pytree_node=False)
 
     @property
@@ -71,26 +71,23 @@ class VisualTokens:
         return self.x.shape[-2]
 
 
-@flax.struct.dataclass
-class Sequence:
+class Sequence(flax.struct.PyTreeNode):
     """Text and visual tokens in one packed row: entries in reading order, invalid ones last.
 
-    Shapes:
-        x: float[B, S, D].
-        position: int32[B, S]; the rotary position.
-        valid: bool[B, S].
-        text_index: int32[B, S]; place in the row of text tokens, for a visual token that of its
-            `IMAGE_TOKEN`; it never decreases along the valid entries.
-        visual: int32[B, S]; index into the row's M·N visual tokens, −1 for a text token.
-        segment_ids: int32[B, S] or None, as in `Batch`.
+    Attributes:
+        position: the rotary position.
+        text_index: place in the row of text tokens, for a visual token that of its `IMAGE_TOKEN`;
+            it never decreases along the valid entries.
+        visual: index into the row's M·N visual tokens, −1 for a text token.
+        segment_ids: as in `Batch`.
     """
 
-    x: Array
-    position: Array
-    valid: Array
-    text_index: Array
-    visual: Array
-    segment_ids: Array | None = None
+    x: Float[AnyArray, "B S D"]
+    position: Int32[AnyArray, "B S"]
+    valid: Bool[AnyArray, "B S"]
+    text_index: Int32[AnyArray, "B S"]
+    visual: Int32[AnyArray, "B S"]
+    segment_ids: Int32[AnyArray, "B S"] | None = None
 
     @property
     def is_visual(self) -> Array:
@@ -103,24 +100,22 @@ class Sequence:
         return self.valid & (self.visual < 0)
 
 
-@flax.struct.dataclass
-class RangeCache:
+class RangeCache(flax.struct.PyTreeNode):
     """Keys and values of the layers between two prune steps of the decoder; prompt first, then room
     for new tokens.
 
-    Shapes:
-        k, v: float[L, B, S, num_kv_heads, head_dim], keys already rotated.
-        valid: bool[B, S].
-        next_position: int32[B]; rotary position of the first new token in this range.
+    Attributes:
+        k, v: keys, already rotated, and values.
+        next_position: rotary position of the first new token in this range.
         decode_capacity: entries at the end of S that are for new tokens (static).
         lengths: static numbers of prompt entries, increasing, that `trim` may leave; the last
             holds any prompt, the others hold those that kept fewer tokens.
     """
 
-    k: Array
-    v: Array
-    valid: Array
-    next_position: Array
+    k: Float[AnyArray, "L B S num_kv_heads head_dim"]
+    v: Float[AnyArray, "L B S num_kv_heads head_dim"]
+    valid: Bool[AnyArray, "B S"]
+    next_position: Int32[AnyArray, " B"]
     decode_capacity: int = flax.struct.field(pytree_node=False)
     lengths: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
@@ -159,19 +154,18 @@ class RangeCache:
         )
 
 
-@flax.struct.dataclass
-class DecodeCache:
+class DecodeCache(flax.struct.PyTreeNode):
     """One `RangeCache` a range of layers.
 
-    Shapes:
-        cache_index: int32[]; tokens appended since the prefill.
-        overflowed: bool[]; whether tokens came for which there was no room. They were not
-            written, and their logits are NaN.
+    Attributes:
+        cache_index: tokens appended since the prefill.
+        overflowed: whether tokens came for which there was no room. They were not written, and
+            their logits are NaN.
     """
 
     ranges: tuple[RangeCache, ...]
-    cache_index: Array
-    overflowed: Array
+    cache_index: Int32[AnyArray, ""]
+    overflowed: Bool[AnyArray, ""]
 
     @property
     def decode_capacity(self) -> int:
@@ -192,48 +186,45 @@ class DecodeCache:
         )
 
 
-@flax.struct.dataclass
-class EncodeTrace:
-    """Which of an encoder's tokens were left after each segment: int32[I, K] patch indices."""
+class EncodeTrace(flax.struct.PyTreeNode):
+    """Which of an encoder's tokens were left after each segment, as patch indices."""
 
-    kept: tuple[Array, ...]
+    kept: tuple[Int32[AnyArray, "I _"], ...]
 
 
-@flax.struct.dataclass
-class PruneStepTrace:
+class PruneStepTrace(flax.struct.PyTreeNode):
     """What one prune step in the decoder did.
 
-    Shapes:
-        visual: int32[B, K_max]; kept visual tokens (indices into M·N), −1 where none.
-        num_kept: int32[B]; visual tokens kept for the example.
-        num_computed: float32[B]; visual tokens that the layers after the step computed for it: its
-            share of the static total that its batch was packed into.
-        budget_signal: float32[B]; what an adaptive budget multiplies with λ (METEOR: the visual
-            attention values of the heads that count, summed), 0 where the method gives none.
+    Attributes:
+        visual: kept visual tokens (indices into M·N), −1 where none.
+        num_kept: visual tokens kept for the example.
+        num_computed: visual tokens that the layers after the step computed for it: its share of
+            the static total that its batch was packed into.
+        budget_signal: what an adaptive budget multiplies with λ (METEOR: the visual attention
+            values of the heads that count, summed), 0 where the method gives none.
     """
 
-    visual: Array
-    num_kept: Array
-    num_computed: Array
-    budget_signal: Array
+    visual: Int32[AnyArray, "B K"]
+    num_kept: Int32[AnyArray, " B"]
+    num_computed: Float32[AnyArray, " B"]
+    budget_signal: Float32[AnyArray, " B"]
 
 
-@flax.struct.dataclass
-class PruneTrace:
+class PruneTrace(flax.struct.PyTreeNode):
     """Everything that pruning decided, for counting, logging and drawing.
 
-    Shapes:
+    Attributes:
         encode: by encoder, its `EncodeTrace`.
-        fused_encoder, fused_patch_index: int32[I, N]; the tokens that left fusion.
+        fused_encoder, fused_patch_index: the tokens that left fusion.
         prune_steps: one `PruneStepTrace` a step in the decoder; empty in training.
-        loss: float32[I] or None; what methods add to the training loss.
+        loss: what methods add to the training loss.
     """
 
     encode: dict[str, EncodeTrace]
-    fused_encoder: Array
-    fused_patch_index: Array
+    fused_encoder: Int32[AnyArray, "I N"]
+    fused_patch_index: Int32[AnyArray, "I N"]
     prune_steps: tuple[PruneStepTrace, ...] = ()
-    loss: Array | None = None
+    loss: Float32[AnyArray, " I"] | None = None
 
 
 def take_tokens(tokens: VisualTokens, idx: Array) -> VisualTokens:

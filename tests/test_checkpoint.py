@@ -23,8 +23,7 @@ from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.parallel.rules import parameter_shardings
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     step: jax.Array
     params: dict
     opt_state: tuple

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "meteor") -> 
         return 2
     from meteor_jax.cli.run import run
 
-    faulthandler.enable(sys.__stderr__)
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
     logging.use_absl_handler()
     command = importlib.import_module(f"meteor_jax.cli.{name.replace('-', '_')}")
     return run(command, rest, name=f"{program} {name}")

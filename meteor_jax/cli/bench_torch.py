@@ -37,9 +37,9 @@ def main(options: flags.FlagValues) -> None:
         raise ConfigError(f"--dtypes: expected names out of {DTYPES}, got '{','.join(unknown)}'.")
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("comparing with PyTorch needs torch: pip install torch.")
-    experiment, rows = read_config(options), []
+    model, rows = read_config(options).model, []
     for dtype in options.dtypes:
-        rows += bench_torch(experiment.model, dtype=dtype, repeats=options.repeats)
+        rows += bench_torch(model, dtype=dtype, repeats=options.repeats)
     title = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     table = Table("part", "dtype", "ours ms", "torch ms", "ours / torch", title=title)
     for row in rows:

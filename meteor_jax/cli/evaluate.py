@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -70,7 +71,7 @@ def main(options: flags.FlagValues) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"workdir {folder} does not exist: train first, or correct it.")
     names = (name.strip() for name in (options.tasks or "").split(","))
-    request = {
+    request: dict[str, Any] = {
         "tasks": [name for name in names if name] or None,
         "plans": read_plans(options) or None,
         "num_questions": options.num_questions,

@@ -105,7 +105,13 @@ def _one_line(error: Exception) -> str:
 def help_text(command: ModuleType, defined: Iterable[str], *, name: str) -> str:
     """The command's docstring and its flags."""
     positional = f" {command.POSITIONAL}" if hasattr(command, "POSITIONAL") else ""
-    lines = [f"usage: {name}{positional} --FLAG=VALUE …", "", command.__doc__.strip(), "", "flags:"]
+    lines = [
+        f"usage: {name}{positional} --FLAG=VALUE …",
+        "",
+        (command.__doc__ or "").strip(),
+        "",
+        "flags:",
+    ]
     for flag in defined:
         lines += _describe(flags.FLAGS[flag])
         if flag == "config":

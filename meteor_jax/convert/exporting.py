@@ -106,7 +106,7 @@ class _Checkpoint:
 
     @property
     def conversion(self) -> Conversion:
-        return get_family(self.config.family).conversion
+        return get_family(self.config.family).required_conversion()
 
     def tensor_names(self) -> list[str]:
         """All that the folder will hold; of an EAGLE checkpoint, what it held before."""
@@ -176,7 +176,7 @@ class _Checkpoint:
         return np.concatenate([rows.astype(dtype), tensor.astype(dtype)])
 
     def _unused(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        shapes = {(name,): self.unused[name] for name in names}
+        shapes: dict[tuple[str, ...], Any] = {(name,): self.unused[name] for name in names}
         for path, tensor in _read(self.folder.parent / "unused", shapes):
             yield path[0], tensor
 

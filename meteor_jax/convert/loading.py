@@ -93,7 +93,7 @@ def _convert(
     console: Console | None,
 ) -> ModelConfig:
     family, form = recognise(source, name=format_name)
-    conversion = family.conversion
+    conversion = family.required_conversion()
     names = rename(source.entries, form)
     tensors = {new: source.entries[old].shape for new, old in names.names.items()}
     fields = conversion.fields(form.part, shapes=tensors, config=source.config)
@@ -170,7 +170,8 @@ def _literal(text: str) -> Any:
 
 def config_document(config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The model's config as JSON: what the checkpoint holds, and what differs from the default."""
-    values, default = dataclasses.asdict(config), dataclasses.asdict(type(config)())
+    config_class: Any = type(config)  # whose fields all have defaults
+    values, default = dataclasses.asdict(config), dataclasses.asdict(config_class())
     return {
         name: value
         for name, value in values.items()
@@ -189,7 +190,9 @@ class _Arrays:
         loads = [(load, self._entry(load.name)) for load in found.loads]
         count = Counter(entry.dtype for _, entry in loads)
         usual = count.most_common(1)[0][0]
-        computed = {rule.target: rule.compute(usual) for rule in found.computed}
+        computed = {
+            rule.target: rule.compute(usual) for rule in found.computed if rule.compute is not None
+        }
         dtypes = {path: array.dtype for path, array in computed.items()}
         for load, entry in loads:
             path = load.rule.target

@@ -60,7 +60,7 @@ def match(tensors: Mapping[str, Shape], table: Table, shapes: Mapping[str, Shape
                 problems.append(f"wrong shape: {found}: expected {want}, got {tensors[found]}")
             else:
                 loads.append(Load(found, rule, row))
-        if len(missing) > 1 and len(missing) == len(rule.layers):
+        if len(missing) > 1 and len(missing) == len(rule.layers or ()):
             missing = [f"{rule.source} of all layers"]
         problems += [f"missing: {name} {want}" for name in missing]
     kept: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pickle
 import struct
@@ -94,13 +95,13 @@ class TorchReader:
                 ]
             ) from error
         self._torch = torch
-        options = {"map_location": "cpu", "weights_only": True}
+        load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
         try:
-            loaded = torch.load(path, mmap=True, **options)
+            loaded = load(mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            loaded = torch.load(path, **options)  # the format of torch < 1.6 cannot be mapped
+            loaded = load()  # the format of torch < 1.6 cannot be mapped
         self._tensors = dict(self._flatten(loaded))
 
     def _flatten(self, item: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,9 @@ def write_checkpoint(
         name: ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         for name in items
     }
-    arguments = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items() if tree}
+    arguments: dict[str, ocp.args.CheckpointArgs] = {
+        name: ocp.args.PyTreeSave(tree) for name, tree in items.items() if tree
+    }
     arguments |= {name: ocp.args.JsonSave(dict(value)) for name, value in documents.items()}
     with ocp.CheckpointManager(
         Path(workdir).absolute() / FOLDER,
@@ -137,7 +139,7 @@ def write_checkpoint(
 
 
 @contextlib.contextmanager
-def whole_or_nothing(folder: Path) -> Iterator[Path]:
+def whole_or_nothing(folder: Path) -> Generator[Path]:
     """A new folder beside `folder`, which takes its name at the end; after an error it is gone.
 
     Raises:

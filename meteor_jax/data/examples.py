@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from meteor_jax.data.config import Attention, DataConfig, Task
 from meteor_jax.data.sources import registry as sources
 from meteor_jax.data.sources.conversations import place_images
+from meteor_jax.data.sources.records import Record, Records
 from meteor_jax.data.templates import (
     Conversation,
     Rendered,
@@ -28,7 +28,6 @@ from meteor_jax.data.templates import (
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN
 
-Record = Mapping[str, Any]
 SKIPPED_ID = -1  # the example_id of a row that could not be read; sum `example_id < 0` to count
 
 logger = logging.getLogger(__name__)
@@ -126,7 +125,7 @@ class RecordReader:
     """All sources one after the other; the first that are read stay in memory."""
 
     config: DataConfig
-    sources: tuple[Sequence[Record], ...]
+    sources: tuple[Records, ...]
     kept: dict[int, Record] = dataclasses.field(default_factory=dict)
 
     def training(self, source: int) -> range:

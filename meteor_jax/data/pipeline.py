@@ -14,8 +14,9 @@ import numpy as np
 
 from meteor_jax.config import suggest
 from meteor_jax.data.config import Attention, DataConfig, Task
-from meteor_jax.data.examples import Example, ExampleMaker, Record, RecordReader
+from meteor_jax.data.examples import Example, ExampleMaker, RecordReader
 from meteor_jax.data.sources import registry as sources
+from meteor_jax.data.sources.records import Record, Records
 from meteor_jax.data.templates import (
     IMAGE_MARKER,
     Conversation,
@@ -36,10 +37,9 @@ class Prompts:
     text_valid: np.ndarray
 
 
-def open_sources(config: DataConfig, *, split: str = "train") -> list[Sequence[Record]]:
+def open_sources(config: DataConfig, *, split: str = "train") -> list[Records]:
     """The records of every source of the config, built where they do not exist yet."""
-    counts = config.num_images if split == "train" else ()
-    counts = counts or (None,) * len(config.sources)
+    counts = (split == "train" and config.num_images) or (None,) * len(config.sources)
     return [
         sources.open_source(
             name, split=split, data_dir=config.data_dir, num_images=count, seed=config.source_seed
@@ -48,7 +48,7 @@ def open_sources(config: DataConfig, *, split: str = "train") -> list[Sequence[R
     ]
 
 
-def training_texts(records: Sequence[Sequence[Record]], *, limit: int = 2000) -> Iterator[str]:
+def training_texts(records: Sequence[Records], *, limit: int = 2000) -> Iterator[str]:
     """Questions with their answers, and captions, of the first `limit` records of each source."""
     for source in records:
         for index in range(min(limit, len(source))):
@@ -85,7 +85,7 @@ def questions_about_one_image(record: Record) -> list[Asked]:
 
 
 def first_questions(
-    records: Sequence[Sequence[Record]], *, count: int, of_image: int = 1, search: int | None = None
+    records: Sequence[Records], *, count: int, of_image: int = 1, search: int | None = None
 ) -> list[Asked]:
     """Of each source, `of_image` questions about each of the first `count` images that have as
     many: the first one, and others drawn by a fixed seed.
@@ -94,7 +94,7 @@ def first_questions(
     image need not be read whole.
     """
 
-    def asked(source: Sequence[Record]) -> Iterator[list[Asked]]:
+    def asked(source: Records) -> Iterator[list[Asked]]:
         draw = random.Random(0)
         for record in itertools.islice(source, search):
             questions = questions_about_one_image(record)
@@ -118,7 +118,7 @@ def make_train_iterator(
     template: str | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    records: Sequence[Sequence[Record]] | None = None,
+    records: Sequence[Records] | None = None,
     start_batch: int = 0,
 ) -> TrainIterator:
     """An endless iterator of `Batch`es of NumPy arrays, reshuffled every epoch.
@@ -229,7 +229,7 @@ def make_held_out_batches(
     template: str | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    records: Sequence[Sequence[Record]] | None = None,
+    records: Sequence[Records] | None = None,
 ) -> list[Batch]:
     """This process's rows of the `held_out` records of every source that is for `task`.
 
@@ -258,7 +258,7 @@ def _example_maker(
     tokenizer: Tokenizer,
     task: Task,
     template: str | None,
-    records: Sequence[Sequence[Record]] | None,
+    records: Sequence[Records] | None,
 ) -> ExampleMaker:
     name = template or config.template
     layout = get_template(name)

@@ -22,10 +22,17 @@ _REQUESTED_SIZE = "requested_vocab_size"  # kept in tokenizer_config.json beside
 class Tokenizer(Protocol):
     """What templates, the pipeline and generation need of a tokenizer."""
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int
-    pad_id: int
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int: ...
 
     def encode(self, text: str, *, bos: bool = False, after: After = "start") -> list[int]:
         """Ids of `text`; the names of special tokens in it are plain text.

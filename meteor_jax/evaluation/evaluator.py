@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from meteor_jax.checkpoint import TOKENIZER_FOLDER
+from meteor_jax.data.sources.records import Records
 from meteor_jax.data.tokenizers import load_tokenizer
 from meteor_jax.evaluation.files import (
     PREDICTIONS_FOLDER,
@@ -184,7 +185,7 @@ class Evaluator:
     """
 
     engine: Engine
-    sources: Mapping[str, Sequence[Mapping[str, Any]]]
+    sources: Mapping[str, Records]
     questions: tuple[Question, ...]
     config: EvalConfig
     depends_on: Mapping[str, Any]
@@ -311,7 +312,8 @@ def _make_evaluator(
         tokenizer=load_tokenizer(data.tokenizer, folder=source_dir / TOKENIZER_FOLDER),
         template=request.template,
     )
-    baseline = dataclasses.replace(next(iter(engine.predictors.values())), plan=blind)
+    predictor: Any = next(iter(engine.predictors.values()))  # a dataclass with a plan
+    baseline = dataclasses.replace(predictor, plan=blind)
     with main_process_first("sources"):  # which builds those that are not there yet
         sources = open_sources(
             request.tasks,
@@ -320,7 +322,7 @@ def _make_evaluator(
             seed=data.source_seed,
         )
     return Evaluator(
-        engine=dataclasses.replace(engine, predictors=engine.predictors | {BLIND: baseline}),
+        engine=dataclasses.replace(engine, predictors={**engine.predictors, BLIND: baseline}),
         sources=sources,
         questions=tuple(
             question

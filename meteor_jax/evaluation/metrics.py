@@ -122,10 +122,10 @@ def interval(scores: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
 
     Takes the questions as independent; several about one image are not quite.
     """
-    scores = np.asarray(scores, np.float64)
-    if np.isin(scores, (0.0, 1.0)).all():
-        return wilson(int(scores.sum()), len(scores))
-    return _bootstrap(scores, seed=seed)
+    values = np.asarray(scores, np.float64)
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson(int(values.sum()), len(values))
+    return _bootstrap(values, seed=seed)
 
 
 def wilson(num_right: int, n: int) -> tuple[float, float]:

@@ -98,6 +98,13 @@ class Row:
     delta_high: float | None = None
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def difference(self) -> tuple[float, float, float] | None:
+        """(delta, delta_low, delta_high); None for the reference plan."""
+        if self.delta is None or self.delta_low is None or self.delta_high is None:
+            return None
+        return self.delta, self.delta_low, self.delta_high
+
 
 def score_answer(question: Question, prediction: str) -> float:
     """The question's score under its task's metric, in [0, 1]."""

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,8 +61,10 @@ def draw_predictions(
     drawn = [drawable[index] for index in chosen]
     if not drawn:
         return
-    predictor, asked = engine.predictors[plan.name], [prompts[i] for i in drawn]
-    images = np.stack([read_pixels(p.images[0], size=predictor.image_size) for p in asked])
+    predictor: Any = engine.predictors[plan.name]  # a `TextPredictor`
+    asked = [prompts[i] for i in drawn]
+    read = (read_pixels(prompt.images[0], size=predictor.image_size) for prompt in asked)
+    images = np.stack([image for image in read if image is not None])
     longest = max(prompt.bucket.prompt_length for prompt in asked)
     rows = pad_prompts(
         asked,
@@ -143,7 +144,7 @@ def trace_examples(
     tokens: Array,
     text_valid: Array,
     *,
-    model: nn.Module,
+    model: Any,
     plan: PrunePlan,
 ) -> PruneTrace:
     """What `plan` keeps of some images, each with a question of its own.

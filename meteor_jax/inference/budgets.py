@@ -8,34 +8,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from meteor_jax.models.family import ModelConfig, count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.pruning.budgets import Adaptive, Budget, Fixed, steps_that_drop
 from meteor_jax.pruning.ops.budgets import expected_total, fit_edges, fit_lambda
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import Array, PruneStepTrace, VisualTokens
+from meteor_jax.types import AnyArray, Array, PruneStepTrace, VisualTokens
 
 EVEN = 0.2  # spread of K, from the 5th to the 95th percentile over the mean, that is hardly any
 
 
-@flax.struct.dataclass
-class Questions:
-    """One question about each of I images.
+class Questions(flax.struct.PyTreeNode):
+    """One question about each of I images; `asked` is False where an image has no such one."""
 
-    Shapes:
-        tokens: int32[I, T], text_valid: bool[I, T].
-        asked: bool[I]; False where an image has no such question.
-    """
-
-    tokens: Array
-    text_valid: Array
-    asked: Array
+    tokens: Int32[AnyArray, "I T"]
+    text_valid: Bool[AnyArray, "I T"]
+    asked: Bool[AnyArray, " I"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +46,7 @@ class MeasuredBudgets:
 
 
 def calibrate_budget(
-    model: nn.Module,
+    model: Any,
     params: Any,
     images: Array,
     *,
@@ -160,14 +154,14 @@ def evenness_note(
 
 
 @jax.jit(static_argnames=("model", "plan"))
-def _encode(params: Any, images: Array, *, model: nn.Module, plan: PrunePlan) -> VisualTokens:
+def _encode(params: Any, images: Array, *, model: Any, plan: PrunePlan) -> VisualTokens:
     encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
     return jax.tree.map(lambda x: x[:, None], encoded.tokens)
 
 
 @jax.jit(static_argnames=("model", "plan"))
 def _prune_steps(
-    params: Any, visual: VisualTokens, questions: Questions, *, model: nn.Module, plan: PrunePlan
+    params: Any, visual: VisualTokens, questions: Questions, *, model: Any, plan: PrunePlan
 ) -> tuple[PruneStepTrace, ...]:
     return model.apply(
         {"params": params},

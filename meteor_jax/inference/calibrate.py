@@ -18,9 +18,11 @@ import flax.linen as nn
 import flax.struct
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 
 from meteor_jax.config import ConfigError
 from meteor_jax.data import pipeline
+from meteor_jax.data.sources.records import Records
 from meteor_jax.data.sources.registry import decode_image
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.experiment.config import Experiment
@@ -31,22 +33,21 @@ from meteor_jax.inference.ranks import calibrate_ranks
 from meteor_jax.parallel.distributed import is_main_process
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import Array
+from meteor_jax.types import AnyArray
 
 NUM_IMAGES = 64
 NUM_QUESTIONS = 4  # about an image: those of one image keep alike numbers of tokens
 
 
-@flax.struct.dataclass
-class CalibrationBatch:
-    """Images uint8[I, H, W, 3], and the first, second, … question about each of them."""
+class CalibrationBatch(flax.struct.PyTreeNode):
+    """Images, and the first, second, … question about each of them."""
 
-    images: Array
+    images: UInt8[AnyArray, "I H W 3"]
     questions: tuple[Questions, ...]
 
 
 def calibration_batch(
-    experiment: Experiment, *, tokenizer: Tokenizer, records: Sequence[Sequence[Any]]
+    experiment: Experiment, *, tokenizer: Tokenizer, records: Sequence[Records]
 ) -> CalibrationBatch:
     """The first images of the training split, over all sources, each with its first questions.
 
@@ -67,7 +68,7 @@ def calibration_batch(
             batch_size=1,
         )
 
-    def usable(source: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[pipeline.Prompts]]]:
+    def usable(source: Records) -> Iterator[tuple[np.ndarray, list[pipeline.Prompts]]]:
         of_images = filter(None, map(pipeline.questions_about_one_image, source))
         for asked in itertools.islice(of_images, 2 * count):
             try:

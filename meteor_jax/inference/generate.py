@@ -15,7 +15,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -34,8 +33,7 @@ from meteor_jax.types import Array, DecodeCache, PruneStepTrace, VisualTokens
 STOP_INTERVAL = 16  # tokens after which the host looks for stop texts
 
 
-@flax.struct.dataclass
-class Generation:
+class Generation(flax.struct.PyTreeNode):
     """What a batch of prompts was answered with, on the device.
 
     Shapes:
@@ -52,8 +50,7 @@ class Generation:
     prune_steps: tuple[PruneStepTrace, ...]
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """Rows on their way.
 
     Shapes:
@@ -71,8 +68,7 @@ class DecodeState:
     cache: DecodeCache
 
 
-@flax.struct.dataclass
-class Started:
+class Started(flax.struct.PyTreeNode):
     """Rows after their first token.
 
     Shapes:
@@ -85,7 +81,7 @@ class Started:
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     params: Any,
     visual: VisualTokens,
     *,
@@ -116,7 +112,7 @@ def generate(
         model,
         params,
         visual,
-        PromptBatch(tokens, text_valid, image_valid, jax.random.bits(key, len(tokens))),
+        PromptBatch(tokens, text_valid, image_valid, jax.random.bits(key, (len(tokens),))),
         plan=plan,
         max_new_tokens=max_new_tokens,
         eos_id=eos_id,
@@ -134,7 +130,7 @@ def generate(
     keep_unused=True,
 )
 def start(
-    model: nn.Module,
+    model: Any,
     params: Any,
     visual: VisualTokens,
     prompts: PromptBatch,
@@ -176,7 +172,7 @@ def start(
     keep_unused=True,
 )
 def step(
-    model: nn.Module,
+    model: Any,
     params: Any,
     state: DecodeState,
     limit: Array | int,
@@ -269,7 +265,7 @@ def _on_every_host(x: Array) -> Array:
 class TextPredictor:
     """A model that answers in text, under one plan; see `Predictor`."""
 
-    model: nn.Module
+    model: Any
     params: Any = dataclasses.field(repr=False)
     plan: PrunePlan
     tokenizer: Tokenizer

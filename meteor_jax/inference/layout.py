@@ -149,7 +149,7 @@ def _mesh_config(
     experiment: Experiment, devices: Iterable[jax.Device], *, resident_bytes: float
 ) -> MeshConfig:
     asked, devices = experiment.eval.mesh, list(devices)
-    if asked != "auto":
+    if isinstance(asked, MeshConfig):
         return asked
     memory, model = _memory_bytes(devices), build_model(experiment.model)
     return choose_mesh(

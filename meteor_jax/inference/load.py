@@ -201,7 +201,7 @@ def source_folder(experiment: Experiment, workdir: Path) -> tuple[Path, tuple[st
 def _load_config(text: str) -> Any:
     path, _, argument = text.partition(":")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
-    if spec is None or not Path(path).is_file():
+    if spec is None or spec.loader is None or not Path(path).is_file():
         raise CheckpointError(f"config file {path} does not exist.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

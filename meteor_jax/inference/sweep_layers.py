@@ -14,12 +14,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Bool, Int32, UInt8
 
 from meteor_jax.data import pipeline
 from meteor_jax.data.config import DataConfig
@@ -36,7 +36,7 @@ from meteor_jax.pruning.methods.random import Random
 from meteor_jax.pruning.methods.text_attention import TextAttention
 from meteor_jax.pruning.plan import PrunePlan, Step
 from meteor_jax.pruning.points import before_layer
-from meteor_jax.types import IGNORE_LABEL, Array, PruneStepTrace
+from meteor_jax.types import IGNORE_LABEL, AnyArray, Array, PruneStepTrace
 
 QUESTIONS_PER_IMAGE = 2
 BATCH_SIZE = 32  # questions
@@ -44,20 +44,14 @@ SEARCH = 20  # records of a source looked through for each image wanted
 DRAWS = 3
 
 
-@flax.struct.dataclass
-class AskedBatch:
-    """Prompts about one image each, and their answers.
+class AskedBatch(flax.struct.PyTreeNode):
+    """Prompts about one image each, and their answers. A row without an answer only fills up."""
 
-    Shapes:
-        images: uint8[B, H, W, 3]; tokens: int32[B, T]; text_valid: bool[B, T].
-        answers: int32[B, A]; answer_valid: bool[B, A]. A row without an answer only fills up.
-    """
-
-    images: Array
-    tokens: Array
-    text_valid: Array
-    answers: Array
-    answer_valid: Array
+    images: UInt8[AnyArray, "B H W 3"]
+    tokens: Int32[AnyArray, "B T"]
+    text_valid: Bool[AnyArray, "B T"]
+    answers: Int32[AnyArray, "B A"]
+    answer_valid: Bool[AnyArray, "B A"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +75,7 @@ class PruneLayer:
 
 
 def measure_prune_layers(
-    model: nn.Module,
+    model: Any,
     params: Any,
     *,
     plan: PrunePlan,
@@ -165,14 +159,14 @@ def kept_overlap(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> fl
 
 
 @jax.jit(static_argnames=("model", "plan"))
-def _encode(model: nn.Module, params: Any, images: Array, *, plan: PrunePlan) -> Any:
+def _encode(model: Any, params: Any, images: Array, *, plan: PrunePlan) -> Any:
     encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
     return jax.tree.map(lambda x: x[:, None], encoded.tokens)
 
 
 @jax.jit(static_argnames=("model", "plan"))
 def _answer(
-    model: nn.Module, params: Any, visual: Any, batch: AskedBatch, *, plan: PrunePlan
+    model: Any, params: Any, visual: Any, batch: AskedBatch, *, plan: PrunePlan
 ) -> tuple[Array, Any]:
     """The sum of each answer's losses, float32[B], and what the plan's steps did. The prompt alone
     chooses what stays; the answer comes after, as in generation."""
@@ -210,7 +204,7 @@ def asked_batches(
     config, of_evaluation = experiment.data, experiment.eval
     name = prompt_template(of_evaluation.template or experiment.train.finetune.template)
     records = pipeline.open_sources(config)
-    served = [records[index] for index in pipeline.sources_for(config, "questions")]
+    served = [records[index] for index in pipeline.sources_for(config, "instruction")]
     chosen = pipeline.first_questions(
         served, count=num_images, of_image=QUESTIONS_PER_IMAGE, search=SEARCH * num_images
     )

@@ -233,9 +233,10 @@ class Shapes:
         """The size in the first tensor whose whole name matches."""
         return next(iter(self.sizes(pattern, axis)), None)
 
-    def sizes(self, pattern: str, axis: int = 0) -> list[int | None]:
+    def sizes(self, pattern: str, axis: int = 0) -> list[int]:
         """The size in every tensor whose whole name matches."""
-        return [self.size(name, axis) for name in self._shapes if re.fullmatch(pattern, name)]
+        found = (self.size(name, axis) for name in self._shapes if re.fullmatch(pattern, name))
+        return [size for size in found if size is not None]
 
     def count(self, pattern: str) -> int | None:
         """One more than the largest number that `pattern` catches at the start of a name."""
@@ -297,12 +298,15 @@ class Conversion(abc.ABC):
     """What the engine in `convert/` asks of a family.
 
     Attributes:
-        formats: by name, the layouts that it reads.
         whole: the `Format.part` of a checkpoint that holds the whole model.
     """
 
-    formats: Mapping[str, Format]
     whole: str
+
+    @property
+    @abc.abstractmethod
+    def formats(self) -> Mapping[str, Format]:
+        """By name, the layouts that it reads."""
 
     @abc.abstractmethod
     def fields(

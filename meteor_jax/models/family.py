@@ -13,10 +13,9 @@ import abc
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -31,16 +30,14 @@ from meteor_jax.types import Array, Batch
 ShardingRules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
-@flax.struct.dataclass
-class Mean:
+class Mean(flax.struct.PyTreeNode):
     """A mean of which parts of a batch hold parts: `total` / `count`, float32[] both."""
 
     total: Array
     count: Array
 
 
-@flax.struct.dataclass
-class LossSums:
+class LossSums(flax.struct.PyTreeNode):
     """Sums over some rows, float32[] each.
 
     Attributes:
@@ -57,6 +54,7 @@ class LossSums:
     means: dict[str, Mean] = flax.struct.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Base of every family's config, a frozen dataclass with at least these fields.
 
@@ -102,7 +100,7 @@ class Family(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         """The Linen module; its call takes (batch, plan=plan) and makes every parameter."""
 
     @abc.abstractmethod
@@ -112,6 +110,13 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def num_targets(self, batch: Batch) -> Array:
         """int32[]: `LossSums.count` of a batch, before anything is computed."""
+
+    @classmethod
+    def required_conversion(cls) -> Conversion:
+        """`conversion`; ConfigError where there is none."""
+        if cls.conversion is None:
+            raise ConfigError(f"{cls.__name__} has no conversion; set `conversion` in the family.")
+        return cls.conversion
 
     @property
     def sharding_rules(self) -> ShardingRules:
@@ -123,7 +128,7 @@ class Family(abc.ABC):
         """By name, the parts that have a config of their own; their parameters have that path."""
         return {}
 
-    def shared_fields(self, parts: Sequence[str] | None) -> tuple[str, ...]:
+    def shared_fields(self, parts: Collection[str] | None) -> tuple[str, ...]:
         """Fields outside `parts` on which the meaning of the parameters depends.
 
         Args:

@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,7 +126,7 @@ def trace_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tupl
 
 
 @contextlib.contextmanager
-def counted_forms() -> Iterator[None]:
+def counted_forms() -> Generator[None]:
     """Models traced in this context take the forms whose operations the trace shows: XLA's
     attention over all pairs, convolutions as convolutions, all rows on one device whatever mesh is
     in force."""
@@ -165,16 +165,20 @@ def count_jaxpr(jaxpr: core.Jaxpr, *, scope: str = "", times: float = 1.0) -> Fl
 
 def _product(equation: core.JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    shape = equation.invars[0].aval.shape
-    outputs = math.prod(equation.outvars[0].aval.shape)
+    shape = _shape(equation.invars[0])
+    outputs = math.prod(_shape(equation.outvars[0]))
     return 2.0 * outputs * math.prod(shape[axis] for axis in contracted)
 
 
 def _convolution(equation: core.JaxprEqn) -> float:
-    kernel = equation.invars[1].aval.shape
+    kernel = _shape(equation.invars[1])
     out_features = equation.params["dimension_numbers"].rhs_spec[0]
     taps = math.prod(kernel) / kernel[out_features]
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * taps
+    return 2.0 * math.prod(_shape(equation.outvars[0])) * taps
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 REMAT = "rematted_computation"  # JAX's name for it in a backward pass

@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -63,9 +63,10 @@ def start_processes(
             f"many processes: {', '.join(missing)} missing; --coordinator, --num_processes and "
             "--process_id go together."
         )
-    if not missing and not 0 <= process_id < num_processes:
+    whole = process_id is not None and num_processes is not None
+    if whole and not 0 <= process_id < num_processes:
         raise ConfigError(f"--process_id={process_id}: expected 0 to {num_processes - 1}.")
-    if not missing and not coordinator.rpartition(":")[2].isdigit():
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise ConfigError(f"--coordinator={coordinator}: expected host:port.")
     jax.config.update("jax_enable_preemption_service", enable_preemption)
     try:
@@ -118,7 +119,7 @@ def sum_over_processes(array: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def main_process_first(name: str) -> Iterator[None]:
+def main_process_first(name: str) -> Generator[None]:
     """Lets process 0 do something before the others, who then find its files."""
     if not is_main_process():
         wait_for_processes(name)
@@ -130,7 +131,7 @@ def main_process_first(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def abort_all_on_error(*, alike: tuple[type[Exception], ...] = (ConfigError,)) -> Iterator[None]:
+def abort_all_on_error(*, alike: tuple[type[Exception], ...] = (ConfigError,)) -> Generator[None]:
     """Ends this process, where there are many, at an error that only it may have met.
 
     It says so in one line and leaves at once: waiting for the others before leaving, it would wait

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meteor_jax.models.family import ShardingRules
 from meteor_jax.parallel.mesh import BATCH_AXES
@@ -31,7 +31,7 @@ GENERIC_RULES: ShardingRules = (
 
 
 def parameter_spec(
-    path: str, shape: Sequence[int], mesh: Mesh, *, rules: ShardingRules = ()
+    path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, *, rules: ShardingRules = ()
 ) -> PartitionSpec:
     """How the parameter at `path` ("llama/blocks/…") is split.
 
@@ -58,7 +58,7 @@ def parameter_spec(
 
 
 def _split(
-    sizes: Sequence[int], axes: tuple[str | None, ...], mesh: Mesh
+    sizes: Sequence[int], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
 ) -> tuple[str | None, ...]:
     """The axis of each dimension, None for those that stay whole."""
 
@@ -77,7 +77,7 @@ def _split(
     return tuple(placed)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh, *, rules: ShardingRules = ()) -> Any:
+def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, rules: ShardingRules = ()) -> Any:
     """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs), by the family's
     `rules`.
 

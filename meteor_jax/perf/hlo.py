@@ -190,7 +190,7 @@ def trip_counts(loop: Instruction, where: Computation, module: Module) -> int | 
     counter, limit = (condition.origin(name) for name in condition.root.operands)
     if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
         return None
-    place = int(re.search(r"index=(\d+)", counter.attributes)[1])
+    place = int(counter.attributes.partition("index=")[2].partition(",")[0])
     start = where.origin(where.origin(loop.operands[0]).operands[place])
     body = module.computations[loop.called("body")[0]]
     step = body.origin(body.root.operands[place])

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -66,14 +66,14 @@ class Program:
     """A jitted function with the shapes and shardings of its arguments.
 
     Attributes:
-        function: to be lowered with `args` in `tracing_for`.
+        function: jitted, to be lowered with `args` in `tracing_for`.
         resident_bytes: of each device, a lower bound: the arguments, and for a train step the
             gradients at the smallest that they can be.
         total_bytes: the same of all devices together, nothing held twice.
         rows: examples, or tokens of extend.
     """
 
-    function: Callable[..., Any]
+    function: Any
     args: tuple[Any, ...]
     resident_bytes: float
     total_bytes: float
@@ -117,7 +117,7 @@ def count_flops(request: Request, mesh: Mesh, *, platform: str) -> tuple[float, 
 
 
 @contextlib.contextmanager
-def tracing_for(platform: str, mesh: Mesh) -> Iterator[None]:
+def tracing_for(platform: str, mesh: Mesh) -> Generator[None]:
     """Constraints pin to `mesh`, and models take the forms of `platform`."""
     with jax.set_mesh(mesh), compiling_for(platform):
         yield
@@ -136,9 +136,7 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _program(
-    function: Callable[..., Any], args: tuple[Any, ...], *, rows: int, gradients: Any = ()
-) -> Program:
+def _program(function: Any, args: tuple[Any, ...], *, rows: int, gradients: Any = ()) -> Program:
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((args, gradients)))
     return Program(function, args, device_bytes((args, gradients)), whole, rows=rows)
 

@@ -45,8 +45,13 @@ def _static(default: Any) -> Any:
     return flax.struct.field(pytree_node=False, default=default)
 
 
-@flax.struct.dataclass
-class ReductionContext:
+def _promised() -> Any:
+    """None by default, but declared with the type that a method can rely on where it is promised,
+    so that type checkers ask no method for a test of it."""
+    return flax.struct.field(default=None)
+
+
+class ReductionContext(flax.struct.PyTreeNode):
     """What a model knows at a reduction point. A field is None unless the point has it and the
     method's `needs` name it; the fields marked (always) are there wherever the point has them.
 
@@ -79,15 +84,15 @@ class ReductionContext:
         learned: by name, the parameters of the model's learned methods (always).
     """
 
-    image_seed: Array | None = None
-    patch_index: Array | None = None
-    attention_received: Array | None = None
-    cls_attention: Array | None = None
-    encoder_parts: tuple[Array, ...] | None = None
-    keys: Array | None = None
-    sequence: Sequence | None = None
-    num_images: Array | None = None
-    num_kept: Array | None = None
+    image_seed: Array = _promised()
+    patch_index: Array = _promised()
+    attention_received: Array = _promised()
+    cls_attention: Array = _promised()
+    encoder_parts: tuple[Array, ...] = _promised()
+    keys: Array = _promised()
+    sequence: Sequence = _promised()
+    num_images: Array = _promised()
+    num_kept: Array = _promised()
     sizes: Array | None = None
     state: Any = None
     learned: Mapping[str, Any] | None = None
@@ -107,12 +112,13 @@ class ReductionContext:
         Raises:
             ValueError: if the model has none for it.
         """
-        if method.name not in (self.learned or {}):
+        learned = self.learned or {}
+        if method.name not in learned:
             raise ValueError(
                 f"method '{method.name}' has parameters of its own: name it in "
                 "model.learned_methods."
             )
-        return self.learned[method.name]
+        return learned[method.name]
 
     def keep_best(self, scores: Array, *, always: Array | None = None) -> Selection:
         """The best of float[B, N] by the rules of the point: as many as the budget says, in every
@@ -135,8 +141,7 @@ class ReductionContext:
         )
 
 
-@flax.struct.dataclass
-class Ranking:
+class Ranking(flax.struct.PyTreeNode):
     """Shapes:
     scores: float[B, N]; the larger, the better. No gradient flows through a choice.
     budget_signal: float32[B], or None; what an adaptive budget multiplies with λ.
@@ -146,8 +151,7 @@ class Ranking:
     budget_signal: Array | None = None
 
 
-@flax.struct.dataclass
-class Reduction:
+class Reduction(flax.struct.PyTreeNode):
     """The tokens that a step leaves.
 
     Shapes:
@@ -185,11 +189,14 @@ class Method:
 
     name: ClassVar[str] = ""
     stages: ClassVar[tuple[Stage, ...]] = ("encode", "fuse", "decode")
-    needs: ClassVar[frozenset[str]] = frozenset()
     restores: ClassVar[bool] = False
     in_training: ClassVar[bool] = False
     score_layer = "previous"
     rotary = "with"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
 
     def scores(self, x: Array, *, context: ReductionContext) -> Array | Ranking:
         """float[B, N] of tokens float[B, N, D]: the larger, the rather a token stays."""
@@ -257,4 +264,4 @@ def last_text(sequence: Sequence) -> Array:
 def add_losses(*losses: Array | None) -> Array | None:
     """The sum of those that are there."""
     present = [loss for loss in losses if loss is not None]
-    return sum(present) if present else None
+    return sum(present[1:], start=present[0]) if present else None

@@ -18,6 +18,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 from meteor_jax.config import ConfigError, suggest
@@ -27,7 +28,7 @@ _METHODS: dict[str, type[Method]] = {}
 _PRESETS: dict[str, Callable[..., Any]] = {}
 
 M = TypeVar("M", bound=type[Method])
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=FunctionType)
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -24,7 +24,7 @@ from meteor_jax.config import ConfigError, build, convert, suggest
 from meteor_jax.pruning.budgets import Budget
 from meteor_jax.pruning.method import Method
 from meteor_jax.pruning.plan import PrunePlan, Step, budget_class
-from meteor_jax.pruning.points import STAGES, Stage, before_layer
+from meteor_jax.pruning.points import STAGES, before_layer
 from meteor_jax.pruning.registry import method_class, presets
 
 _DOT = "__dot__"  # stands for the dot of a dotted argument, which Python's grammar has not
@@ -132,7 +132,7 @@ def override(plan: PrunePlan, **fields: Any) -> PrunePlan:
     return plan
 
 
-def _set_in_stage(plan: PrunePlan, stage: Stage, field: str, value: Any) -> PrunePlan:
+def _set_in_stage(plan: PrunePlan, stage: Any, field: str, value: Any) -> PrunePlan:
     """`value` in every step of a stage that has the field, or its items, one a step."""
     steps, where = plan.stage(stage), f"plan '{plan.name}': {stage}"
     if not steps:

@@ -126,7 +126,7 @@ def paper_comparison(runs: Sequence[Run]) -> Section:
     ]
     for run in runs:
         named = [paper.task_of(benchmark, run.task_names) for benchmark in paper.BENCHMARKS]
-        full = run.mean_score("full")
+        full = run.full_score
         for plan in run.model_plans:
             by_task = run.by_task(plan)
             score, tflops = run.mean_score(plan), run.mean(plan, "tflops")

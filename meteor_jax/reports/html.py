@@ -63,7 +63,7 @@ def summary(runs: Sequence[Run]) -> Section:
     for run in runs:
         step = "" if run.step is None else f"step {run.step:,}, "
         sizes[run.name] = f"{step}{len(run.tasks)} tasks, {run.num_questions:,} questions"
-        full = run.mean_score("full")
+        full = run.full_score
         for plan in run.pruned:
             score = run.mean_score(plan)
             text = f"{score:.1f} %"
@@ -109,12 +109,12 @@ def scores(runs: Sequence[Run]) -> Section:
         [
             run.label(row.plan),
             row.task,
-            f"{100 * row.delta:+.1f}",
-            f"{100 * row.delta_low:+.1f} … {100 * row.delta_high:+.1f}",
+            f"{100 * found[0]:+.1f}",
+            f"{100 * found[1]:+.1f} … {100 * found[2]:+.1f}",
         ]
         for run in runs
         for row in run.rows
-        if row.delta is not None and row.plan in run.pruned and row.group != COMBINED
+        if row.plan in run.pruned and row.group != COMBINED and (found := row.difference)
     ]
     if differences:
         header = ["plan", "task", "difference", "95 % interval"]
@@ -125,7 +125,7 @@ def scores(runs: Sequence[Run]) -> Section:
 
 def cost_charts(runs: Sequence[Run]) -> Section:
     """Mean score against computed tokens and against measured time."""
-    reference = runs[0].mean_score("full") if len(runs) == 1 else None
+    reference = runs[0].full_score if len(runs) == 1 else None
 
     def chart(name: str, text: str, *, field: str, scale: float, x_label: str) -> Picture:
         points = {
@@ -235,8 +235,8 @@ def answers(runs: Sequence[Run]) -> Section | None:
     """Answers of each run's first pruned plan, beside those of full to the same questions."""
     blocks = []
     for run in runs:
-        plan = next(iter([*run.pruned, *run.model_plans]), None)
-        records = run.predictions(plan) if plan else []
+        plan = next(iter([*run.pruned, *run.model_plans]), "")
+        records = run.predictions(plan)
         if not records:
             continue
         full = {_key(record): record for record in run.predictions("full")}

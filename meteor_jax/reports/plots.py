@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -186,7 +186,9 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
             _annotate(axes, plan, points[plan], place=(edge, height))
 
 
-def _annotate(axes: Axes, text: str, point: tuple[float, float], *, place: Sequence[float]) -> None:
+def _annotate(
+    axes: Axes, text: str, point: tuple[float, float], *, place: tuple[float, float]
+) -> None:
     label = axes.annotate(
         shorten(text),
         point,

@@ -85,12 +85,16 @@ class Run:
 
     @property
     def num_questions(self) -> int:
-        return sum(self._of(self.plan_names[0], "n"))
+        return int(sum(self._of(self.plan_names[0], "n")))
 
-    def mean_score(self, plan: str) -> float | None:
-        """Percent, mean over the tasks; None for a plan that did not run."""
-        score = averages(self.rows).get(plan)
-        return None if score is None else 100 * score["all"]
+    def mean_score(self, plan: str) -> float:
+        """Percent, mean over the tasks."""
+        return 100 * averages(self.rows)[plan]["all"]
+
+    @property
+    def full_score(self) -> float | None:
+        """`mean_score` of the unpruned plan; None if that did not run."""
+        return self.mean_score("full") if "full" in averages(self.rows) else None
 
     def mean(self, plan: str, field: str) -> float:
         """A field of the rows, mean over the tasks; 0 for a plan that did not run."""

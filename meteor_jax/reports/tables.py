@@ -104,9 +104,10 @@ def plan_points(
 
 
 def _cells(row: Row) -> list[str]:
-    delta = "" if row.delta is None else f"{100 * row.delta:+.1f}"
-    if row.delta is not None:
-        delta += f" ±{50 * (row.delta_high - row.delta_low):.1f}"
+    delta = ""
+    if row.difference is not None:
+        mean, low, high = row.difference
+        delta = f"{100 * mean:+.1f} ±{50 * (high - low):.1f}"
     measured = row.plan != MAJORITY
     costs = (
         row.visual_tokens_kept,

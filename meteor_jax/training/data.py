@@ -9,6 +9,7 @@ from typing import Any
 
 from meteor_jax.checkpoint import TOKENIZER_FOLDER, parts_in
 from meteor_jax.data import pipeline
+from meteor_jax.data.sources.records import Records
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.experiment.config import Experiment, Stage
 from meteor_jax.models.family import build_model
@@ -22,7 +23,7 @@ class TrainingData:
 
     experiment: Experiment
     tokenizer: Tokenizer
-    records: Sequence[Sequence[Any]]
+    records: Sequence[Records]
 
     def batches(self, stage: Stage, *, first_batch: int, shard: DataShard) -> Iterator[Batch]:
         """A stage's endless batches of NumPy arrays from `first_batch` on, a shard's rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,4 +24,4 @@ def train_step_flops(step: Callable[..., Any], *args: Any) -> float:
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
     with counted_forms():
-        return trace_flops(step.__wrapped__, *shapes)[0].needed
+        return trace_flops(inspect.unwrap(step), *shapes)[0].needed

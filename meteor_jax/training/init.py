@@ -30,7 +30,7 @@ from meteor_jax.types import Batch
 
 def placeholder_ranks(model: Family, *, plans: Iterable[PrunePlan]) -> Calibration:
     """Ranks that stand for those that `plans` measure: with any, the budgets are the same."""
-    ranks = dict.fromkeys(model.encoders, (1.0, 1.0, 1.0))
+    ranks: dict[str, tuple[float, ...]] = dict.fromkeys(model.encoders, (1.0, 1.0, 1.0))
     kinds = (str(kind) for plan in plans for kind in plan.rank_kinds)
     return Calibration(ranks=dict.fromkeys(kinds, ranks))
 
@@ -124,9 +124,9 @@ def reinit_params(
         return join_params(again, kept)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)  # the average's too
-    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=0)
+    reinit = jax.jit(begin, out_shardings=shardings, donate_argnums=0)
     return state.replace(
-        params=begin(state.params), ema=None if state.ema is None else begin(state.ema)
+        params=reinit(state.params), ema=None if state.ema is None else reinit(state.ema)
     )
 
 

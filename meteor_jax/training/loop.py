@@ -108,7 +108,7 @@ def train(
     chip = find_chip(mesh.devices.flat[0].device_kind)
     workdir.mkdir(parents=True, exist_ok=True)
 
-    state = None
+    state: Any = None  # a `TrainState` once the first stage begins
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         saved = stack.enter_context(checkpoint.open_checkpoints(workdir, keep=settings.max_to_keep))
@@ -138,7 +138,7 @@ def train(
             checkpoint.save(saved, state, step=step, config=config)
             recorder.restart_clock()
 
-        def run_evaluation(*, final: bool) -> None:
+        def run_evaluation(evaluate: Evaluate, *, final: bool) -> None:
             recorder.flush()
             with stop.at_once(step), bar.paused():
                 scores = evaluate(trained_params(), step=step, final=final)
@@ -194,6 +194,7 @@ def train(
                         seed=experiment.seed,
                     )
                 if is_new and stage.config.calibrate_before:
+                    assert calibrate is not None  # `check_stage`
                     calibration = calibrate(state.params)
                     if is_main_process():
                         calibration.save(workdir / checkpoint.CALIBRATION_FILE)
@@ -218,7 +219,7 @@ def train(
                 while step < stage.stop:
                     if step > first_step:
                         if evaluate and _is_due(step, settings.eval_every):
-                            run_evaluation(final=False)
+                            run_evaluation(evaluate, final=False)
                         if _is_due(step, settings.checkpoint_every):
                             save()
                     stop.check(step)
@@ -247,7 +248,7 @@ def train(
             if recorder.num_skipped:
                 bar.say(f"{recorder.num_skipped} examples were skipped; each was named above")
             if evaluate:
-                run_evaluation(final=True)
+                run_evaluation(evaluate, final=True)
             saved.wait_until_finished()
             return TrainResult(state)
         except Interrupted:

@@ -66,7 +66,7 @@ def make_schedule(stage: StageConfig) -> optax.Schedule:
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
     """The optimizer of one stage, over `split_trainable`'s flat dict of trainable parameters."""
 
-    def scale_groups(updates: dict[str, Array], _: Any) -> dict[str, Array]:
+    def scale_groups(updates: Any, _: Any) -> dict[str, Array]:
         return {
             path: update * path_multiplier(path, stage.lr_multipliers)
             for path, update in updates.items()

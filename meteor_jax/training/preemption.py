@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ class StopSignals:
             raise Interrupted
 
     @contextlib.contextmanager
-    def at_once(self, step: int) -> Iterator[None]:
+    def at_once(self, step: int) -> Generator[None]:
         """Lets a signal raise Interrupted right away: for long work that may be thrown away.
 
         With many processes such work is finished first.

@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jaxtyping import UInt8
 from rich.progress import TextColumn
 
 from meteor_jax.checkpoint import CheckpointError, find_step, open_checkpoints, write_config
@@ -52,13 +52,12 @@ LOG_EVERY = 50
 NUM_OUTPUTS = len(CLASSES) + len(COLOR_CLASSES)  # of a cell
 
 
-@flax.struct.dataclass
-class Scenes:
-    """uint8[I, H, W, 3] pictures and, of each cell, its class and colour: uint8[I, C, C]."""
+class Scenes(flax.struct.PyTreeNode):
+    """Pictures and, of each cell, its class and colour."""
 
-    images: Array
-    classes: Array
-    colors: Array
+    images: UInt8[Any, "I H W 3"]
+    classes: UInt8[Any, "I C C"]
+    colors: UInt8[Any, "I C C"]
 
     def rows(self, index: Any) -> Scenes:
         return Scenes(self.images[index], self.classes[index], self.colors[index])
@@ -79,8 +78,7 @@ def make_scenes(*, split: str, count: int, side: int, dense_pages: bool) -> Scen
     return Scenes(images, classes, colors)
 
 
-@flax.struct.dataclass
-class Params:
+class Params(flax.struct.PyTreeNode):
     """An encoder's parameters, and those of its head: float[E, K · K · P] and float[K · K · P]."""
 
     encoder: Any
@@ -89,7 +87,7 @@ class Params:
 
 
 def train_encoder(
-    model: nn.Module,
+    model: Any,
     encoder: str,
     *,
     scenes: Scenes,
@@ -116,14 +114,14 @@ def train_encoder(
     measure = functools.partial(loss_and_accuracy, model=model, encoder=encoder)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: Any, batch: Scenes) -> tuple[Params, Any, Array, Array]:
+    def step(params: Any, state: Any, batch: Scenes) -> tuple[Any, Any, Array, Array]:
         (loss, (hits, _)), grads = jax.value_and_grad(measure, has_aux=True)(params, batch)
         updates, state = optimizer.update(grads, state, params)
         filled = batch.classes != NOTHING
         accuracy = jnp.sum(hits & filled) / jnp.sum(filled)
         return optax.apply_updates(params, updates), state, loss, accuracy
 
-    params = init_params(model, encoder, scenes=scenes, seed=seed)
+    params: Any = init_params(model, encoder, scenes=scenes, seed=seed)
     state, started = optimizer.init(params), time.perf_counter()
     batches = _shuffled(scenes, batch_size=batch_size, seed=seed)
     with progress_bar(TextColumn("{task.fields[numbers]}")) as bar:
@@ -146,7 +144,7 @@ def train_encoder(
     } | {"colours": float(color_hits[test.colors != NOTHING].mean())}
 
 
-def init_params(model: nn.Module, encoder: str, *, scenes: Scenes, seed: int) -> Params:
+def init_params(model: Any, encoder: str, *, scenes: Scenes, seed: int) -> Params:
     """Fresh parameters.
 
     Raises:
@@ -170,7 +168,7 @@ def init_params(model: nn.Module, encoder: str, *, scenes: Scenes, seed: int) ->
 
 
 def loss_and_accuracy(
-    params: Params, batch: Scenes, *, model: nn.Module, encoder: str
+    params: Params, batch: Scenes, *, model: Any, encoder: str
 ) -> tuple[Array, tuple[Array, Array]]:
     """The weighted cross-entropy of a batch's cells, their classes' plus their colours', and
     which of both are right: bool[I, C, C]."""
@@ -186,14 +184,14 @@ def loss_and_accuracy(
     logits = logits.swapaxes(2, 3).reshape(-1, cells, cells, NUM_OUTPUTS)
 
     weight = jnp.where(batch.classes != NOTHING, 1.0, WEIGHT_OF_NOTHING)
-    loss, hits = 0.0, []
+    loss, hits = jnp.float32(0), []
     parts = jnp.split(logits, [len(CLASSES)], axis=-1)
     for part, labels in zip(parts, (batch.classes, batch.colors), strict=True):
         labels = labels.astype(jnp.int32)
         losses = optax.softmax_cross_entropy_with_integer_labels(part, labels)
         loss += jnp.sum(losses * weight) / jnp.sum(weight)
         hits.append(part.argmax(-1) == labels)
-    return loss, tuple(hits)
+    return loss, (hits[0], hits[1])
 
 
 def _shuffled(scenes: Scenes, *, batch_size: int, seed: int) -> Iterator[Scenes]:

@@ -16,8 +16,7 @@ from meteor_jax.training.optimizer import split_trainable
 from meteor_jax.types import Array
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a checkpoint must hold besides the data iterator.
 
     Attributes:

@@ -69,11 +69,12 @@ def make_train_step(
         else:
             grads, sums = _sum_over_parts(gradients, batch, num_parts=stage.grad_accum_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        params = join_params(optax.apply_updates(trainable, updates), frozen)
+        trained: Any = optax.apply_updates(trainable, updates)
+        params = join_params(trained, frozen)
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, step_size=1 - ema_decay)
-        metrics = {
+        metrics: dict[str, Any] = {
             "loss": sums.loss,
             "accuracy": sums.correct,
             "tokens": sums.tokens,

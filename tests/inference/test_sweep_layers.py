@@ -1,5 +1,6 @@
 """What a prune step before each layer does to the answers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -64,6 +65,9 @@ def test_batches_hold_whole_pairs_and_are_filled_up(monkeypatch, tmp_path):
     source[4] = record(4, questions=1)
     monkeypatch.setattr(sweep_prune_layers.pipeline, "open_sources", lambda config: [source])
     experiment = load_experiment(config(tmp_path))
+    data = experiment.data
+    data = dataclasses.replace(data, tasks=("instruction",) * len(data.sources))
+    experiment = dataclasses.replace(experiment, data=data)
     tokenizer = load_tokenizer(experiment.data.tokenizer, folder=tmp_path)
     batches = asked_batches(experiment, tokenizer=tokenizer, num_images=19)
     assert [batch.answer_valid.any(1).sum() for batch in batches] == [32, 4]

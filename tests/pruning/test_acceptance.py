@@ -55,8 +55,7 @@ def norm(*, keep: int) -> PrunePlan:
     return PrunePlan("norm", (Step(FUSION, Norm(), Fixed(keep)), LATER))
 
 
-@flax.struct.dataclass
-class Merged:
+class Merged(flax.struct.PyTreeNode):
     """Which token left each token is in, int32[B, N], and how many reductions there were."""
 
     into: jax.Array

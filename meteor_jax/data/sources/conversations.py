@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ def open_prepared(
     if num_examples is not None and num_examples > available:
         raise ValueError(f"{name} has {available} examples; num_images asks {num_examples}.")
     split = "train" if num_examples is None else f"train[:{num_examples}]"
-    return ConversationSource(name=name, records=builder.as_data_source(split=split))
+    records: Any = builder.as_data_source(split=split)  # ty: ignore[missing-argument]: a decorator
+    return ConversationSource(name=name, records=records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,3 +182,6 @@ class ConversationSource:
             "turns": tuple((question.decode(), answer.decode()) for question, answer in texts),
             "image_id": int(record["row"]),
         }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -121,8 +121,7 @@ def prepare_llava(
 
     order = np.random.default_rng(0).permutation(len(entries)).tolist()
     starts = range(0, len(order), examples_per_shard)
-    shards = [_read_shard(unfinished / f"shard-{index:05d}") for index in range(len(starts))]
-    done = [shard is not None and (skip_bad or not shard.skipped) for shard in shards]
+    shards = []
     serialize = _serializer()
     with (
         ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as pool,
@@ -135,9 +134,11 @@ def prepare_llava(
 
         for index, first in enumerate(starts):
             rows = order[first : first + examples_per_shard]
-            if not done[index]:
-                path = unfinished / f"shard-{index:05d}"
-                shards[index] = _write_shard(path, pool.map(load, rows), serialize=serialize)
+            path = unfinished / f"shard-{index:05d}"
+            shard = _read_shard(path)
+            if shard is None or (shard.skipped and not skip_bad):
+                shard = _write_shard(path, pool.map(load, rows), serialize=serialize)
+            shards.append(shard)
             bar.advance(examples, len(rows))
     return _finish(folder, unfinished, shards, skip_bad=skip_bad)
 
@@ -193,7 +194,7 @@ class Llava(FileReaderBuilder, skip_registration=True):
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         del dl_manager, download_config  # the shards are there, tfds writes what describes them
-        shards = self.builder_config.shards
+        shards = cast(LlavaConfig, self.builder_config).shards
         template = self._get_filename_template("train")
         for index, shard in enumerate(shards):
             os.replace(

@@ -42,12 +42,12 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 class Part:
     """The least that is seen as one thing: a glyph, a shape, a bar with its value ('bar 7').
 
-    color: one of COLORS; None for what is black.
+    color: one of COLORS; empty for what is black.
     """
 
     name: str
     box: Box
-    color: str | None = None
+    color: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Element:
     """
 
     kind: str
-    color: str | None
-    content: str | tuple
+    color: str
+    content: Any
     box: Box
     parts: tuple[Part, ...]
 
@@ -158,7 +158,8 @@ def text_block(
 def digits_block(rng: random.Random, digits: str, *, split: str) -> Block:
     """Handwritten digits in a row; every one is a real sample of the split's own."""
     size, gap, samples = rng.randint(18, 21), rng.randint(0, 2), digit_samples(split)
-    ink = (rng.randint(0, 60),) * 3
+    shade = rng.randint(0, 60)
+    ink = (shade, shade, shade)
     inks = tuple(
         Ink(
             digit_mask(rng.choice(samples[int(digit)]), size, rng.uniform(-MAX_TURN, MAX_TURN)),
@@ -173,7 +174,7 @@ def digits_block(rng: random.Random, digits: str, *, split: str) -> Block:
         for digit, stroke in zip(digits, inks, strict=True)
     )
     width, height = len(digits) * (size + gap) - gap, size + 2
-    element = Element("digits", None, digits, (0, 0, width, height), parts)
+    element = Element("digits", "", digits, (0, 0, width, height), parts)
     return Block(width, height, inks, (element,))
 
 
@@ -221,7 +222,7 @@ def chart_block(bars: tuple[tuple[str, int, str], ...]) -> Block:
         inks.append(Ink(label, BLACK, letter_x, floor + 3))
         parts.append(Part(f"bar {value}", (x, floor - tall, x + BAR_PITCH - 4, floor), color))
         parts += text_parts(letter, "DejaVuSans-Bold", 12, x=letter_x, y=floor + 3)
-    element = Element("chart", None, bars, (0, 0, width, height), tuple(parts))
+    element = Element("chart", "", bars, (0, 0, width, height), tuple(parts))
     return Block(width, height, tuple(inks), (element,))
 
 
@@ -256,12 +257,12 @@ def text_mask(text: str, font: str, size: int) -> Image.Image:
     rise, fall = round(size * 0.8), round(size * 0.25)
     mask = Image.new("L", (len(text) * size + 4, rise + fall))
     ImageDraw.Draw(mask).text((2, rise), text, font=_font(font, size), fill=255, anchor="ls")
-    left, _, right, _ = mask.getbbox()
+    left, _, right, _ = mask.getbbox() or (0, 0, 0, 0)
     return mask.crop((left, 0, right, rise + fall))
 
 
 def text_parts(
-    text: str, font: str, size: int, *, x: int = 0, y: int = 0, color: str | None = None
+    text: str, font: str, size: int, *, x: int = 0, y: int = 0, color: str = ""
 ) -> tuple[Part, ...]:
     """The letters of `text_mask` with its corner at (x, y): each from where the last one ends."""
     height, edges = text_mask(text, font, size).height, _letter_edges(text, font, size)

@@ -5,13 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
 Group = Literal["knowledge", "general", "reading", "ocr", "grounding"]
+Record = Mapping[str, Any]
+
+
+class Records(Protocol):
+    """Random access to the records of one source: a data source of ours, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+    def __iter__(self) -> Iterator[Record]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,11 @@ import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from meteor_jax.config import ConfigError, suggest
-from meteor_jax.data.sources.records import TaskSpec
+from meteor_jax.data.sources.records import Records, TaskSpec
 from meteor_jax.data.sources.registry import TASKS, open_source
 from meteor_jax.evaluation.tasks.benchmarks.datasets import FOLDERS, Folder
 from meteor_jax.evaluation.tasks.benchmarks.parquet import ParquetSource, open_folder
@@ -123,7 +122,7 @@ def resolve_tasks(
 
 def open_task_source(
     task: TaskSpec, *, data_dir: str | Path, num_images: int | None = None, seed: int = 0
-) -> Sequence[Mapping[str, Any]]:
+) -> Records:
     """The records that a task asks about; tasks of one `source` share them.
 
     Args:
@@ -142,7 +141,7 @@ def open_task_source(
 
 def open_sources(
     tasks: Sequence[TaskSpec], *, data_dir: str | Path, num_images: int | None, seed: int
-) -> dict[str, Sequence[Mapping[str, Any]]]:
+) -> dict[str, Records]:
     """By name, the sources of all `tasks`; see `open_task_source`."""
     return {
         task.source: open_task_source(task, data_dir=data_dir, num_images=num_images, seed=seed)
@@ -151,7 +150,7 @@ def open_sources(
 
 
 def collect_questions(
-    source: Sequence[Mapping[str, Any]],
+    source: Records,
     *,
     tasks: Sequence[TaskSpec],
     num_questions: int | None = None,
@@ -250,7 +249,7 @@ def _draw_units(
 
 
 def _check_found(
-    questions: Sequence[Question], tasks: Sequence[TaskSpec], *, source: Sequence[Any]
+    questions: Sequence[Question], tasks: Sequence[TaskSpec], *, source: Records
 ) -> None:
     found = Counter(question.task.name for question in questions)
     missing = [task.name for task in tasks if not found[task.name]]

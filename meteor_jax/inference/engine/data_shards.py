@@ -48,7 +48,8 @@ class DataShards:
         """The shards that this process feeds."""
         if self.mesh is None:
             return (0,)
-        parts = NamedSharding(self.mesh, BATCH_SPEC).addressable_devices_indices_map((self.count,))
+        sharding = NamedSharding(self.mesh, BATCH_SPEC)
+        parts: dict[Any, Any] = dict(sharding.addressable_devices_indices_map((self.count,)))
         return tuple(sorted({index[0].indices(self.count)[0] for index in parts.values()}))
 
     def place(self, rows: Mapping[int, np.ndarray]) -> Array:
@@ -57,7 +58,7 @@ class DataShards:
         if self.mesh is None:
             return jnp.asarray(first[None])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             return np.stack([rows[row] for row in range(*index[0].indices(self.count))])
 
         sharding = NamedSharding(self.mesh, BATCH_SPEC)
@@ -73,7 +74,7 @@ class DataShards:
 
     def everywhere(self, tree: Any) -> Any:
         """The same arrays whole on every host, so that `jax.device_get` can read them."""
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or self.mesh is None:
             return tree
         return jax.jit(_same, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
 

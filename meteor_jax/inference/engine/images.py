@@ -50,7 +50,7 @@ def image_handle(image: Any) -> ImageHandle:
         )
     shape = getattr(content, "shape", ())
     key = hashlib.sha256(repr(shape).encode())
-    key.update(content)
+    key.update(content if isinstance(content, bytes) else content.data)
     return ImageHandle(key.hexdigest(), lambda: image)
 
 

@@ -7,7 +7,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
     """The same items, made ahead of time in one thread."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        ahead: deque[Any] = deque(pool.submit(next, iterator, end) for _ in range(depth))
         while (item := ahead.popleft().result()) is not end:
             ahead.append(pool.submit(next, iterator, end))
             yield item

@@ -10,32 +10,30 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int32, UInt32
 
 from meteor_jax.inference.engine.data_shards import split_by_rows
 from meteor_jax.inference.engine.request import ShapeBucket
 from meteor_jax.models.family import Family
 from meteor_jax.pruning.plan import PrunePlan
-from meteor_jax.types import IMAGE_TOKEN, Array, VisualTokens
+from meteor_jax.types import IMAGE_TOKEN, AnyArray, Array, VisualTokens
 
 
-@flax.struct.dataclass
-class PromptBatch:
+class PromptBatch(flax.struct.PyTreeNode):
     """A batch of prompts: [S, b, ...] as hosts lay them out, [B, ...] as the model takes them.
 
-    Shapes:
-        tokens: int32[..., T]; text_valid: bool[..., T]; image_valid: bool[..., M].
-        seeds: uint32[...]; of the rows' sampling.
+    Attributes:
+        seeds: of the rows' sampling.
     """
 
-    tokens: Array
-    text_valid: Array
-    image_valid: Array
-    seeds: Array
+    tokens: Int32[AnyArray, "*rows T"]
+    text_valid: Bool[AnyArray, "*rows T"]
+    image_valid: Bool[AnyArray, "*rows M"]
+    seeds: UInt32[AnyArray, "*rows"]
 
 
 class Predictor(Protocol):
@@ -71,7 +69,7 @@ class Predictor(Protocol):
         """The fields of a `Prediction` that a row of `outputs` gives; they are on the host."""
 
 
-def fused_shape(model: nn.Module, params: Any, *, plan: PrunePlan) -> VisualTokens:
+def fused_shape(model: Any, params: Any, *, plan: PrunePlan) -> VisualTokens:
     """Shapes of one image's `encode_images`, [1, N, D], without computing it.
 
     Raises:
@@ -132,7 +130,7 @@ def encode_by_shard(encode: Callable[[Array], Any], images: Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
-def encode_images(params: Any, images: Array, *, model: nn.Module, plan: PrunePlan) -> VisualTokens:
+def encode_images(params: Any, images: Array, *, model: Any, plan: PrunePlan) -> VisualTokens:
     """VisualTokens of [S, I, N, D] for uint8[S, I, H, W, 3]."""
 
     def encode(flat: Array) -> VisualTokens:

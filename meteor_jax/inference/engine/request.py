@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
 from meteor_jax.inference.engine.images import ImageHandle, image_handle
@@ -140,7 +140,7 @@ class Timings:
         return dataclasses.asdict(self) | {"host": self.host}
 
     @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
+    def measure(self, name: str) -> Generator[None]:
         """Adds the time inside to the field `name`."""
         begin = time.perf_counter()
         yield

@@ -25,8 +25,7 @@ LOGIT_BYTES = 512 << 20
 Head = Callable[[Any, Array], Array]
 
 
-@flax.struct.dataclass
-class TokenLoss:
+class TokenLoss(flax.struct.PyTreeNode):
     """Sums over the supervised tokens of some rows, float32[]: cross-entropy, hits, tokens."""
 
     loss: Array
@@ -100,8 +99,8 @@ def _in_chunks(head: Head, params: Any, x: Array, labels: Array, *, num_chunks: 
         x, labels = chunk
         return carry, _sums(head(params, x), labels)
 
-    body = jax.checkpoint(body, prevent_cse=False)
-    _, sums = jax.lax.scan(body, None, (chunks(x), chunks(labels)))
+    rematted = jax.checkpoint(body, prevent_cse=False)
+    _, sums = jax.lax.scan(rematted, None, (chunks(x), chunks(labels)))
     return jax.tree.map(lambda array: array.sum(0), sums)
 
 

@@ -39,7 +39,8 @@ class Encoders(dict[str, EncoderConfig]):
 
 def default_encoders(*types: str) -> Encoders:
     """One encoder of each type at its default sizes, called as its type."""
-    return Encoders((name, ENCODERS[name].config()) for name in types)
+    configs: dict[str, Any] = {name: ENCODERS[name].config for name in types}
+    return Encoders((name, config()) for name, config in configs.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,8 +94,9 @@ def _branch_weights(
     of a row have the mean `computed`."""
     weights = {}
     for i, branches in enumerate(flops.conditionals):
-        found = [_TOTAL.search(next(branch.scopes, "")) for branch in branches]
-        if not all(found):
+        searched = [_TOTAL.search(next(branch.scopes, "")) for branch in branches]
+        found = [match for match in searched if match]
+        if len(found) < len(searched):
             continue  # a conditional that is no choice among totals
         tokens = [int(match["entries"]) / rows - text_tokens for match in found]
         unit = np.eye(len(tokens))

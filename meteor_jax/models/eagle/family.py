@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Eagle(Family):
     def parts(self) -> Mapping[str, Any]:
         return self.config.encoders | {"llama": self.config.llama}
 
-    def shared_fields(self, parts: Sequence[str] | None) -> tuple[str, ...]:
+    def shared_fields(self, parts: Collection[str] | None) -> tuple[str, ...]:
         if parts is None:
             grid = ("grid",) if self.config.fusion == "pre" else ()
             return ("encoder_order", "fusion", "image_size", *grid)

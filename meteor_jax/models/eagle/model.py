@@ -7,11 +7,12 @@ row, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from meteor_jax.models.decoders.llama.caches import new_position, pin_cache
 from meteor_jax.models.decoders.llama.model import Llama
@@ -41,6 +42,10 @@ class Meteor(nn.Module):
     """A multi-encoder vision-language model. Its parameters do not depend on any plan."""
 
     config: MeteorConfig
+
+    if TYPE_CHECKING:  # Flax declares a pair too, which comes with `mutable` only
+
+        def apply(self, *args: Any, **options: Any) -> Any: ...
 
     def setup(self) -> None:
         config = self.config
@@ -103,7 +108,7 @@ class Meteor(nn.Module):
         Images of a float dtype are taken as they are: normalised with CLIP's mean and deviation.
         """
         config = self.config
-        names = config.encoders if self.is_initializing() else config.active_encoders(plan)
+        names = tuple(config.encoders) if self.is_initializing() else config.active_encoders(plan)
         shapes = {name: config.encoder(name) for name in names}
         steps = plan.encoder_steps(shapes)
         context = ReductionContext(image_seed=hash_images(images), learned=self._method_params())
@@ -211,7 +216,7 @@ class Meteor(nn.Module):
         """
         count = tokens.shape[1]
         index = cache.cache_index
-        taken = 0 if isinstance(index, jax.core.Tracer) else int(index)
+        taken = 0 if isinstance(index, Tracer) else int(index)
         if taken + count > cache.decode_capacity:
             raise ValueError(
                 f"expected at most {cache.decode_capacity - taken} more tokens, for which prefill "

@@ -6,46 +6,42 @@ B examples, I images, N visual tokens, T text tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import flax.struct
+from jaxtyping import Float, Float32
 
-from meteor_jax.types import Array, DecodeCache, PruneStepTrace, PruneTrace, VisualTokens
+from meteor_jax.types import AnyArray, DecodeCache, PruneStepTrace, PruneTrace, VisualTokens
 
 
-@flax.struct.dataclass
-class Encoded:
+class Encoded(flax.struct.PyTreeNode):
     """Images as the LLM takes them: `tokens` of [I, N, D], and what was pruned on the way."""
 
     tokens: VisualTokens
     trace: PruneTrace
 
 
-@flax.struct.dataclass
-class HiddenStates:
-    """`x` float[B, T, D], what `Meteor.logits` makes logits of, at every text token."""
+class HiddenStates(flax.struct.PyTreeNode):
+    """What `Meteor.logits` makes logits of, at every text token."""
 
-    x: Array
+    x: Float[AnyArray, "B T D"]
     trace: PruneTrace
 
 
-@flax.struct.dataclass
-class Forward:
-    """`logits` float32[B, T, V]; those at place t predict the text token at t + 1."""
+class Forward(flax.struct.PyTreeNode):
+    """Logits at place t predict the text token at t + 1."""
 
-    logits: Array
+    logits: Float32[AnyArray, "B T V"]
     trace: PruneTrace
 
 
-@flax.struct.dataclass
-class Prefilled:
-    """`logits` float32[B, V] of each row's last prompt token, the cache, and what the steps did."""
+class Prefilled(flax.struct.PyTreeNode):
+    """Logits of each row's last prompt token, the cache, and what the steps did."""
 
-    logits: Array
+    logits: Float32[AnyArray, "B V"]
     cache: DecodeCache
     prune_steps: tuple[PruneStepTrace, ...]
 
 
-@flax.struct.dataclass
-class Extended:
-    """`logits` float32[B, T, V] of the new tokens, and the longer cache."""
+class Extended(flax.struct.PyTreeNode):
+    """Logits of the new tokens, and the longer cache."""
 
-    logits: Array
+    logits: Float32[AnyArray, "B T V"]
     cache: DecodeCache

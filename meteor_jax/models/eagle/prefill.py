@@ -30,8 +30,7 @@ from meteor_jax.pruning.plan import PrunePlan, Step
 from meteor_jax.types import Array, PruneStepTrace, RangeCache, Sequence
 
 
-@flax.struct.dataclass
-class DecoderRun:
+class DecoderRun(flax.struct.PyTreeNode):
     """The sequence as it left the last layer, a cache a range of layers, and what each step did."""
 
     sequence: Sequence

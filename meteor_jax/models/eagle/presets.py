@@ -53,7 +53,7 @@ def eagle_config(
     name: str,
     *,
     fusion: Literal["pre", "post"] = "pre",
-    dtype: str = "bfloat16",
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
     remat: str = "none",
 ) -> MeteorConfig:
     """The model called `name` in `MODELS`: EAGLE itself ("pre"), or its METEOR form ("post").

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,13 @@ from meteor_jax.models.layers.stack import segment_bounds
 from meteor_jax.pruning.points import NUM_SEGMENTS
 
 
+@dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Base of every encoder's config, a frozen dataclass whose field `type` is its name in
-    `encoders.registry.ENCODERS`."""
+    """Base of every encoder's config, a frozen dataclass. `type` is its name in
+    `encoders.registry.ENCODERS`; for `remat` see `Stack`."""
 
     type: str
+    remat: str
 
     @classmethod
     def class_for(cls, values: Mapping[str, Any], *, where: str) -> type:
@@ -34,20 +37,30 @@ class TransformerSizes(EncoderConfig):
     """What a plan must know of an encoder (`EncoderShape`): the base of its config.
 
     Attributes:
-        grid: side of the output grid.
         prunable: after which segments tokens can be dropped.
         num_windows: what a number of kept tokens must be a multiple of.
         period: blocks after which their kinds repeat; no segment ends inside a period.
         prunes_in_blocks: whether tokens can be reduced between attention and MLP of a block.
     """
 
-    grid: int
-    width: int
-    depth: int
     prunable = (True, True, True)
     num_windows = 1
     period = 1
     prunes_in_blocks = True
+
+    @property
+    def grid(self) -> int:
+        """Side of the output grid."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Width of a token that comes out."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        raise NotImplementedError
 
     @property
     def num_tokens(self) -> int:

@@ -28,8 +28,7 @@ from meteor_jax.types import Array
 ATTENTION = frozenset({"attention_received", "cls_attention", "keys"})  # of a block's attention
 
 
-@flax.struct.dataclass
-class EncoderOutput:
+class EncoderOutput(flax.struct.PyTreeNode):
     """The tokens of one encoder.
 
     Shapes:
@@ -49,8 +48,7 @@ class EncoderOutput:
     loss: Array | None = None
 
 
-@flax.struct.dataclass
-class EncoderTokens:
+class EncoderTokens(flax.struct.PyTreeNode):
     """An encoder's tokens between two blocks.
 
     Shapes:

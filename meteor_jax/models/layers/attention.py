@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Literal
 
 import jax
@@ -36,7 +36,7 @@ _AUTO: contextvars.ContextVar[Kernel] = contextvars.ContextVar("attention_kernel
 
 
 @contextlib.contextmanager
-def attention_kernel(kernel: Kernel) -> Iterator[None]:
+def attention_kernel(kernel: Kernel) -> Generator[None]:
     """Every `attend` that is traced in this context, and does not name a kernel, takes `kernel`.
 
     A function that `jax.jit` has traced keeps the kernel that it was traced with.
@@ -55,7 +55,8 @@ def select_kernel(
     if kernel == "auto":
         kernel = _AUTO.get()
     if kernel == "auto":
-        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(target_platform(), "xla")
+        by_platform: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
+        kernel = by_platform.get(target_platform(), "xla")
     if kernel == "cudnn" and cudnn_takes(q, k, v):
         return "cudnn"
     if kernel == "splash" and splash_takes(q, k, mask=mask):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 
@@ -23,7 +23,7 @@ def target_platform() -> str:
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
+def compiling_for(platform: str) -> Generator[None]:
     """Models traced in this context take the forms that are fast on `platform`."""
     token = _TARGET.set(platform)
     try:

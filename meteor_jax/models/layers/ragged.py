@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from meteor_jax.types import Array
 
 
-@flax.struct.dataclass
-class RaggedLayout:
+class RaggedLayout(flax.struct.PyTreeNode):
     """Where the entries of B rows lie.
 
     Shapes:

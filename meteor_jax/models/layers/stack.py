@@ -76,8 +76,7 @@ def _gated_silu_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return silu * up, tangents[0] * by_gate + tangents[1] * silu
 
 
-@flax.struct.dataclass
-class StackOutput:
+class StackOutput(flax.struct.PyTreeNode):
     """The residual stream after some blocks, the input of the last of them, and what each
     block returned besides (stacked, `[L, ...]`)."""
 
@@ -151,12 +150,13 @@ class Stack(nn.Module):
         policy = remat_policy(self.remat)
 
         def run(stack: Any, x: Array, aux: Any, per_layer: Any, *, in_place: bool) -> StackOutput:
-            def block(layer: Any, x: Array, *aux: Any) -> tuple[Array, Any]:
+            def call(layer: Any, x: Array, *aux: Any) -> Any:
                 params = _read(stack, layer) if in_place else layer
                 return template.apply({"params": params}, x, *aux)
 
+            block = call
             if policy is not None:
-                block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+                block = jax.checkpoint(call, policy=policy, prevent_cse=False)
             return _scan_runs(
                 block, None if in_place else stack, x, runs=runs, aux=aux, per_layer=per_layer
             )

@@ -80,13 +80,14 @@ class SelfAttention(nn.Module):
         self.value = dense(self.width, **options)
         self.out = dense(self.width, **options)
 
-    def __call__(self, x: Array) -> Array:
-        q, k = self.query_key(x)
+    def __call__(self, x: Array, *aux: Any) -> Array:
+        q, k = self.query_key(x, *aux)
         mixed = attend(q, k, self.heads(self.value(x)), scale=self.scale)
         return self.out(mixed.reshape(x.shape))
 
-    def query_key(self, x: Array) -> tuple[Array, Array]:
+    def query_key(self, x: Array, *aux: Any) -> tuple[Array, Array]:
         """Queries and keys before the scale, float[I, N, H, d] each."""
+        del aux  # of subclasses
         return self.heads(self.query(x)), self.heads(self.key(x))
 
     def heads(self, x: Array) -> Array:

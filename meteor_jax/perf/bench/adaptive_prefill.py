@@ -110,9 +110,9 @@ def bench_rows(
         computed[name] = float(np.mean([run(of_batch)[1].mean() for of_batch in batches]))
     for _ in range(repeats):
         for of_batch in batches:
-            for name, run in compiled.items():
+            for name, run_compiled in compiled.items():
                 begin = time.perf_counter()
-                run(of_batch)
+                run_compiled(of_batch)
                 seconds[name].append(time.perf_counter() - begin)
     return [
         Timing(
@@ -190,7 +190,8 @@ def temporaries(decoder: Decoder, *, steps: tuple[Step, ...], batch: int) -> int
     tokens[:, 0] = IMAGE_TOKEN
     x = jax.ShapeDtypeStruct((batch, 1, decoder.num_visual, config.width), jnp.float32)
     compiled = jax.jit(prefill).lower(decoder.variables, x, tokens).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory: Any = compiled.memory_analysis()
+    return memory.temp_size_in_bytes
 
 
 def three_steps(decoder: Decoder) -> tuple[Step, ...]:

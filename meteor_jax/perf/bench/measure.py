@@ -97,7 +97,7 @@ def bench(
             )
             for name, one in compiled.items()
         }
-        if train:
+        if train_mesh is not None:
             check_batch_size(batch, train_mesh, where="batch_sizes")
             with jax.set_mesh(train_mesh):
                 inputs = make_inputs(experiment.model, **sizes, mesh=train_mesh)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +27,7 @@ from meteor_jax.inference.generate import (
     trim,
 )
 from meteor_jax.inference.layout import cast_matrices
-from meteor_jax.models.family import ModelConfig, build_model, count_cost
+from meteor_jax.models.family import build_model, count_cost
 from meteor_jax.models.flops import Cost
 from meteor_jax.parallel.mesh import BATCH_AXES
 from meteor_jax.parallel.rules import parameter_shardings
@@ -40,6 +39,10 @@ from meteor_jax.training.optimizer import make_optimizer
 from meteor_jax.training.state import TrainState, make_state
 from meteor_jax.training.step import make_train_step
 from meteor_jax.types import IGNORE_LABEL, IMAGE_TOKEN, Batch, VisualTokens
+
+FormConfig = (
+    Any  # a `ModelConfig` with the fields `fusion`, METEOR's form or the other, and `llama`
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +80,14 @@ class Inference(Programs):
     decode_bytes: int
 
 
-def form_of(model: ModelConfig, plan: PrunePlan) -> ModelConfig:
+def form_of(model: FormConfig, plan: PrunePlan) -> FormConfig:
     """The model that `plan` runs in: METEOR's form, a projector an encoder, where it prunes inside
     the encoders; else the config's own."""
     return dataclasses.replace(model, fusion="post") if plan.prunes_encoders else model
 
 
 def make_inputs(
-    model: ModelConfig, *, batch: int, text_tokens: int, mesh: Mesh | None = None
+    model: FormConfig, *, batch: int, text_tokens: int, mesh: Mesh | None = None
 ) -> Batch:
     """Noise as images and as text, by rows on `mesh` or on the default device: half of the text,
     an image, the other half, which is what training learns."""
@@ -107,9 +110,9 @@ def make_inputs(
 
 
 def make_params(
-    models: Iterable[ModelConfig], *, dtype: str, mesh: Mesh | None = None, seed: int = 0
+    models: Iterable[FormConfig], *, dtype: str, mesh: Mesh | None = None, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Random parameters by `ModelConfig.fusion`, made where they lie on `mesh`, or on the default
+    """Random parameters by `fusion` of a config, made where they lie on `mesh`, or on the default
     device; matrices in `dtype`. What the forms share is the same arrays."""
     made: dict[str, dict[str, Any]] = {}
     shared: dict[str, Any] = {}
@@ -132,7 +135,7 @@ def make_params(
 def _init(
     batch: Batch,
     *,
-    model: ModelConfig,
+    model: FormConfig,
     dtype: str,
     mesh: Mesh | None,
     seed: int,
@@ -150,7 +153,7 @@ def _init(
 
 
 def compile_inference(
-    model: ModelConfig, params: Any, inputs: Batch, *, plan: PrunePlan, new_tokens: int
+    model: FormConfig, params: Any, inputs: Batch, *, plan: PrunePlan, new_tokens: int
 ) -> Inference:
     """Encoding, prefill, and decoding of `new_tokens` tokens, the first of which prefill gives.
 
@@ -167,8 +170,8 @@ def compile_inference(
         return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), encoded.tokens)
 
     compiler = Compiler()
-    encode = compiler.compile(encode, params, inputs.images)
-    visual = encode(params, inputs.images)
+    encode_images = compiler.compile(encode, params, inputs.images)
+    visual = encode_images(params, inputs.images)
     if plan.is_adaptive:
         plan = _with_lambda(model, params, visual, inputs, plan=plan)
     programs = compile_generation(
@@ -186,7 +189,7 @@ def compile_inference(
             times.append(time.perf_counter())
             return result
 
-        visual = wait(encode(params, inputs.images))
+        visual = wait(encode_images(params, inputs.images))
         wait(programs.decode(wait(programs.start(visual))))
         return dict(zip(("encode", "prefill", "decode"), np.diff(times).tolist(), strict=True))
 
@@ -219,7 +222,7 @@ class CompiledGeneration:
 
 def compile_generation(
     compiler: Compiler,
-    meteor: nn.Module,
+    meteor: Any,
     params: Any,
     visual: VisualTokens,
     inputs: Batch,
@@ -248,7 +251,7 @@ def _prompts(inputs: Batch) -> PromptBatch:
 
 
 def _with_lambda(
-    model: ModelConfig, params: Any, visual: VisualTokens, inputs: Batch, *, plan: PrunePlan
+    model: FormConfig, params: Any, visual: VisualTokens, inputs: Batch, *, plan: PrunePlan
 ) -> PrunePlan:
     """`plan` with the λ that meets its `keep` when every earlier step does."""
     asked_for = [step.budget for step in plan.decoder_steps]
@@ -284,7 +287,7 @@ def _with_lambda(
 
 
 def train_states(
-    models: Iterable[ModelConfig], *, stage: StageConfig, mesh: Mesh
+    models: Iterable[FormConfig], *, stage: StageConfig, mesh: Mesh
 ) -> dict[str, TrainState]:
     """A fresh state by form, float32 and on `mesh` as training has it."""
 
@@ -307,7 +310,7 @@ def train_states(
 
 
 def compile_train(
-    model: ModelConfig,
+    model: FormConfig,
     states: dict[str, TrainState],
     inputs: Batch,
     *,

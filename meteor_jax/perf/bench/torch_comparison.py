@@ -20,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from meteor_jax.config import ConfigError
 from meteor_jax.models.eagle.model import Meteor, MeteorConfig
 from meteor_jax.models.eagle.projector import Projector
 from meteor_jax.models.encoders.registry import ENCODERS
+from meteor_jax.models.family import ModelConfig
 from meteor_jax.perf.bench import torch_models as theirs_of
 from meteor_jax.perf.bench.measure import interleave, versions
 from meteor_jax.perf.bench.programs import (
@@ -39,11 +41,17 @@ DTYPES = ("float32", "bfloat16")
 
 
 def bench_torch(
-    model: MeteorConfig, *, dtype: str, repeats: int, text_tokens: int = 64, new_tokens: int = 16
+    config: ModelConfig, *, dtype: str, repeats: int, text_tokens: int = 64, new_tokens: int = 16
 ) -> list[dict[str, Any]]:
     """A row a part: seconds of ours and of torch's, and their ratio; a decoded token is one step
-    of `new_tokens − 1`."""
-    model = dataclasses.replace(model, dtype=dtype, fusion="pre")
+    of `new_tokens − 1`.
+
+    Raises:
+        ConfigError: for a model of another family than "eagle".
+    """
+    if not isinstance(config, MeteorConfig):
+        raise ConfigError(f"bench-torch: expected a model of 'eagle', got '{config.family}'.")
+    model: Any = dataclasses.replace(config, dtype=dtype, fusion="pre")
     rows = []
     parts = (*model.encoders, "projector", "llm")
     for part in parts:

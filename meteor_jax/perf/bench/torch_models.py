@@ -15,6 +15,7 @@ from meteor_jax.models.encoders.convnext.model import ConvNextConfig
 from meteor_jax.models.encoders.eva02.model import Eva02Config, rope_freqs
 
 Steps = dict[str, Callable[[], Any]]
+SDPA: dict[str, Any] = {"attn_implementation": "sdpa"}  # what no config of transformers declares
 
 
 def encoder(model: MeteorConfig, name: str, *, dtype: str) -> Steps:
@@ -47,7 +48,7 @@ def _clip(config: Any) -> tuple[Any, dict[str, Any]]:
         num_attention_heads=config.num_heads,
         image_size=config.image_size,
         patch_size=config.patch_size,
-        attn_implementation="sdpa",
+        **SDPA,
     )
     return CLIPVisionModel(sizes), {"pixel_values": _pixels(torch, config.image_size)}
 
@@ -77,7 +78,7 @@ def _pix2struct(config: Any) -> tuple[Any, dict[str, Any]]:
         patch_embed_hidden_size=3 * config.patch_size**2,
         seq_len=config.num_positions,
         dropout_rate=0.0,
-        attn_implementation="sdpa",
+        **SDPA,
     )
     places = torch.cartesian_prod(*(torch.arange(1.0, config.grid + 1),) * 2)
     patches = torch.randn(config.num_tokens, 3 * config.patch_size**2)
@@ -124,8 +125,9 @@ def _eva02(config: Eva02Config) -> tuple[Any, dict[str, Any]]:
             self.register_buffer("sin", tables[f"{kind}_sin"])
 
         def turn(self, x: Any) -> Any:
+            cos, sin = self.get_buffer("cos"), self.get_buffer("sin")
             pairs = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-            return x * self.cos + pairs * self.sin
+            return x * cos + pairs * sin
 
         def attend(self, x: Any) -> Any:
             q, k, v = (
@@ -200,7 +202,7 @@ def llm(
         num_key_value_heads=config.num_kv_heads,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_positions,
-        attn_implementation="sdpa",
+        **SDPA,
     )
     module = LlamaForCausalLM(sizes).to(getattr(torch, dtype)).eval()
     visual = torch.randn(1, num_visual, config.width, dtype=getattr(torch, dtype))

@@ -15,8 +15,7 @@ from meteor_jax.pruning.ops.similarity import finite_tokens
 from meteor_jax.types import Array
 
 
-@flax.struct.dataclass
-class Clusters:
+class Clusters(flax.struct.PyTreeNode):
     """Centres int32[B, K] (places in x, increasing), which of them are real bool[B, K], and the
     centre that each token belongs to, int32[B, N]; K for a token that is invalid or not finite."""
 

@@ -13,8 +13,7 @@ from meteor_jax.types import Array
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-@flax.struct.dataclass
-class Selection:
+class Selection(flax.struct.PyTreeNode):
     """Which entries stay: `idx` int32[..., K] in increasing order, `valid` bool[..., K].
 
     Invalid entries stand last; their indices point at real entries, so a gather is always safe.

@@ -43,6 +43,6 @@ def window_slots(sizes: tuple[int, ...], *, length: int) -> tuple[np.ndarray, np
             bool[W, length], False for a spare slot.
     """
     place = np.arange(length)
-    sizes = np.asarray(sizes)[:, None]
-    token = np.cumsum(sizes, axis=0) - sizes + place
-    return np.minimum(token, sizes.sum() - 1), place < sizes
+    counts = np.asarray(sizes)[:, None]
+    token = np.cumsum(counts, axis=0) - counts + place
+    return np.minimum(token, counts.sum() - 1), place < counts

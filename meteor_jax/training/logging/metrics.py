@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class MetricsLog:
         self._file.close()
         self._board.close()
 
-    def write_steps(self, rows: list[Mapping[str, Any]]) -> None:
+    def write_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows, each with a `step`; the last one also goes to TensorBoard."""
         for row in rows:
             self._file.write(json.dumps(row) + "\n")

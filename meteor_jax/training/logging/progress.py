@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from rich.console import Console
@@ -35,7 +35,7 @@ class ProgressBar:
         self._bar.stop()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Leaves the terminal to another bar."""
         self._bar.stop()
         try:

@@ -38,16 +38,16 @@ class TrainingFailed(RuntimeError):
 
 @dataclasses.dataclass
 class _Pending:
-    """A step whose metrics are still on the device; `done` is when they were seen finished."""
+    """A step whose metrics are still on the device; `done`: when they were seen finished."""
 
     row: dict[str, Any]
     metrics: dict[str, jax.Array]
     example_id: np.ndarray
     flops: float
-    done: float | None = None
+    done: float = 0.0
 
     def wait(self) -> None:
-        if self.done is None:
+        if not self.done:
             jax.block_until_ready(self.metrics)
             self.done = time.perf_counter()
 
@@ -107,7 +107,7 @@ class StepRecorder:
         fetched = jax.device_get([pending.metrics for pending in self._pending])
         tokens = sum(float(metrics["tokens"]) for metrics in fetched)
         rates, step_s = self._rates(tokens=tokens)
-        rows = [
+        rows: list[dict[str, Any]] = [
             pending.row | {k: value.item() for k, value in metrics.items()} | {"step_s": s} | rates
             for pending, metrics, s in zip(self._pending, fetched, step_s, strict=True)
         ]

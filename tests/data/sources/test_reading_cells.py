@@ -65,7 +65,7 @@ def test_a_cell_belongs_to_the_part_that_its_centre_lies_in():
     # Centres of cells of 4 pixels lie at 2, 6, 10, …; a box has its first pixel, not its last.
     bar = Part("bar 9", (11, 0, 40, 4), "blue")
     parts = (Part("7", (2, 3, 10, 7)), Part(":", (12, 12, 16, 16)), bar)
-    element = Element("digits", None, "7", (0, 0, 16, 16), parts)
+    element = Element("digits", "", "7", (0, 0, 16, 16), parts)
     classes, colors = label_cells([element], side=16, cell=4)
     wanted = np.full((4, 4), NOTHING)
     wanted[1, 0:2] = CLASSES.index("7")

@@ -128,6 +128,9 @@ class ParquetSource:
         encoded = [data for column in columns for data in _bytes_of(row[column])]
         return {"images": encoded, "image_id": index}
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
     def questions(self, columns: Sequence[str]) -> Iterator[tuple[int, int, Row]]:
         """Of every row, the index of the record with its images, its own, and its `columns`."""
         keys = self._folder.same_image

@@ -15,8 +15,11 @@ from meteor_jax.evaluation.tasks.scoring.vqa_accuracy import normalise, normalis
 class Asked(Protocol):
     """What a submission reads of a question."""
 
-    task: TaskSpec
-    question_id: int | str
+    @property
+    def task(self) -> TaskSpec: ...
+
+    @property
+    def question_id(self) -> int | str: ...
 
 
 def _vqav2(question_id: int | str, prediction: str) -> dict[str, Any]:

@@ -21,8 +21,11 @@ MME_PAIR_MAX = 200  # points of an image: 100 for accuracy, 100 where both answe
 class Asked(Protocol):
     """What an aggregation reads of a question."""
 
-    answer: str
-    detail: Mapping[str, str]
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def detail(self) -> Mapping[str, str]: ...
 
 
 @dataclasses.dataclass(frozen=True)

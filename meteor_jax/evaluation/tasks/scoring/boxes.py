@@ -26,7 +26,10 @@ def box_hit(prediction: str, references: Sequence[str]) -> float:
 def parse_box(text: str) -> Box | None:
     """The first four numbers in square brackets, or None."""
     match = _BOX.search(text)
-    return tuple(map(float, match.groups())) if match else None
+    if match is None:
+        return None
+    left, top, right, bottom = map(float, match.groups())
+    return left, top, right, bottom
 
 
 def format_box(box: Sequence[float]) -> str:

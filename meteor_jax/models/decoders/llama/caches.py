@@ -14,8 +14,7 @@ from meteor_jax.models.layers.stack import constrain
 from meteor_jax.types import Array, DecodeCache, RangeCache, Sequence
 
 
-@flax.struct.dataclass
-class LayerRange:
+class LayerRange(flax.struct.PyTreeNode):
     """What the layers between two steps give: `last_input` is the last one's, float[B, S, D]; k and
     v are float[L, B, S, heads, d]."""
 
@@ -25,8 +24,7 @@ class LayerRange:
     v: Array
 
 
-@flax.struct.dataclass
-class HeldRange:
+class HeldRange(flax.struct.PyTreeNode):
     """The keys and values of a range of layers, on their way to a cache.
 
     Shapes:
@@ -67,6 +65,7 @@ class HeldRange:
 
     def cut(self, valid: Array, *, lengths: tuple[int, ...]) -> HeldRange:
         """With the entries alone that the row still has, of which bool[B, S''] are `valid`."""
+        assert self.entries is not None  # `follow` comes first
         idx = self.entries[None, :, :, None, None]
 
         def take(array: Array) -> Array:

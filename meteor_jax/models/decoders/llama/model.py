@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -224,6 +224,10 @@ class Llama(nn.Module):
 
     config: LlamaConfig
     dtype: Any = jnp.float32
+
+    if TYPE_CHECKING:  # Flax declares a pair too, which comes with `mutable` only
+
+        def apply(self, *args: Any, **options: Any) -> Any: ...
 
     def setup(self) -> None:
         config = self.config

@@ -119,7 +119,7 @@ class Clip(nn.Module):
         for segment in split_depth(config, steps, all_segments=all_segments):
             tokens, last_input = run_blocks(blocks, tokens, segment, context=context)
             for step in segment.after:
-                last = {"block": segment.last_block, "x": last_input}
+                last: dict[str, Any] = {"block": segment.last_block, "x": last_input}
                 seen = with_attention(context, step, tokens, blocks=blocks, **last)
                 tokens = prune_tokens(tokens, step, context=seen)
             passed.append((segment, tokens))

@@ -98,8 +98,7 @@ class Eva02Config(TransformerSizes):
         return range(self.global_every - 1, self.depth, self.global_every)
 
 
-@flax.struct.dataclass
-class Rotary:
+class Rotary(flax.struct.PyTreeNode):
     """The windows of a block, and the angles by which the queries and keys of their tokens rotate.
 
     Shapes:
@@ -128,13 +127,15 @@ class Rotary:
 class WindowAttention(SelfAttention):
     """Self-attention inside windows with rotary positions."""
 
-    def __call__(self, x: Array, rotary: Rotary) -> Array:
+    def __call__(self, x: Array, *aux: Rotary) -> Array:
+        (rotary,) = aux
         q, k = self.query_key(x, rotary)
         mixed = attend_windows(q, k, self._windows(self.value(x), rotary))
         return self.out(from_windows(mixed, sizes=rotary.window_sizes).reshape(x.shape))
 
-    def query_key(self, x: Array, rotary: Rotary) -> tuple[Array, Array]:
+    def query_key(self, x: Array, *aux: Rotary) -> tuple[Array, Array]:
         """Queries and keys before the scale 1/√d, float[I, W, S, H, d] each."""
+        (rotary,) = aux
         q, k = self._windows(self.query(x), rotary), self._windows(self.key(x), rotary)
         return rotary.apply_rotary(q), rotary.apply_rotary(k)
 

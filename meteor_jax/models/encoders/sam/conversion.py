@@ -59,7 +59,7 @@ def sizes(found: cv.Shapes) -> cv.Fields:
     depth = found.count(r"layers\.(\d+)\.(?:attn|layer_norm|mlp)")
     whole = 2 * (grid or 0) - 1  # rows of a table for the whole grid
     windowed = found.where(table, lambda shape: shape[0] != whole)
-    rows = windowed and found.size(f"layers.{windowed[0]}.attn.rel_pos_h")
+    rows = found.size(f"layers.{windowed[0]}.attn.rel_pos_h") if windowed else None
     head_dim = found.first(table, 1)
     return {
         "image_size": patch and grid and patch * grid,

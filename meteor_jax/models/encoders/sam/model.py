@@ -44,7 +44,7 @@ from meteor_jax.models.layers.windows import (
 from meteor_jax.pruning.encoder_steps import EncoderStep
 from meteor_jax.pruning.method import ReductionContext
 from meteor_jax.pruning.ops.windows import window_slots
-from meteor_jax.types import Array
+from meteor_jax.types import AnyArray, Array
 
 EPSILON = 1e-6
 MERGE = 2  # side of the squares of tokens that come out as one
@@ -111,8 +111,7 @@ class SamConfig(TransformerSizes):
         return MERGE**2 * self.neck_width
 
 
-@flax.struct.dataclass
-class WindowLayout:
+class WindowLayout(flax.struct.PyTreeNode):
     """The windows of a block, and what is in their slots.
 
     Shapes:
@@ -124,10 +123,10 @@ class WindowLayout:
         side: rows, and columns, of a window (static).
     """
 
-    row: Array
-    column: Array
-    real: Array
-    seen: Array | None
+    row: AnyArray
+    column: AnyArray
+    real: AnyArray
+    seen: AnyArray | None
     sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)
     side: int = flax.struct.field(pytree_node=False)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -52,7 +53,7 @@ def _x_gradient(grad: Array, _: ad.UndefinedPrimal, kernel: Array) -> Array:
 by_kernel_p = Primitive("product_by_kernel")
 by_kernel_p.def_impl(jnp.matmul)
 by_kernel_p.def_abstract_eval(
-    lambda x, kernel: jax.core.ShapedArray((*x.shape[:-1], kernel.shape[-1]), x.dtype)
+    lambda x, kernel: ShapedArray((*x.shape[:-1], kernel.shape[-1]), x.dtype)
 )
 ad.defbilinear(by_kernel_p, _x_gradient, _kernel_gradient)
 batching.primitive_batchers[by_kernel_p] = lambda arrays, axes: (
@@ -182,7 +183,7 @@ def _sum_placed(x: Array, kernel: Array) -> Array:
     """The depthwise convolution that places every product instead of fetching it: transposed, it
     fetches, which is `sum_shifted`."""
     (height, width), side = x.shape[1:3], kernel.shape[0]
-    total = 0
+    total: Any = 0
     for row in range(side):
         for column in range(side):
             rows, columns = (side - 1 - row, row), (side - 1 - column, column)
@@ -206,9 +207,10 @@ def _sum_rows(x: Array, kernel: Array) -> Array:
         image, row = place // height, place % height
         sizes = (1, side, padded.shape[2], channels)
         band = jax.lax.dynamic_slice(padded, (image, row, 0, 0), sizes)[0].astype(jnp.float32)
-        return None, sum(
+        total: Any = sum(
             (band[:, i : i + width] * column).sum(0) for i, column in enumerate(columns)
-        ).astype(x.dtype)
+        )
+        return None, total.astype(x.dtype)
 
     _, lines = jax.lax.scan(line, None, jnp.arange(num_images * height))
     return lines.reshape(x.shape)
