@@ -66,11 +66,9 @@ def run_decoder(
         ValueError: if a step is outside the decoder or keeps more than there is.
     """
     depth, steps, layers = llama.config.depth, plan.decoder_steps, plan.decoder_layers
-    if (plan.enter_at or layers) and max((plan.enter_at, *layers)) >= depth:
-        raise ValueError(
-            f"decode.layers={layers} and enter_at={plan.enter_at} must be within 1..{depth - 1}."
-        )
-    if layers and layers[0] < 1:
+    if plan.enter_at >= depth:
+        raise ValueError(f"enter_at={plan.enter_at} must be within 0..{depth - 1}.")
+    if layers and not 0 < layers[0] <= layers[-1] < depth:
         raise ValueError(f"decode.layers={layers} must be within 1..{depth - 1}.")
     if layers and sequence.segment_ids is not None:
         raise ValueError(

@@ -235,13 +235,13 @@ def compile_generation(
     start_rows = compiler.compile(
         start, meteor, params, visual, prompts, plan=plan, max_new_tokens=new_tokens, eos_id=never
     )
-    started = start_rows(params, visual, prompts)
+    started = start_rows(params, visual, prompts, eos_id=never)
     choice = choose_cache_length(started)
     state = trim(started.state, choice)
     decode = compiler.compile(step, meteor, params, state, limit, eos_id=never)
     return CompiledGeneration(
-        start=lambda visual=visual: start_rows(params, visual, prompts),
-        decode=lambda started: decode(params, trim(started.state, choice), limit),
+        start=lambda visual=visual: start_rows(params, visual, prompts, eos_id=never),
+        decode=lambda started: decode(params, trim(started.state, choice), limit, eos_id=never),
     )
 
 
