@@ -27,6 +27,7 @@ from meteor_jax.pruning.plan import PrunePlan, Step, budget_class
 from meteor_jax.pruning.points import STAGES, before_layer
 from meteor_jax.pruning.registry import method_class, presets
 
+FIELDS = (*STAGES, "name", "positions", "enter_at")  # of a plan, that arguments may set
 _DOT = "__dot__"  # stands for the dot of a dotted argument, which Python's grammar has not
 _CALL = r"([A-Za-z_]\w*)\s*(\(.*\))?"
 
@@ -50,21 +51,22 @@ def parse_plan(text: str, *, library: Mapping[str, str | PrunePlan] | None = Non
             raise ConfigError(f"plan file {text} does not exist.")
         return PrunePlan.from_json(path.read_text(), where=text)
     name, arguments = _read_call(text)
+    known = presets()
     if name in library:
+        _refuse_hidden_arguments(name, arguments, known)
         plan = library[name]
         if isinstance(plan, str):
             rest = {key: value for key, value in library.items() if key != name}
             plan = parse_plan(plan, library=rest)
         plan = dataclasses.replace(plan, name=name)
         return override(plan, **{"name": text.replace(" ", "")} | arguments) if arguments else plan
-    known = presets()
     if name not in known:
         raise ConfigError(f"no plan '{name}'.{suggest(name, [*library, *known])}")
     parameters = inspect.signature(known[name]).parameters
     direct = {key: value for key, value in arguments.items() if key in parameters}
     fields = {key: value for key, value in arguments.items() if key not in parameters}
     for key in fields:
-        if key.split(".")[0] not in (*STAGES, "name", "positions", "enter_at"):
+        if key.split(".")[0] not in FIELDS:
             raise ConfigError(f"plan '{text}': no argument '{key}'.{suggest(key, parameters)}")
     required = [key for key, value in parameters.items() if value.default is value.empty]
     missing = [key for key in required if key not in direct]
@@ -78,6 +80,24 @@ def parse_plan(text: str, *, library: Mapping[str, str | PrunePlan] | None = Non
     except (TypeError, ValueError) as error:
         raise ConfigError(f"plan '{text}': {error}") from error
     return override(plan, **fields)
+
+
+def _refuse_hidden_arguments(
+    name: str, arguments: Mapping[str, Any], known: Mapping[str, Any]
+) -> None:
+    """A config's plan has fields, no parameters; those of a preset of its name cannot be reached.
+
+    Raises:
+        ConfigError: if one of `arguments` is such a parameter.
+    """
+    parameters = inspect.signature(known[name]).parameters if name in known else {}
+    hidden = [key for key in arguments if key in parameters and key not in FIELDS]
+    if hidden:
+        raise ConfigError(
+            f"plan '{name}' of the config takes fields, such as fuse.keep=8, and no {hidden[0]}=…; "
+            f"the preset {name}({', '.join(f'{key}=…' for key in parameters)}) is hidden by it: "
+            "rename the config's plan."
+        )
 
 
 def parse_method(text: str) -> Method:

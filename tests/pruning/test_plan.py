@@ -94,6 +94,7 @@ def test_commas_within_parentheses_do_not_split():
         ("random(keep=few)", "keep: expected int, got 'few'"),
         ("meteor(decode.head=2)", "no such field. Did you mean 'heads'?"),
         ("small(decode.heads=2)", "has no stage 'decode'"),
+        ("meteor(layers=(1, 2))", "of the config takes fields, such as fuse.keep=8, and no layers"),
         ("random(keep=4", "expected a name, name(field=value, …)"),
         ("random(4)", "expected field=value, got '4'"),
         ("missing.json", "plan file missing.json does not exist"),
