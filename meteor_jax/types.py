@@ -1,4 +1,4 @@
-"""The arrays that travel between rooms.
+"""The arrays that cross packages.
 
 Axis letters, used in every file: B examples, M images an example, I images, H W pixels, N visual
 tokens, T text tokens, S tokens of a whole sequence, D model width, E encoder width, V vocabulary,

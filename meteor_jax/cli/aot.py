@@ -3,7 +3,7 @@
     meteor aot --config=configs/eagle.py:meteor_x4_7b --topology=v5e:8x8
 
 Compiles the train step, prefill and extend for TPUs that this machine need not have. Needs libtpu:
-pip install 'meteor_jax[tpu]'. docs/aot.md says how to read the table.
+pip install -e '.[tpu]'. docs/aot.md says how to read the table.
 """
 
 from __future__ import annotations

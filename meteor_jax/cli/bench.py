@@ -36,7 +36,7 @@ def define_flags() -> None:
     define_config()
     define_plans("full,meteor")
     define_calibration()
-    flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once, with commas between.")
+    flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows answered at once, separated by commas.")
     flags.DEFINE_integer("repeats", 5, "Timed runs of each plan.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 16, "Tokens of an answer.", lower_bound=2)
     flags.DEFINE_integer("text_tokens", 64, "Text tokens around the image.", lower_bound=2)

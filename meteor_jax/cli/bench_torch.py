@@ -25,7 +25,7 @@ from meteor_jax.perf.bench.torch_comparison import DTYPES, bench_torch
 
 def define_flags() -> None:
     define_config()
-    flags.DEFINE_list("dtypes", list(DTYPES), "float32, bfloat16 or both, with commas between.")
+    flags.DEFINE_list("dtypes", list(DTYPES), "float32, bfloat16 or both, separated by commas.")
     flags.DEFINE_integer("repeats", 5, "Timed runs of each side.", lower_bound=1)
     define_output("File for a JSON object a row.")
 

@@ -42,11 +42,13 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Folder of a run whose checkpoint is evaluated. Default: workdir, or config.init_from.",
+        "Folder of a run or of converted weights. Default: workdir, or config.init_from.",
     )
     flags.DEFINE_integer("step", None, "Which of its checkpoints. Default: the newest.")
     flags.DEFINE_string(
-        "tasks", None, "Tasks, groups or sources, or all, with commas between. Default: config.eval"
+        "tasks",
+        None,
+        "Tasks, groups or sources, or all, separated by commas. Default: config.eval.",
     )
     define_plans(None, "Default: config.eval.")
     flags.DEFINE_integer(

@@ -48,12 +48,14 @@ def define_processes() -> None:
     flags.DEFINE_string(
         "coordinator", None, "host:port of process 0, for processes outside TPU pods and SLURM."
     )
-    flags.DEFINE_integer("num_processes", None, "How many processes; 1 starts no others anywhere.")
-    flags.DEFINE_integer("process_id", None, "Which of them this one is: 0, 1, ….")
+    flags.DEFINE_integer(
+        "num_processes", None, "Number of processes; 1 disables the search for others."
+    )
+    flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
     flags.DEFINE_integer(
         "heartbeat_seconds",
         HEARTBEAT_SECONDS,
-        "A process that was not heard of for so long is lost, and the others end.",
+        "A process that is silent for so many seconds counts as lost, and the others exit.",
         lower_bound=1,
     )
 

@@ -121,7 +121,8 @@ def help_text(command: ModuleType, defined: Iterable[str], *, name: str) -> str:
 
 def _describe(flag: flags.Flag) -> list[str]:
     value = "" if flag.boolean else "=VALUE"
-    default = f" Default: {flag.default}." if flag.default else ""
+    shown = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+    default = f" Default: {shown}." if shown else ""
     required = any(NO_VALUE in validator.message for validator in flag.validators)
     text = " ".join(flag.help.split()) + (" Required." if required else default)
     indent = " " * 8

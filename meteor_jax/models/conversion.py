@@ -54,7 +54,7 @@ BATCH_OF_ONE = Transform(lambda tensor: tensor[0], lambda param: param[None])
 
 
 def patches(patch: int) -> Transform:
-    """A convolution whose stride is its size, as a dense layer on `models.resize.patchify`:
+    """A convolution whose stride is its size, as a dense layer on `models.layers.resize.patchify`:
     [out, in, y, x] ↔ [y · x · in, out]."""
 
     def load(tensor: Array) -> Array:

@@ -121,11 +121,11 @@ class ReductionContext(flax.struct.PyTreeNode):
         return learned[method.name]
 
     def keep_best(self, scores: Array, *, always: Array | None = None) -> Selection:
-        """The best of float[B, N] by the rules of the point: as many as the budget says, in every
-        window its quota, all text, in the order in which they are.
+        """The best of float[B, N] by the rules of the point: as many as the budget allows, each
+        window's quota, and all text, in their original order.
 
         Args:
-            always: bool[B, N]; what stays whatever its score.
+            always: bool[B, N]; tokens that are kept whatever their score.
         """
         if self.sequence is None:
             if len(self.window_sizes) > 1:
@@ -157,7 +157,7 @@ class Reduction(flax.struct.PyTreeNode):
     Shapes:
         x: float[B, K, D].
         idx: int32[B, K]; which of the tokens each one was, increasing.
-        valid: bool[B, K]; invalid entries stand last.
+        valid: bool[B, K]; invalid entries are last.
         sizes: float32[B, K] or None; how many tokens each one stands for.
         state: of any form; the method's next step and `restore` get it.
         loss: float32[B] or None; a term of the training loss, before the decoder: its mean over
@@ -199,7 +199,7 @@ class Method:
         return frozenset()
 
     def scores(self, x: Array, *, context: ReductionContext) -> Array | Ranking:
-        """float[B, N] of tokens float[B, N, D]: the larger, the rather a token stays."""
+        """float[B, N] of tokens float[B, N, D]: tokens with larger scores are kept first."""
         raise NotImplementedError(f"method '{self.name}' defines no scores.")
 
     def rank(self, x: Array, *, context: ReductionContext) -> Ranking:
@@ -208,7 +208,7 @@ class Method:
         return scores if isinstance(scores, Ranking) else Ranking(scores)
 
     def select(self, x: Array, scores: Array, *, context: ReductionContext) -> Reduction:
-        """What stays, and what it holds: here the best tokens, as they are."""
+        """The tokens that are kept, and their values; by default the best tokens, unchanged."""
         return gather(x, context.keep_best(scores))
 
     def reduce(self, x: Array, *, context: ReductionContext) -> Reduction:
@@ -229,7 +229,7 @@ class Method:
         return text_after_image(context.sequence).astype(jnp.float32)
 
     def max_queries(self, num_text: int) -> int:
-        """Of how many entries at most `query_weights` is not 0."""
+        """The largest number of entries where `query_weights` is not 0."""
         return num_text
 
     def init_params(self, key: Array, *, widths: Mapping[str, int]) -> Any:
@@ -262,6 +262,6 @@ def last_text(sequence: Sequence) -> Array:
 
 
 def add_losses(*losses: Array | None) -> Array | None:
-    """The sum of those that are there."""
+    """The sum of those that are not None."""
     present = [loss for loss in losses if loss is not None]
     return sum(present[1:], start=present[0]) if present else None

@@ -1,4 +1,4 @@
-"""Reduction points: the places in a forward pass at which a model asks its plan.
+"""Reduction points: the places in a forward pass where a plan may prune tokens.
 
     encoders.segment2   after the second third of every encoder's blocks, one budget over all
     clip.segment2       the same of one encoder; segment 3 is its end

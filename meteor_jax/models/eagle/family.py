@@ -24,7 +24,7 @@ from meteor_jax.types import IGNORE_LABEL, Array, Batch, PruneTrace
 @register_family("eagle")
 @dataclasses.dataclass(frozen=True)
 class Eagle(Family):
-    """Everything that the rooms above `models/` ask of a `Meteor`."""
+    """What the packages above `models/` need of a `Meteor`."""
 
     config: MeteorConfig
 

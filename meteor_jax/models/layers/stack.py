@@ -22,7 +22,7 @@ from meteor_jax.types import Array
 
 Run = tuple[int, int, int]  # of blocks: the first, the one after the last, their kind
 
-# How activations lie on the mesh axes (data, fsdp, tensor), by axis letters. See parallel.py.
+# How activations are sharded over the mesh axes (data, fsdp, tensor), by axis letters.
 ACTIVATION_SPECS = {
     "btd": PartitionSpec(("data", "fsdp"), None, None),
     "btd by width": PartitionSpec("data", None, "fsdp"),  # as rows of the embedding are split

@@ -1,6 +1,6 @@
 """Attention inside windows of a grid: the tokens of one window see each other alone.
 
-Tokens lie window after window (see `pruning.windows.window_order`), so a window is a stretch of
+Tokens lie window after window (see `pruning.ops.windows.window_order`), so a window is a stretch of
 them, and a block that attends over the whole grid has one window.
 
 I images, N tokens, W windows, S slots of a window, H heads, d head width.

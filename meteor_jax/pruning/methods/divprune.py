@@ -1,4 +1,4 @@
-"""DivPrune (CVPR 2025, arXiv 2503.02175): the tokens farthest from one another stay."""
+"""DivPrune (CVPR 2025, arXiv 2503.02175): keeps the tokens farthest from one another."""
 
 from __future__ import annotations
 

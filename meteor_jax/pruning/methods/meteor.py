@@ -59,7 +59,7 @@ def meteor(
 @register("mutual_redundancy")
 @dataclasses.dataclass(frozen=True)
 class MutualRedundancy(Method):
-    """The tokens least similar to the other encoders' tokens stay.
+    """Keeps the tokens least similar to the other encoders' tokens.
 
     Attributes:
         similarity: S of METEOR's mutual redundancy. "cosine" is the plain reading; but what all

@@ -22,7 +22,7 @@ def fit_lambda(
     """λ by bisection: min(clip(round(λ · total_vav), low, high), available) is `target` on average.
 
     Shapes:
-        total_vav: float[B]; available: int[B], the tokens of each example that reach the cut.
+        total_vav: float[B]; available: int[B], the tokens of each example before the step.
 
     Raises:
         ConfigError: if no attention falls on the image, so that no λ can.

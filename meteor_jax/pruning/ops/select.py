@@ -1,4 +1,4 @@
-"""The one way in which tokens are kept: a fixed-budget top-k with order preserved."""
+"""How every method selects tokens: a top-k of static size that preserves their order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Selection(flax.struct.PyTreeNode):
-    """Which entries stay: `idx` int32[..., K] in increasing order, `valid` bool[..., K].
+    """Which entries are kept: `idx` int32[..., K] in increasing order, `valid` bool[..., K].
 
-    Invalid entries stand last; their indices point at real entries, so a gather is always safe.
+    Invalid entries are last; their indices point at real entries, so a gather is always safe.
     """
 
     idx: Array
