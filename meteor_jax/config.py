@@ -54,7 +54,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
 
 def suggest(name: str, valid: typing.Iterable[str]) -> str:
     """' Did you mean …?' with the nearest of `valid`, or the list of them."""
-    valid = sorted(valid)
+    valid = sorted(set(valid))
     near = difflib.get_close_matches(name, valid, n=1)
     return f" Did you mean '{near[0]}'?" if near else f" Valid: {', '.join(valid)}."
 

@@ -28,6 +28,11 @@ def resolve_plans(
         if text in (BLIND, MAJORITY):
             continue
         plan = parse_plan(text, library=library)
+        if plan.name in (BLIND, MAJORITY, ""):
+            raise ConfigError(
+                f"plan '{text}' cannot be called '{plan.name}': {BLIND} and {MAJORITY} are baselines "
+                "that every evaluation adds; give it another name."
+            )
         if plan.name in plans:
             plan = override(plan, name=text.replace(" ", ""))
         if plan.name in plans:

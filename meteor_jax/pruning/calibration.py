@@ -10,6 +10,7 @@ from typing import Any
 from meteor_jax.config import ConfigError, build
 from meteor_jax.pruning.budgets import Shared
 from meteor_jax.pruning.plan import PrunePlan, Step
+from meteor_jax.pruning.points import NUM_SEGMENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,4 +75,12 @@ class Calibration:
             raise ConfigError(
                 f"{path}: not valid JSON ({error}); run `meteor calibrate`."
             ) from error
-        return build(Calibration, values, where=str(path))
+        calibration = build(Calibration, values, where=str(path))
+        for kind, of_encoders in calibration.ranks.items():
+            for encoder, ranks in of_encoders.items():
+                if len(ranks) != NUM_SEGMENTS:
+                    raise ConfigError(
+                        f"{path}: ranks of {encoder} ({kind}): expected {NUM_SEGMENTS}, one a "
+                        f"segment, got {len(ranks)}; run `meteor calibrate --ranks`."
+                    )
+        return calibration

@@ -55,6 +55,9 @@ class Step:
                 f"method '{self.method.name}' cannot act at {self.at}; it acts in "
                 f"{', '.join(self.method.stages)}."
             )
+        if point.part != DECODER and (self.cut_caches or self.positions != "original"):
+            name = "cut_caches" if self.cut_caches else "positions"
+            raise ConfigError(f"{self.at}: {name} is for steps before layers of the decoder.")
         if isinstance(self.budget, Adaptive) and point.part != DECODER:
             raise ConfigError(f"{self.at}: an adaptive budget is for layers of the decoder.")
         if self.budget.keep < (0 if point.part == DECODER else 1):
@@ -281,6 +284,8 @@ def _read_step(values: Any, where: str) -> Step:
     for field, class_of in (("method", method_class), ("budget", budget_class)):
         options = made.get(field)
         if isinstance(options, Mapping) and "name" in options:
+            if not isinstance(options["name"], str):
+                raise ConfigError(f"{where}.{field}: expected a name, got {options['name']!r:.60}.")
             fields = {key: value for key, value in options.items() if key != "name"}
             made[field] = build(class_of(options["name"]), fields, where=f"{where}.{field}")
     return build(Step, made, where=where)

@@ -224,10 +224,18 @@ def _read_call(text: str) -> tuple[str, dict[str, Any]]:
     if tree.args or any(keyword.arg is None for keyword in tree.keywords):
         got = ", ".join(map(ast.unparse, tree.args))
         raise ConfigError(f"plan '{text}': expected field=value, got '{got}'.")
-    return tree.func.id, {
-        (keyword.arg or "").replace(_DOT, "."): _value(keyword.value, text)
-        for keyword in tree.keywords
-    }
+    return tree.func.id, _keywords(tree, text)
+
+
+def _keywords(call: ast.Call, text: str) -> dict[str, Any]:
+    """The keyword arguments of a call, each given once."""
+    arguments: dict[str, Any] = {}
+    for keyword in call.keywords:
+        name = (keyword.arg or "").replace(_DOT, ".")
+        if name in arguments:
+            raise ConfigError(f"plan '{text}': '{name}' is given twice.")
+        arguments[name] = _value(keyword.value, text)
+    return arguments
 
 
 def _value(node: ast.expr, text: str) -> Any:
@@ -237,7 +245,7 @@ def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(item, text) for item in node.elts)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        return node.func.id, {k.arg: _value(k.value, text) for k in node.keywords}
+        return node.func.id, _keywords(node, text)
     try:
         return ast.literal_eval(node)
     except ValueError:

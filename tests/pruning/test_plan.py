@@ -108,6 +108,14 @@ def test_commas_within_parentheses_do_not_split():
         ("meteor(decode.budget=fix)", "no budget 'fix'. Did you mean 'fixed'?"),
         ("meteor(fuse.keep=0)", "expected to keep a token"),
         ("meteor(decode.lambda_=1 + 2 * x)", "cannot read '1 + 2 * x'"),
+        ("divprune(keep=4, keep=5)", "'keep' is given twice"),
+        ("meteor(decode.budget=adaptive(keep=4, keep=5))", "'keep' is given twice"),
+        ("divprune(keep=4, fuse.cut_caches=True)", "cut_caches is for steps before layers"),
+        ("divprune(keep=4, fuse.positions=contiguous)", "positions is for steps before layers"),
+        (
+            '{"steps": [{"at": "fusion", "method": {"name": ["a"]}}]}',
+            "steps[0].method: expected a name",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(text, message):
@@ -157,7 +165,14 @@ def test_a_step_that_can_drop_nothing_is_none():
 def test_a_calibration_survives_its_file(tmp_path):
     path = tmp_path / "calibration.json"
     assert Calibration.load(path) == Calibration()
-    for text, message in (("[1]", "expected fields by name, got \\[1\\]"), ("{", "not valid JSON")):
+    for text, message in (
+        ("[1]", "expected fields by name, got \\[1\\]"),
+        ("{", "not valid JSON"),
+        (
+            '{"ranks": {"effective": {"clip": [1]}}}',
+            "ranks of clip .effective.: expected 3, .* got 1",
+        ),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             Calibration.load(path)
