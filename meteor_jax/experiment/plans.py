@@ -30,8 +30,8 @@ def resolve_plans(
         plan = parse_plan(text, library=library)
         if plan.name in (BLIND, MAJORITY, ""):
             raise ConfigError(
-                f"plan '{text}' cannot be called '{plan.name}': {BLIND} and {MAJORITY} are baselines "
-                "that every evaluation adds; give it another name."
+                f"plan '{text}' cannot be called '{plan.name}'; give it another name ({BLIND} and "
+                f"{MAJORITY} are baselines that every evaluation adds)."
             )
         if plan.name in plans:
             plan = override(plan, name=text.replace(" ", ""))
