@@ -39,7 +39,7 @@ def ask(requests, **options):
     engine, timings = make_engine(**options), Timings()
     found = {p.index: p for p in engine.predict(requests, timings=timings, warm_up=True)}
     assert timings.wall > timings.model > 0 and timings.host > 0
-    assert sum(p.seconds for p in found.values()) == pytest.approx(timings.wall, rel=0.2)
+    assert 0 < sum(p.seconds for p in found.values()) <= timings.wall
     return [found[index] for index in range(len(requests))], engine.predictors["fake"]
 
 
