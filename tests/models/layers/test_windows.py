@@ -168,16 +168,8 @@ class TestEncoder:
             encode(name, steps_for(name, method="cls"))
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        ("eva02", "attention"),
-        ("eva02", "mean_token"),
-        ("eva02", "random"),
-        ("sam", "attention"),
-        ("sam", "uniform"),
-    ],
-)
+@pytest.mark.parametrize("method", ["attention", "mean_token", "random", "uniform"])
+@pytest.mark.parametrize("name", MODELS)
 def test_every_window_keeps_its_quota(name, method):
     steps = steps_for(name, method=method)
     out = encode(name, steps)
