@@ -122,7 +122,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any) -> Any:
 
 
 def find_step(workdir: Path, *, step: int | None = None) -> int:
-    """The step of the newest checkpoint in a workdir, or `step` if there is a checkpoint of it.
+    """The step of the newest checkpoint in a workdir, or `step` if it has a checkpoint.
 
     Raises:
         CheckpointError: no workdir, no checkpoint, or none of that step.

@@ -11,8 +11,9 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# The older emitters compile the whole tiny model in a third of the time. Without fused multiply-add
-# a number does not depend on what a program fuses: tests of equal bits need that.
+# The older emitters compile the whole tiny model in a third of the time. With them, tests of equal
+# bits need fused multiply-add off, so that no number depends on what a program fuses. These tests
+# hold under XLA's own defaults too: XLA_FLAGS= pytest tests/test_invariants.py
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if platform.machine() == "x86_64":
     FLAGS += " --xla_cpu_max_isa=SSE4_2"

@@ -80,8 +80,7 @@ class Rule:
         fallbacks: names that hold the same numbers, used where `source` is absent.
         compute: makes the parameter where none of these names is there; the argument is the dtype
             of the weights around it.
-        whole: the tensor's shape where the parameter is only a part of it, so that there is no
-            way back.
+        whole: the tensor's shape if the parameter is only a slice; it cannot be exported then.
     """
 
     source: str
@@ -95,7 +94,7 @@ class Rule:
     whole: tuple[int, ...] = ()
 
     def expand(self) -> list[tuple[str, int | None]]:
-        """Every tensor's name, and its row of the parameter (None: all of it)."""
+        """Every tensor's name, and its row of the parameter (None: all rows)."""
         if self.layers is None:
             return [(self.source, None)]
         return [(self.source.replace("{i}", str(i)), row) for row, i in enumerate(self.layers)]
