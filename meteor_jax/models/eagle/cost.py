@@ -57,25 +57,23 @@ def count_cost(
         rows: prompts of a batch (on one shard of its rows), which share an adaptive budget's total.
     """
     if not plan.is_adaptive or computed is None:
-        rows, computed = 1, None
+        rows, computed = 1, tuple(num_images * s.budget.keep for s in plan.decoder_steps)
         plan = plan.with_decoder_budgets([Fixed(s.budget.keep) for s in plan.decoder_steps])
     text_tokens = max(text_tokens, 1)
     parts, tokens = _count_encoding(config, dataclasses.replace(plan.without("decode"), name=""))
-    llm, visual = _count_prefill(
+    llm = _count_prefill(
         config,
-        PrunePlan(name="", steps=plan.decoder_steps),
+        PrunePlan(name="", steps=plan.decoder_steps, enter_at=plan.enter_at),
         num_tokens=tokens.num_tokens,
         span=tokens.span,
         text_tokens=text_tokens,
         num_images=num_images,
         rows=rows,
     )
-    weights = {}
-    if computed is not None:
-        weights = _branch_weights(llm, computed, text_tokens=text_tokens, rows=rows)
-        starts = (0, *plan.decoder_layers, config.llama.depth)
-        lengths = [stop - start for start, stop in itertools.pairwise(starts)]
-        visual = np.repeat((num_images * tokens.num_tokens, *computed), lengths).mean()
+    weights = _branch_weights(llm, computed, text_tokens=text_tokens, rows=rows)
+    starts = (0, plan.enter_at, *plan.decoder_layers, config.llama.depth)
+    lengths = [stop - start for start, stop in itertools.pairwise(starts)]
+    visual = np.repeat((0, num_images * tokens.num_tokens, *computed), lengths).mean()
     totals = {part: num_images * count for part, count in parts.items()}
     for part, count in llm.grouped(_part_of_prefill, weights=weights).items():
         totals[part] = totals.get(part, 0.0) + count / rows
@@ -142,8 +140,8 @@ def _count_prefill(
     text_tokens: int,
     num_images: int,
     rows: int,
-) -> tuple[Flops, float]:
-    """Operations of the prefill of `rows` prompts, and visual tokens of one, mean over layers."""
+) -> Flops:
+    """Operations of the prefill of `rows` prompts."""
     llama = config.llama
     positions = max(text_tokens + num_images * span, llama.max_positions)  # any prompt is counted
     model = Meteor(
@@ -172,10 +170,8 @@ def _count_prefill(
         return model.apply({"params": params}, visual, **prompts, **options)
 
     with counted_forms():
-        flops, prefilled = trace_flops(prefill, _param_shapes(config), visual, prompts)
-    keys = [layers.k for layers in prefilled.cache.ranges]
-    entries = sum(k.shape[0] * k.shape[2] for k in keys) / sum(k.shape[0] for k in keys)
-    return flops, entries - text_tokens
+        flops, _ = trace_flops(prefill, _param_shapes(config), visual, prompts)
+    return flops
 
 
 def _part_of_prefill(scope: str) -> str:

@@ -116,3 +116,15 @@ def test_of_an_adaptive_budget_the_totals_that_ran_count():
         cost = count_cost(tiny.CONFIG, plan, text_tokens=12, computed=(15, low), rows=8)
     assert dict(cost.rows)["llm"] == llm(15, low)
     assert cost.visual_tokens_mean == (20 + 2 * 15 + low) / 4
+
+
+def test_layers_that_see_no_visual_tokens_cost_less_and_caches_do_not_matter():
+    whole, late = (count_cost(tiny.CONFIG, parse_plan(t)) for t in ("full", "full(enter_at=2)"))
+    depth = tiny.CONFIG.llama.depth
+    assert late.total_flops < whole.total_flops
+    assert late.visual_tokens_mean == whole.visual_tokens_mean * (depth - 2) / depth
+    same, cut = (
+        count_cost(tiny.CONFIG, parse_plan(f"fastv(layer=2, keep=5{more})"))
+        for more in ("", ", decode.cut_caches=True")
+    )
+    assert cut == same
