@@ -137,12 +137,16 @@ class Meteor(nn.Module):
             spans = (Span(encoder="all", start=0, size=config.grid**2, grid=config.grid),)
         losses = [output.loss for output in outputs.values()]
         for index, step in enumerate(plan.fusion_steps):
+            seen = context
             if config.fusion == "pre" and "encoder_parts" in step.method.needs:
+                here = features
+                if index:  # those of the places that the steps before left
+                    places = tokens.patch_index[..., None]
+                    here = [jnp.take_along_axis(x, places, axis=1) for x in features]
                 with jax.named_scope("scores"):
-                    parts = tuple(self.projector.parts(features))
-                context = context.replace(encoder_parts=parts)
+                    seen = context.replace(encoder_parts=tuple(self.projector.parts(here)))
             tokens, spans, loss = prune_fused(
-                tokens, step, spans=spans, context=context.replace(index=index)
+                tokens, step, spans=spans, context=seen.replace(index=index)
             )
             losses.append(loss)
             if plan.positions == "contiguous":

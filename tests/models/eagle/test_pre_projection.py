@@ -55,6 +55,17 @@ def test_pre_projection_is_pruned_place_by_place_without_training():
     places = np.asarray(cut.patch_index)[..., None]
     np.testing.assert_array_equal(cut.x, np.take_along_axis(np.asarray(whole.x), places, axis=1))
     np.testing.assert_array_equal(encode(params, "meteor(fuse=16)").tokens.x, whole.x)
+
+    @functools.partial(jax.jit, static_argnames="plan")
+    def tokens(params, plan):
+        return MODEL.apply(
+            {"params": params}, batch.images[:, 0], plan=plan, method="encode_images"
+        ).tokens
+
+    once, again = (parse_plan(f"meteor(fuse={keep})") for keep in (6, 3))
+    twice = tokens(params, dataclasses.replace(once, steps=once.steps + again.steps))
+    assert twice.x.shape == (3, 3, 32) and (np.diff(twice.patch_index, axis=1) > 0).all()
+    assert np.isin(twice.patch_index, cut.patch_index).all()
     with pytest.raises(ValueError, match=r"fuse\.num_iterations=1"):
         encode(params, "meteor(fuse=6, fuse.num_iterations=2)")
 
