@@ -1,7 +1,7 @@
 """An encoder's tokens between its blocks, what a plan's steps leave of them, and what comes out.
 
 An encoder's forward pass asks `split_depth` where its plan reduces tokens, runs the blocks up to
-there, and calls `prune_tokens`.
+there, and calls `prune_tokens`; without windows `run_segment` does both.
 
 I images, P prefix tokens (a CLS), N tokens, K kept tokens, E encoder width.
 """
@@ -243,16 +243,16 @@ def with_attention(
     return context.replace(keys=k[:, tokens.num_prefix :], **found)
 
 
-def run_blocks(
+def run_segment(
     blocks: Stack,
     tokens: EncoderTokens,
     segment: Segment,
     *,
     context: ReductionContext,
     scale: float | None = None,
-) -> tuple[EncoderTokens, Array]:
-    """The blocks of a segment of an encoder without windows, tokens reduced between attention and
-    MLP where the plan says so; also the input of the last block."""
+) -> EncoderTokens:
+    """The blocks of a segment of an encoder without windows, and its steps: between attention and
+    MLP of a block, and after the last."""
     start, last_input = segment.start, tokens.x
     for step in segment.inside:
         block = step.point.index
@@ -267,7 +267,19 @@ def run_blocks(
     out = blocks(tokens.x, start=start, stop=segment.stop)
     if segment.stop > start:
         last_input = out.last_input
-    return tokens.replace(x=out.x), last_input
+    tokens = tokens.replace(x=out.x)
+    for step in segment.after:
+        seen = with_attention(
+            context,
+            step,
+            tokens,
+            blocks=blocks,
+            block=segment.last_block,
+            x=last_input,
+            scale=scale,
+        )
+        tokens = prune_tokens(tokens, step, context=seen)
+    return tokens
 
 
 def drops(step: EncoderStep, tokens: EncoderTokens) -> bool:

@@ -21,10 +21,8 @@ from meteor_jax.models.encoders.tokens import (
     EncoderTokens,
     check_cls,
     finish,
-    prune_tokens,
-    run_blocks,
+    run_segment,
     split_depth,
-    with_attention,
 )
 from meteor_jax.models.layers.resize import patchify, resize
 from meteor_jax.models.layers.stack import Stack, constrain, dense
@@ -117,11 +115,7 @@ class Clip(nn.Module):
         blocks = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
         passed = []
         for segment in split_depth(config, steps, all_segments=all_segments):
-            tokens, last_input = run_blocks(blocks, tokens, segment, context=context)
-            for step in segment.after:
-                last: dict[str, Any] = {"block": segment.last_block, "x": last_input}
-                seen = with_attention(context, step, tokens, blocks=blocks, **last)
-                tokens = prune_tokens(tokens, step, context=seen)
+            tokens = run_segment(blocks, tokens, segment, context=context)
             passed.append((segment, tokens))
         return finish(passed, num_tokens=config.num_tokens)
 

@@ -20,10 +20,8 @@ from meteor_jax.models.encoders.tokens import (
     EncoderTokens,
     check_cls,
     finish,
-    prune_tokens,
-    run_blocks,
+    run_segment,
     split_depth,
-    with_attention,
 )
 from meteor_jax.models.layers.resize import IMAGE_MEAN, IMAGE_STD, patchify, resize
 from meteor_jax.models.layers.stack import Stack, constrain, dense
@@ -134,13 +132,7 @@ class Pix2Struct(nn.Module):
         blocks = Stack(Block, config, config.depth, self.dtype, config.remat, name="blocks")
         passed = []
         for segment in split_depth(config, steps, all_segments=all_segments):
-            tokens, last_input = run_blocks(
-                blocks, tokens, segment, context=context, scale=ATTENTION_SCALE
-            )
-            for step in segment.after:
-                last = {"block": segment.last_block, "x": last_input, "scale": ATTENTION_SCALE}
-                seen = with_attention(context, step, tokens, blocks=blocks, **last)
-                tokens = prune_tokens(tokens, step, context=seen)
+            tokens = run_segment(blocks, tokens, segment, context=context, scale=ATTENTION_SCALE)
             passed.append((segment, tokens))
         out = finish(passed, num_tokens=config.num_tokens)
         norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name="final_norm")
