@@ -212,12 +212,13 @@ class Eva02(nn.Module):
             )
             tokens = tokens.replace(x=out.x)
             for step in segment.after:
+                seen = context
                 if drops(step, tokens) and "attention_received" in step.method.needs:
                     kind = rotary[segment.last_block in config.global_blocks]
                     received = _attention_received(blocks, segment, out.last_input, kind)
                     received = received.reshape(tokens.patch_index.shape)
-                    context = context.replace(attention_received=received)
-                tokens = prune_tokens(tokens, step, context=context)
+                    seen = context.replace(attention_received=received)
+                tokens = prune_tokens(tokens, step, context=seen)
             passed.append((segment, tokens))
         return finish(passed, num_tokens=config.num_tokens)
 

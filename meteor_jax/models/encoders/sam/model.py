@@ -192,8 +192,8 @@ def join_relative_positions(
 
 
 class Block(VitBlock):
-    """Biases everywhere, exact GELU. The frequencies may be left out where only parameters are
-    made."""
+    """Biases everywhere, exact GELU. The relative positions may be left out where only parameters
+    are made."""
 
     def make_norm(self) -> nn.Module:
         return layer_norm(self.dtype, epsilon=EPSILON)
@@ -267,6 +267,7 @@ class Sam(nn.Module):
             )
             tokens = tokens.replace(x=merge_2x2(out.x))
             for step in segment.after:
+                seen = context
                 if drops(step, tokens) and "attention_received" in step.method.needs:
                     is_global = last in config.global_blocks
                     own = jax.tree.map(lambda t: t[0], relative_of(last, last + 1, is_global))
@@ -274,8 +275,8 @@ class Sam(nn.Module):
                         blocks, segment, out.last_input, layouts[is_global], own
                     )
                     received = received.reshape(*tokens.patch_index.shape, MERGE**2).mean(-1)
-                    context = context.replace(attention_received=received)
-                tokens = prune_tokens(tokens, step, context=context)
+                    seen = context.replace(attention_received=received)
+                tokens = prune_tokens(tokens, step, context=seen)
             passed.append((segment, tokens))
         out = finish(passed, num_tokens=config.num_tokens)
         return out.replace(x=self._neck(out.x))
@@ -310,9 +311,8 @@ class Sam(nn.Module):
         whole = patch_index.shape[1] == self.config.num_tokens
         if is_global:
             sizes, window = (patch_index.shape[1],), grid
-            patch_index = (
-                patch_index[:1] if whole else patch_index
-            )  # all images have the same tokens
+            if whole:  # all images have the same tokens
+                patch_index = patch_index[:1]
         if whole and not is_global:
             row, column = padded_windows(grid, window)
         else:
