@@ -16,6 +16,7 @@ from meteor_jax.pruning.method import Reduction, ReductionContext, text_after_im
 from meteor_jax.pruning.methods.text_attention import TextAttention
 from meteor_jax.pruning.ops.merge import density_peaks, mean_of_clusters
 from meteor_jax.pruning.ops.select import finite_scores, keep_topk
+from meteor_jax.pruning.ops.similarity import rank
 from meteor_jax.pruning.plan import PrunePlan, decoder_steps
 from meteor_jax.pruning.registry import preset, register
 from meteor_jax.types import Array, Sequence
@@ -131,12 +132,11 @@ def recycle_dropped(
     """
     is_visual, num_images = context.sequence.is_visual, context.num_images
     falling = jnp.where(is_visual, -finite_scores(scores), jnp.inf)
-    order = jnp.argsort(falling, axis=1, stable=True)
-    rank = jnp.argsort(order, axis=1)
+    order = rank(falling)
     num_clusters, max_clusters = clusters * num_images, clusters * context.max_images
     num_best = (context.num_kept - num_clusters)[:, None]
-    best = is_visual & (rank < num_best)
-    again = is_visual & ~best & (rank < num_best + recycled * num_images[:, None])
+    best = is_visual & (order < num_best)
+    again = is_visual & ~best & (order < num_best + recycled * num_images[:, None])
     rows = keep_topk(again, keep=min(recycled * context.max_images, again.shape[1]), valid=again)
     dropped = jnp.take_along_axis(x, rows.idx[..., None], axis=1)
     found = density_peaks(

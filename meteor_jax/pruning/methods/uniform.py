@@ -42,7 +42,7 @@ def _strides(context: ReductionContext) -> Array:
     rank = jnp.cumsum(is_visual, axis=1) - 1
     remaining = jnp.maximum(is_visual.sum(1, keepdims=True), 1)
     keep = context.keep * context.num_images[:, None]
-    chosen = jnp.floor((rank + 1) * keep / remaining) > jnp.floor(rank * keep / remaining)
+    chosen = (rank + 1) * keep // remaining > rank * keep // remaining
     return chosen.astype(jnp.float32)
 
 
