@@ -20,9 +20,6 @@ from meteor_jax.pruning.methods.meteor import meteor
 from meteor_jax.pruning.methods.random import random
 from meteor_jax.pruning.text import override
 
-# Ranks are given, not measured: the largest that an encoder's width allows. In proportion they
-# are the same at every divisor, so an eighth of the model shares its tokens as the whole does.
-RANKED = ("clip", "convnext", "eva02", "pix2struct")
 BUDGET = 242
 
 
@@ -47,7 +44,9 @@ def get_config(divisor: str = "8") -> ConfigDict:
     encoders["convnext"] = dataclasses.replace(convnext, widths=widths)
     llama = divide(whole.llama, *transformer, "num_kv_heads")
     model = dataclasses.replace(whole, encoders=encoders, llama=llama)
-    ranks = tuple((name, float(model.encoder(name).width)) for name in RANKED)
+    # Given, not measured: the largest that an encoder's width allows. In proportion they are the
+    # same at every divisor, so an eighth of the model shares its tokens as the whole does.
+    ranks = tuple((name, float(encoder.width)) for name, encoder in model.encoders.items())
     quarter = model.llama.depth // 4
 
     config = ConfigDict()

@@ -60,7 +60,7 @@ def split_projector_tables(widths: dict[str, int], *, out_width: int) -> dict[st
 
     The first layer is cut by input channel and its bias shared out: every encoder gets an equal
     part and the last one what is left, so that the first layers' outputs sum to EAGLE's. The second
-    layer, which is not cv.linear in the encoders, is EAGLE's in each.
+    layer, which is not linear in the encoders, is EAGLE's in each.
     """
     tables, start = {}, 0
     for index, (name, width) in enumerate(widths.items()):
