@@ -129,6 +129,8 @@ def load_engine(
         library=experiment.plans,
         calibration=Calibration.load(folder / CALIBRATION_FILE),
     )
+    if not resolved:
+        raise ConfigError(f"plans: '{plans}' names no plan for an engine; name one, as 'full'.")
     mesh = inference_mesh(experiment)
     with jax.set_mesh(mesh):
         params, _ = load_params(experiment, folder, mesh=mesh, step=step)

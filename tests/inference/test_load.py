@@ -58,6 +58,9 @@ def test_an_engine_of_a_run_names_what_is_wrong(run):
         load_engine(run, plans="fastv(layer=2, keep=4)")
     with pytest.raises(ConfigError, match="template 'plain' drops the question"):
         load_engine(run, template="plain")
+    for plans in ("blind", "blind,majority", ""):
+        with pytest.raises(ConfigError, match=f"plans: '{plans}' names no plan"):
+            load_engine(run, plans=plans)
 
 
 def test_a_config_file_with_an_argument(run, tmp_path):
