@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from meteor_jax.config import ConfigError
 from meteor_jax.data.sources.registry import CorruptImage, decode_image, square_image
 
 
@@ -32,10 +33,13 @@ def image_handle(image: Any) -> ImageHandle:
 
     Raises:
         TypeError: for what is no image.
+        ConfigError: for a path where no file is.
     """
     if isinstance(image, ImageHandle):
         return image
     if isinstance(image, str | Path):
+        if not Path(image).is_file():
+            raise ConfigError(f"image: no file '{image}'.")
         return ImageHandle(str(image), lambda: image)
     if isinstance(image, bytes):
         content: Any = image

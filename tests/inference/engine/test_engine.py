@@ -134,6 +134,9 @@ def test_images_come_in_any_form_and_equal_ones_are_one(tmp_path):
     assert predictor.encoded.count(70) == 4
     with pytest.raises(TypeError, match="expected bytes, a path"):
         Request("how grey?", images=[pixels.astype(np.float32)])
+    for missing in (tmp_path / "gray.png", str(tmp_path)):
+        with pytest.raises(ConfigError, match=f"image: no file '{missing}'"):
+            Request("how grey?", images=[missing])
 
 
 def test_each_plan_has_its_predictor_and_its_images():
