@@ -21,7 +21,7 @@ Scores = Mapping[str, Mapping[str, float]]  # by task and question
 
 def paired_comparison(runs: Sequence[Run]) -> Section | None:
     """Each plan's mean scores, and its difference from the reference: the first run's "full", or
-    its first plan where it has no "full".
+    its first plan where it has no "full", which is a baseline only where it has no other.
 
     The difference is the mean over the tasks, each over the questions that both were asked; its
     95 % interval combines those of the tasks as independent. None for a single run, and where no
@@ -70,7 +70,7 @@ def seed_variance(runs: Sequence[Run]) -> Section | None:
     deviation over the runs, and the difference of the mean from that of the reference plan.
 
     Only runs with the first run's tasks count, and of runs with equal parameters only the first.
-    None where no plan is in two runs.
+    None where no plan is in two runs, or the first run has only baselines.
     """
     reference = _reference(runs[0])
     by_plan: dict[str, list[dict[str, float]]] = {}
@@ -82,7 +82,7 @@ def seed_variance(runs: Sequence[Run]) -> Section | None:
                 by_plan.setdefault(plan, []).append(means[plan])
             seen.add((plan, params))
     repeated = {plan: means for plan, means in by_plan.items() if len(means) > 1}
-    if not repeated:
+    if not repeated or reference not in by_plan:
         return None
     groups = [*(group for group in by_plan[reference][0] if group != "all"), "all"]
     base = np.mean([means["all"] for means in by_plan[reference]])
@@ -173,7 +173,7 @@ def mean_difference(scores: Scores, base: Scores) -> tuple[Estimate | None, int]
 
 
 def _reference(run: Run) -> str:
-    return "full" if "full" in run.plan_names else run.model_plans[0]
+    return "full" if "full" in run.plan_names else [*run.model_plans, *run.plan_names][0]
 
 
 def _scores(run: Run, plan: str) -> Scores:

@@ -75,3 +75,12 @@ def test_runs_of_one_training_each_or_of_other_tasks_are_no_repetition(tmp_path)
     fewer = tuple(row for row in runs[1].rows if row.task == runs[1].tasks[0])
     assert seed_variance(runs[:1]) is None
     assert seed_variance([runs[0], dataclasses.replace(runs[1], rows=fewer)]) is None
+
+
+def test_a_run_of_the_baselines_alone_is_reported(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, examples=False) for name in ("a", "b", "c")])
+    majority = tuple(row for row in runs[0].rows if row.plan == "majority")
+    alone = dataclasses.replace(runs[0], rows=majority)
+    assert paired_comparison([alone]) is None
+    assert paired_comparison([alone, runs[1]]).title == "Paired comparison with a/majority"
+    assert seed_variance([alone, *runs[1:]]) is None
