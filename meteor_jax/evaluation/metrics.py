@@ -2,7 +2,7 @@
 
 Every metric is `(prediction, references) -> float in [0, 1]`; with several references the best one
 counts. The rules are those of the benchmarks that ask the same, made a little kinder;
-each docstring names the difference. The benchmarks' own are in `benchmarks`.
+each docstring names the difference. The benchmarks' own are in `tasks.scoring`.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Row:
         delta, delta_low, delta_high: score minus the reference plan's, unit by unit, and its 95 %
             interval; None for the reference itself.
         parts: further numbers by name, such as a subset's score or MME's points; see
-            `benchmarks.aggregate`.
+            `tasks.scoring.aggregate`.
     """
 
     task: str

@@ -35,7 +35,7 @@ class TaskSpec:
             `evaluation.benchmarks.scoring.SCORERS`.
         max_new_tokens: where an answer is cut off; None leaves it to the evaluation's config.
         aggregation: from scores to the headline, a name in
-            `evaluation.benchmarks.aggregate.AGGREGATIONS`.
+            `evaluation.tasks.scoring.aggregate.AGGREGATIONS`.
         split: of the source that it asks.
     """
 
