@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from meteor_jax.evaluation.metrics import Estimate, mean_estimate, paired_difference
-from meteor_jax.evaluation.results import averages
 from meteor_jax.reports import paper
 from meteor_jax.reports.page import ABSENT, Section, Table
 from meteor_jax.reports.runs import Run, percent_of
@@ -32,12 +31,12 @@ def paired_comparison(runs: Sequence[Run]) -> Section | None:
     base = _scores(first, reference)
     if len(runs) == 1 or not base:
         return None
-    groups = [group for run in runs for means in averages(run.rows).values() for group in means]
+    groups = [group for run in runs for means in run.averages.values() for group in means]
     groups = [*dict.fromkeys(group for group in groups if group != "all"), "all"]
     rows = []
     for run in runs:
         for plan in run.model_plans:
-            means = averages(run.rows)[plan]
+            means = run.averages[plan]
             difference = [ABSENT] * 3
             if run is not first or plan != reference:
                 change, asked = mean_difference(_scores(run, plan), base)
@@ -76,7 +75,7 @@ def seed_variance(runs: Sequence[Run]) -> Section | None:
     by_plan: dict[str, list[dict[str, float]]] = {}
     seen: set[tuple[str, str]] = set()  # plan and parameters: evaluated twice is trained once
     for run in runs:
-        means, params = averages(run.rows), run.content.get("params", run.name)
+        means, params = run.averages, run.content.get("params", run.name)
         for plan in run.model_plans if set(run.tasks) == set(runs[0].tasks) else ():
             if (plan, params) not in seen:
                 by_plan.setdefault(plan, []).append(means[plan])

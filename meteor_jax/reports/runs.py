@@ -87,14 +87,19 @@ class Run:
     def num_questions(self) -> int:
         return int(sum(self._of(self.plan_names[0], "n")))
 
+    @cached_property
+    def averages(self) -> dict[str, dict[str, float]]:
+        """`results.averages` of the rows."""
+        return averages(self.rows)
+
     def mean_score(self, plan: str) -> float:
         """Percent, mean over the tasks."""
-        return 100 * averages(self.rows)[plan]["all"]
+        return 100 * self.averages[plan]["all"]
 
     @property
     def full_score(self) -> float | None:
         """`mean_score` of the unpruned plan; None if that did not run."""
-        return self.mean_score("full") if "full" in averages(self.rows) else None
+        return self.mean_score("full") if "full" in self.averages else None
 
     def mean(self, plan: str, field: str) -> float:
         """A field of the rows, mean over the tasks; 0 for a plan that did not run."""
