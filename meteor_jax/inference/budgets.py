@@ -69,7 +69,7 @@ def calibrate_budget(
     Raises:
         ConfigError: if no attention falls on the images.
     """
-    visual = _encode(params, images, model=model, plan=plan)
+    visual = encode_each(params, images, model=model, plan=plan)
     asked_for = [step.budget for step in plan.decoder_steps]
     # One total: how much room a batch is packed into changes no K, and there is less to compile.
     budgets = [_adaptive(budget, lambda_=1.0, num_totals=1) for budget in asked_for]
@@ -154,7 +154,8 @@ def evenness_note(
 
 
 @jax.jit(static_argnames=("model", "plan"))
-def _encode(params: Any, images: Array, *, model: Any, plan: PrunePlan) -> VisualTokens:
+def encode_each(params: Any, images: Array, *, model: Any, plan: PrunePlan) -> VisualTokens:
+    """VisualTokens of [I, 1, N, D]: one image a prompt."""
     encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
     return jax.tree.map(lambda x: x[:, None], encoded.tokens)
 

@@ -28,6 +28,7 @@ from meteor_jax.data.templates import Conversation, get_template, render, with_i
 from meteor_jax.data.tokenizers import Tokenizer
 from meteor_jax.experiment.config import Experiment
 from meteor_jax.experiment.eval_config import prompt_template
+from meteor_jax.inference.budgets import encode_each
 from meteor_jax.models.family import count_cost
 from meteor_jax.parallel.distributed import allgather_to_host
 from meteor_jax.progress import track
@@ -102,7 +103,7 @@ def measure_prune_layers(
     unpruned = plan.without("decode")
     entering = count_cost(model.config, unpruned).visual_tokens_fused
     first = dataclasses.replace(first, budget=Fixed(max(round(share * entering), 1)))
-    encoded = [_encode(model, params, batch.images, plan=unpruned) for batch in batches]
+    encoded = [encode_each(params, batch.images, model=model, plan=unpruned) for batch in batches]
     real = [np.asarray(batch.answer_valid).any(1) for batch in batches]
     tokens = sum(int(np.asarray(batch.answer_valid).sum()) for batch in batches)
 
@@ -156,12 +157,6 @@ def kept_overlap(kept: np.ndarray, *, of_image: int = QUESTIONS_PER_IMAGE) -> fl
             ]
         )
     )
-
-
-@jax.jit(static_argnames=("model", "plan"))
-def _encode(model: Any, params: Any, images: Array, *, plan: PrunePlan) -> Any:
-    encoded = model.apply({"params": params}, images, plan=plan, method="encode_images")
-    return jax.tree.map(lambda x: x[:, None], encoded.tokens)
 
 
 @jax.jit(static_argnames=("model", "plan"))
