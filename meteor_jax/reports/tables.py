@@ -60,7 +60,7 @@ def _mean_table(rows: Sequence[Row]) -> Table:
         table.add_column(group, justify="right")
     for plan, scores in means.items():
         cells = [_percent(scores[group]) if group in scores else "" for group in groups]
-        table.add_row(plan, *cells, style="dim" if plan in (BLIND, MAJORITY) else None)
+        table.add_row(Text(plan), *cells, style="dim" if plan in (BLIND, MAJORITY) else None)
     return table
 
 

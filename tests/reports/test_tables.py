@@ -228,6 +228,13 @@ def test_the_table_shows_every_plan_and_average(rows):
         assert word in text
 
 
+def test_brackets_in_a_plan_s_name_are_shown_as_they_are(rows):
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_table([dataclasses.replace(row, plan="plan[b]") for row in rows], console=console)
+    first, means = console.export_text().split("mean % over tasks")
+    assert "plan[b]" in first and "plan[b]" in means
+
+
 def test_the_table_is_whole_at_80_columns(rows):
     long = "fastv(layer=2,keep=192)"
     big = [
