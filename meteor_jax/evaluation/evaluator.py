@@ -52,7 +52,7 @@ from meteor_jax.inference.engine.engine import Engine
 from meteor_jax.inference.engine.images import ImageHandle
 from meteor_jax.inference.engine.predictor import fused_shape
 from meteor_jax.inference.engine.request import Prediction, Prompt, Request, Timings
-from meteor_jax.inference.load import make_engine
+from meteor_jax.inference.load import make_engine, make_predictor
 from meteor_jax.models.family import Family, build_model
 from meteor_jax.parallel.distributed import is_main_process, main_process_first
 from meteor_jax.progress import progress_bar
@@ -312,8 +312,9 @@ def _make_evaluator(
         tokenizer=load_tokenizer(data.tokenizer, folder=source_dir / TOKENIZER_FOLDER),
         template=request.template,
     )
-    predictor: Any = next(iter(engine.predictors.values()))  # a dataclass with a plan
-    baseline = dataclasses.replace(predictor, plan=blind)
+    baseline = make_predictor(
+        experiment, params, plan=blind, tokenizer=engine.tokenizer, template=engine.template
+    )
     with main_process_first("sources"):  # which builds those that are not there yet
         sources = open_sources(
             request.tasks,

@@ -24,7 +24,7 @@ from meteor_jax.checkpoint import (
     restore_parts,
 )
 from meteor_jax.config import ConfigError
-from meteor_jax.data.templates import get_template, stop_id
+from meteor_jax.data.templates import Template, get_template, stop_id
 from meteor_jax.data.tokenizers import Tokenizer, load_tokenizer
 from meteor_jax.experiment.config import Experiment, load_experiment
 from meteor_jax.experiment.eval_config import prompt_template
@@ -33,7 +33,7 @@ from meteor_jax.inference.classify import ClassPredictor
 from meteor_jax.inference.engine.batching import BatchSizes
 from meteor_jax.inference.engine.data_shards import DataShards
 from meteor_jax.inference.engine.engine import Engine
-from meteor_jax.inference.engine.predictor import check_fits
+from meteor_jax.inference.engine.predictor import Predictor, check_fits
 from meteor_jax.inference.engine.prompts import PromptLimits
 from meteor_jax.inference.generate import TextPredictor
 from meteor_jax.inference.layout import inference_mesh, param_dtype, param_shapes
@@ -167,18 +167,9 @@ def make_engine(
             spans.append(check_fits(model, params, plan=plan))
         except ValueError as error:
             raise ConfigError(f"plan '{plan.name}': {error}") from error
-        if model.output == "text":
-            predictors[plan.name] = TextPredictor(
-                model=model.module,
-                params=params,
-                plan=plan,
-                tokenizer=tokenizer,
-                eos_id=stop_id(layout, tokenizer),
-                shards=shards,
-            )
-        else:
-            classes = experiment.data.classes
-            predictors[plan.name] = ClassPredictor(model, params, plan=plan, classes=classes)
+        predictors[plan.name] = make_predictor(
+            experiment, params, plan=plan, tokenizer=tokenizer, template=layout
+        )
     return Engine(
         predictors=predictors,
         tokenizer=tokenizer,
@@ -190,6 +181,28 @@ def make_engine(
         ),
         sizes=BatchSizes.of(config, shards=shards.count),
         shards=shards,
+    )
+
+
+def make_predictor(
+    experiment: Experiment,
+    params: Any,
+    *,
+    plan: PrunePlan,
+    tokenizer: Tokenizer,
+    template: Template,
+) -> Predictor:
+    """What answers under `plan`, on the mesh in force; see `make_engine`, which checks the plan."""
+    model = build_model(experiment.model)
+    if model.output != "text":
+        return ClassPredictor(model, params, plan=plan, classes=experiment.data.classes)
+    return TextPredictor(
+        model=model.module,
+        params=params,
+        plan=plan,
+        tokenizer=tokenizer,
+        eos_id=stop_id(template, tokenizer),
+        shards=DataShards.current(),
     )
 
 
