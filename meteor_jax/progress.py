@@ -24,7 +24,7 @@ def progress_bar(
 ) -> Progress:
     """Bars with what is done, the time taken and the time left; `columns` follow them."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

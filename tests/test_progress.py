@@ -14,9 +14,9 @@ def test_a_bar_shows_what_is_done_and_its_own_columns(terminal):
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=terminal)
     with progress_bar(TextColumn("{task.fields[numbers]}"), console=console) as bar:
-        task = bar.add_task("sam", total=4, numbers="")
+        task = bar.add_task("sam[b]", total=4, numbers="")
         bar.update(task, completed=3, numbers="loss 0.5")
-    assert all(word in out.getvalue() for word in ("sam", "3/4", "loss 0.5"))
+    assert all(word in out.getvalue() for word in ("sam[b]", "3/4", "loss 0.5"))
     if not terminal:
         assert out.getvalue().count("\n") == 1
 
