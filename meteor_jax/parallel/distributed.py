@@ -48,8 +48,8 @@ def start_processes(
     Args:
         coordinator: "host:port" of process 0; the port must be free there.
         heartbeat_seconds: after so long without a sign of life from one process, all end.
-        enable_preemption: keep SIGTERM for `training.signals`, which lets all processes stop at
-            the same step, instead of ending at once.
+        enable_preemption: keep SIGTERM for `training.preemption`, which lets all processes stop
+            at the same step, instead of ending at once.
 
     Raises:
         ConfigError: one line, if the arguments do not fit together or the others are not found.

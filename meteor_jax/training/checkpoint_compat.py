@@ -129,8 +129,7 @@ def _differences(
     saved: Any, now: Any, *, where: str, free: Collection[str] = (), only: Collection[str] = ()
 ) -> list[str]:
     if type(saved) is not type(now):
-        types = (type(config).__name__ for config in (saved, now))
-        return [f"{where}: checkpoint {{}}, config {{}}".format(*types)]
+        return [f"{where}: checkpoint {type(saved).__name__}, config {type(now).__name__}"]
     return [
         f"{where}.{field.name}: checkpoint {getattr(saved, field.name)!r}, config "
         f"{getattr(now, field.name)!r}"

@@ -1,6 +1,6 @@
 """One training step: loss, gradients of what trains, update, metrics. One program a plan.
 
-B rows, A parts that a batch is accumulated over, T text tokens.
+A parts that a batch is accumulated over.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Needs torch and transformers. Sizes are the config's, weights random, attention PyTorch's own
 (`scaled_dot_product_attention`). Models are transformers' where it has them (CLIP, ConvNeXt,
-Pix2Struct, LLaMA); EVA-02 and the projector are written out in `bench_torch_models`. Both sides
+Pix2Struct, LLaMA); EVA-02 and the projector are written out in `torch_models`. Both sides
 start from float images of the encoder's own size, and take turns; medians, fastest and slowest.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
