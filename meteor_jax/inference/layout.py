@@ -23,7 +23,7 @@ from meteor_jax.inference.engine.data_shards import broadcast
 from meteor_jax.models.family import Family, ShardingRules, build_model
 from meteor_jax.parallel.chips import find_chip
 from meteor_jax.parallel.mesh import AXES, MeshConfig, make_mesh, num_slices, regroup
-from meteor_jax.parallel.rules import parameter_shardings
+from meteor_jax.parallel.rules import parameter_shardings, with_shardings
 
 # Of a device's memory, what parameters may take; caches and activations have the rest.
 COMFORTABLE = 0.5
@@ -46,11 +46,7 @@ def param_shapes(experiment: Experiment, *, mesh: Mesh, dtype: str = "float32") 
     """
     model = build_model(experiment.model)
     shapes = _shapes(model, dtype)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        parameter_shardings(shapes, mesh, rules=model.sharding_rules),
-    )
+    return with_shardings(shapes, parameter_shardings(shapes, mesh, rules=model.sharding_rules))
 
 
 def cast_matrices(params: Any, dtype: str) -> Any:

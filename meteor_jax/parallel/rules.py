@@ -91,6 +91,15 @@ def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, rules: Sharding
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """The shapes of `tree` (arrays or ShapeDtypeStructs), each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays, this process's rows of the batch, as one global array split by rows."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -25,7 +25,7 @@ from meteor_jax.models.flops import trace_flops
 from meteor_jax.models.layers.attention import attention_kernel
 from meteor_jax.models.layers.platform import compiling_for
 from meteor_jax.parallel.mesh import BATCH_AXES, check_batch_size
-from meteor_jax.parallel.rules import parameter_shardings
+from meteor_jax.parallel.rules import parameter_shardings, with_shardings
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.pruning.text import parse_plan
@@ -274,14 +274,6 @@ def _by_rows(tree: Any, mesh: Mesh) -> Any:
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
-
-
-def with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings,
     )
 
 

@@ -17,7 +17,7 @@ from meteor_jax.config import ConfigError
 from meteor_jax.experiment.config import Experiment, Stage
 from meteor_jax.models.family import Family, build_model
 from meteor_jax.parallel.mesh import check_batch_size
-from meteor_jax.parallel.rules import parameter_shardings
+from meteor_jax.parallel.rules import parameter_shardings, with_shardings
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.plan import PrunePlan
 from meteor_jax.pruning.text import parse_plan
@@ -91,11 +91,7 @@ def init_or_restore_state(
         experiment, model=model, params=like.params, batch=batch, calibration=calibration
     )
     shardings = parameter_shardings(like, mesh, rules=model.sharding_rules)
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        like,
-        shardings,
-    )
+    like = with_shardings(like, shardings)
     if saved.latest_step() is not None:
         return checkpoint.restore(saved, like)
     check = functools.partial(check_model, model=build_model(experiment.model))
