@@ -62,12 +62,12 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if self.grad_accum_steps < 1 or self.batch_size % self.grad_accum_steps:
-            raise ConfigError(
+            raise ValueError(
                 f"batch_size {self.batch_size} does not divide into grad_accum_steps="
                 f"{self.grad_accum_steps} parts."
             )
         if not self.plans:
-            raise ConfigError("plans is empty: name at least one plan, such as 'full'.")
+            raise ValueError("plans is empty: name at least one plan, such as 'full'.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +103,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("log_every", "held_out_batches"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}.")
         if not self.stages():
-            raise ConfigError("nothing to train: set pretrain.steps or finetune.steps.")
+            raise ValueError("nothing to train: set pretrain.steps or finetune.steps.")
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages that have steps."""

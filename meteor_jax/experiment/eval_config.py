@@ -56,12 +56,17 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if isinstance(self.mesh, str) and self.mesh != "auto":
             object.__setattr__(self, "mesh", parse_mesh(self.mesh, where="eval.mesh"))
-        for name in ("max_new_tokens", "encode_batch_size", "batch_size", "visual_cache_images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"eval.{name} is at least 1, got {getattr(self, name)}.")
-        for name in ("num_questions", "max_new_tokens_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
+        for name in (
+            "max_new_tokens",
+            "encode_batch_size",
+            "batch_size",
+            "visual_cache_images",
+            "num_questions",
+            "max_new_tokens_limit",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"eval.{name} is at least 1, got {value}.")
         lengths = self.prompt_lengths
         if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
             raise ConfigError(f"eval.prompt_lengths: expected ascending lengths, got {lengths}.")

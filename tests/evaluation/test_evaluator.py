@@ -270,7 +270,7 @@ def test_a_blind_model_says_the_same_of_any_image(done):
         ({"plans": ["full", "full"]}, "plan 'full' is named twice"),
         ({"plans": ["cut(decode.kept=3)"]}, "kept"),
         ({"tasks": ["easyvqa_color"]}, "no task, group or source 'easyvqa_color'"),
-        ({"num_questions": 0}, "num_questions is at least 1, got 0"),
+        ({"num_questions": 0}, r"eval\.num_questions is at least 1, got 0"),
     ],
 )
 def test_a_wrong_request_is_one_line(experiment, tmp_path, request_, message):
