@@ -19,28 +19,50 @@ from rich.console import Console
 from rich.table import Table
 
 from meteor_jax.cli.flags import define_output
+from meteor_jax.config import ConfigError
 from meteor_jax.models.decoders.llama.model import LlamaConfig
-from meteor_jax.perf.bench.adaptive_prefill import Decoder, bench_rows, temporaries, three_steps
+from meteor_jax.perf.bench.adaptive_prefill import (
+    NUM_ROWS,
+    Decoder,
+    bench_rows,
+    temporaries,
+    three_steps,
+)
+
+HEAD_WIDTH = 64
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("depth", 8, "Layers of the decoder; the upper half is timed.")
-    flags.DEFINE_integer("width", 512, "Its width; heads are 64 wide.", lower_bound=64)
-    flags.DEFINE_integer("visual_tokens", 1024, "Visual tokens of the image.")
-    flags.DEFINE_integer("text_tokens", 32, "Text tokens around the image.")
-    flags.DEFINE_integer("batch_size", 8, "Rows of a batch; a divisor of 64.")
-    flags.DEFINE_integer("keep", 394, "Visual tokens that a row keeps, on average.")
-    flags.DEFINE_integer("repeats", 3, "Timed runs over all batches.")
+    flags.DEFINE_integer(
+        "depth", 8, "Layers of the decoder; the upper half is timed.", lower_bound=4
+    )
+    flags.DEFINE_integer(
+        "width", 512, "Its width, a multiple of 64: heads are 64 wide.", lower_bound=HEAD_WIDTH
+    )
+    flags.DEFINE_integer("visual_tokens", 1024, "Visual tokens of the image.", lower_bound=16)
+    flags.DEFINE_integer("text_tokens", 32, "Text tokens around the image.", lower_bound=1)
+    flags.DEFINE_integer(
+        "batch_size", 8, f"Rows of a batch; a divisor of {NUM_ROWS}.", lower_bound=1
+    )
+    flags.DEFINE_integer("keep", 394, "Visual tokens that a row keeps, on average.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "Timed runs over all batches.", lower_bound=1)
     define_output("File for one JSON object a row.")
 
 
 def main(options: flags.FlagValues) -> None:
     """Prints a row for each way to run the rows, and the compiler's temporaries."""
+    if options.width % HEAD_WIDTH:
+        raise ConfigError(f"--width: expected a multiple of {HEAD_WIDTH}, got {options.width}.")
+    if NUM_ROWS % options.batch_size:
+        raise ConfigError(
+            f"--batch_size: expected a divisor of {NUM_ROWS}, got {options.batch_size}."
+        )
+    num_heads = options.width // HEAD_WIDTH
     config = LlamaConfig(
         depth=options.depth,
         width=options.width,
-        num_heads=options.width // 64,
-        num_kv_heads=options.width // 64,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
         mlp_dim=options.width * 11 // 4,
         vocab_size=1000,
     )

@@ -3,6 +3,7 @@ business."""
 
 import pytest
 
+from meteor_jax.cli.__main__ import main
 from meteor_jax.models.decoders.llama.model import LlamaConfig
 from meteor_jax.perf.bench.adaptive_prefill import (
     Decoder,
@@ -35,3 +36,10 @@ def test_steps_need_no_copy_of_the_parameters():
     )
     full = temporaries(decoder, steps=(), batch=2)
     assert temporaries(decoder, steps=three_steps(decoder), batch=2) < 1.25 * full
+
+
+@pytest.mark.parametrize("flag", ["width=100", "batch_size=5", "repeats=0", "depth=3"])
+def test_sizes_that_cannot_be_are_one_line(flag, capsys):
+    assert main(["bench-adaptive-prefill", f"--{flag}"]) == 2
+    said = capsys.readouterr().err
+    assert flag.partition("=")[0] in said and said.count("\n") == 1
