@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from meteor_jax.config import ConfigError
+from meteor_jax.data import pipeline
 from meteor_jax.data.config import DataConfig
 from meteor_jax.experiment.config import Experiment, StageConfig, TrainConfig, load_experiment
 from meteor_jax.experiment.eval_config import EvalConfig
@@ -20,6 +22,7 @@ from meteor_jax.perf.bench import programs as bench_programs
 from meteor_jax.perf.bench import table as bench_report
 from meteor_jax.pruning.calibration import Calibration
 from meteor_jax.pruning.text import parse_plan
+from meteor_jax.testing import DummyTokenizer
 from tests import tiny_model
 
 METEOR = (
@@ -141,6 +144,23 @@ def test_the_forms_share_every_weight_and_lie_as_evaluation_holds_them(experimen
 
 
 @pytest.mark.long
+def test_the_data_are_those_of_the_stage(experiment, monkeypatch):
+    asked = {}
+
+    def iterate(**options):
+        asked.update(options)
+        return itertools.repeat(None)
+
+    monkeypatch.setattr(pipeline, "open_sources", lambda config: [])
+    monkeypatch.setattr(pipeline, "make_train_iterator", iterate)
+    monkeypatch.setattr(bench, "load_tokenizer", lambda *_, **__: DummyTokenizer())
+    stage = dataclasses.replace(experiment.train.finetune, text_length=77)
+    train = dataclasses.replace(experiment.train, finetune=stage)
+    experiment = dataclasses.replace(experiment, train=train)
+    assert bench.bench_data(experiment, batch=3, batches=2) > 0
+    assert (asked["config"].text_length, asked["batch_size"]) == (77, 3)
+
+
 def test_table_and_plot(rows, tmp_path):
     console = Console(width=200, record=True)
     bench_report.print_table(rows, console=console)

@@ -9,6 +9,7 @@ the model (a projector an encoder), the others in the form that the config has.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -23,10 +24,11 @@ import jax
 
 from meteor_jax.data import pipeline
 from meteor_jax.data.tokenizers import load_tokenizer
-from meteor_jax.experiment.config import Experiment
+from meteor_jax.experiment.config import Experiment, Stage
 from meteor_jax.inference.engine.data_shards import DataShards
 from meteor_jax.inference.layout import inference_mesh, param_dtype
 from meteor_jax.parallel.chips import find_chip
+from meteor_jax.parallel.distributed import DataShard
 from meteor_jax.parallel.mesh import check_batch_size, make_mesh
 from meteor_jax.perf.bench.programs import (
     Inference,
@@ -40,6 +42,7 @@ from meteor_jax.perf.bench.programs import (
 )
 from meteor_jax.perf.bench.table import Row
 from meteor_jax.pruning.plan import PrunePlan
+from meteor_jax.training.data import TrainingData
 
 
 def bench(
@@ -221,7 +224,7 @@ def _processor() -> str:
 
 
 def bench_data(experiment: Experiment, *, batch: int, batches: int = 32) -> float:
-    """Examples a second of the training pipeline alone, after a first batch that opens it."""
+    """Examples a second of finetune's pipeline alone, after a first batch that opens it."""
     records = pipeline.open_sources(experiment.data)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(
@@ -229,14 +232,9 @@ def bench_data(experiment: Experiment, *, batch: int, batches: int = 32) -> floa
             folder=Path(folder, "tokenizer"),
             texts=lambda: pipeline.training_texts(records),
         )
-    stage = experiment.train.finetune
-    iterator = pipeline.make_train_iterator(
-        experiment.data,
-        tokenizer=tokenizer,
-        task=stage.task,
-        template=stage.template,
-        batch_size=batch,
-        records=records,
+    config = dataclasses.replace(experiment.train.finetune, batch_size=batch, grad_accum_steps=1)
+    iterator = TrainingData(experiment, tokenizer, records).batches(
+        Stage("finetune", config, start=0, stop=1), first_batch=0, shard=DataShard()
     )
     next(iterator)
     started = time.perf_counter()
