@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -76,6 +78,11 @@ def read_config(options: flags.FlagValues, *, folder: Path | None = None) -> Exp
     if options.config is None and folder is not None:
         return read_experiment(folder)
     return load_experiment(options.config)
+
+
+def config_document(options: flags.FlagValues) -> dict[str, Any]:
+    """What --config holds, as JSON, to be recorded in checkpoints."""
+    return json.loads(options.config.to_json_best_effort())
 
 
 def read_plans(options: flags.FlagValues) -> list[str]:

@@ -8,12 +8,11 @@ has one is not trained again.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from absl import flags
 
-from meteor_jax.cli.flags import define_config, define_workdir, read_config
+from meteor_jax.cli.flags import config_document, define_config, define_workdir, read_config
 from meteor_jax.training.pretrain_encoders import pretrain
 
 
@@ -31,7 +30,7 @@ def main(options: flags.FlagValues) -> None:
     pretrain(
         read_config(options),
         workdir=Path(options.workdir),
-        config=json.loads(options.config.to_json_best_effort()),
+        config=config_document(options),
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,

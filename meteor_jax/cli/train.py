@@ -11,7 +11,6 @@ under SLURM every process is given this command; elsewhere --coordinator, --num_
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from absl import flags, logging
 
 from meteor_jax.checkpoint import CALIBRATION_FILE
 from meteor_jax.cli.flags import (
+    config_document,
     define_config,
     define_processes,
     define_workdir,
@@ -82,7 +82,7 @@ def main(options: flags.FlagValues) -> int:
             model=build_model(experiment.model),
             data=data,
             workdir=workdir,
-            config=json.loads(options.config.to_json_best_effort()),
+            config=config_document(options),
             evaluate=functools.partial(evaluate, experiment, data, workdir=workdir),
             calibrate=functools.partial(calibrate, experiment, data),
             profile=profile,
