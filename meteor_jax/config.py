@@ -52,6 +52,11 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
         raise ConfigError(f"{where}: {error}") from error
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def suggest(name: str, valid: typing.Iterable[str]) -> str:
     """' Did you mean …?' with the nearest of `valid`, or the list of them."""
     valid = sorted(set(valid))

@@ -20,6 +20,8 @@ from types import ModuleType
 
 from absl import flags, logging
 
+from meteor_jax.config import one_line
+
 WIDTH = 100  # columns of the help
 NO_VALUE = "must have a value other than None"  # what absl says of a required flag
 
@@ -59,7 +61,7 @@ def run(command: ModuleType, arguments: Sequence[str], *, name: str) -> int:
 def fail(error: Exception, *, code: int = 2) -> int:
     """Prints `error: …` in one line (several only where an error lists its problems)."""
     listed = hasattr(error, "problems")
-    print(f"error: {error if listed else ' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {error if listed else one_line(error)}", file=sys.stderr)
     return code
 
 
@@ -75,13 +77,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             flags.FLAGS.config.to_dict()  # a missing file is only reported on access
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(_explain(error)) from error
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax alone writes a page a checkpoint
     return rest
 
 
-def _one_line(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     message = " ".join(str(error).replace("\\n", " ").split())
     missing = re.findall(rf"Flag (--\w+) {NO_VALUE}", message)
     if missing:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from meteor_jax.config import one_line
 from meteor_jax.models.conversion import ConversionError
 
 SAFETENSORS, TORCH = ".safetensors", (".bin", ".pth", ".pt")
@@ -231,7 +232,7 @@ def _describe(path: Path, problems: list[str]) -> dict[str, tuple[tuple[int, ...
         if described:
             problems.append(f"truncated: {path.name} ends before its tensors do; fetch it again")
             return described
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConversionError(
             [f"{path.name}: cannot be read ({reason}); truncated or corrupt? Fetch it again."]
         ) from error

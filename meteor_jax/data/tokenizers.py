@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from meteor_jax.config import suggest
+from meteor_jax.config import one_line, suggest
 
 After = Literal["start", "text", "special"]
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
@@ -279,7 +279,7 @@ def _auto_tokenizer(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever a foreign folder makes the library raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ValueError(
             f"tokenizer: {folder} is not a Hugging Face tokenizer folder (it should hold "
             f"tokenizer.json or tokenizer.model, and tokenizer_config.json): {reason}"

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meteor_jax.config import ConfigError
+from meteor_jax.config import ConfigError, one_line
 from meteor_jax.parallel.mesh import BATCH_AXES
 
 HEARTBEAT_SECONDS = 100  # a process that was not heard of for so long counts as lost
@@ -80,9 +80,9 @@ def start_processes(
     except ValueError as error:
         if missing and "coordinator_address" in str(error):
             return  # no cluster that jax knows
-        raise ConfigError(f"many processes: {_one_line(error)}") from error
+        raise ConfigError(f"many processes: {one_line(error)}") from error
     except RuntimeError as error:
-        raise ConfigError(f"many processes: {_one_line(error)}") from error
+        raise ConfigError(f"many processes: {one_line(error)}") from error
 
 
 def is_main_process() -> bool:
@@ -148,7 +148,7 @@ def abort_all_on_error(*, alike: tuple[type[Exception], ...] = (ConfigError,)) -
             traceback.print_exc()
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} ends: "
-            f"{_one_line(error)[:300]}; see whether another one was lost, and start all of them "
+            f"{one_line(error)[:300]}; see whether another one was lost, and start all of them "
             "again: the run goes on from its last checkpoint.",
             file=sys.stderr,
             flush=True,
@@ -184,7 +184,3 @@ def row_shard(mesh: Mesh) -> DataShard:
     return DataShard(
         index=groups.index(tuple(sorted(rows[jax.process_index()]))), count=len(groups)
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from meteor_jax.config import ConfigError
+from meteor_jax.config import ConfigError, one_line
 from meteor_jax.parallel.chips import Chip
 from meteor_jax.parallel.mesh import MeshConfig, make_mesh
 from meteor_jax.perf.fit import (
@@ -55,9 +55,9 @@ def open_topology(name: str, *, slices: int = 1) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(name, PLATFORM, **options).devices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"topology '{name}' is not known to libtpu; expected such as {TOPOLOGIES} ({reason})"
+            f"topology '{name}' is not known to libtpu; expected such as {TOPOLOGIES} "
+            f"({one_line(error)})"
         ) from error
 
 
@@ -71,13 +71,11 @@ def report(results: dict[str, Measured], *, chip: Chip, title: str) -> Table:
     row("mesh", lambda result: show_mesh(result.mesh))
     row("matrices", lambda result: result.param_dtype)
     table.add_section()
-    for name in ("argument", "output", "alias", "temp", "peak"):
-        row(
-            {"alias": "outputs in place of arguments", "temp": "temporaries", "peak": "peak"}.get(
-                name, f"{name}s"
-            ),
-            lambda result, name=name: show_bytes(getattr(result, f"{name}_bytes")),
-        )
+    row("arguments", lambda result: show_bytes(result.argument_bytes))
+    row("outputs", lambda result: show_bytes(result.output_bytes))
+    row("outputs in place of arguments", lambda result: show_bytes(result.alias_bytes))
+    row("temporaries", lambda result: show_bytes(result.temp_bytes))
+    row("peak", lambda result: show_bytes(result.peak_bytes))
     row(
         f"peak of {show_bytes(chip.memory_bytes)}",
         lambda result: f"{result.peak_bytes / chip.memory_bytes:.1%}",

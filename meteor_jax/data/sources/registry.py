@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from meteor_jax.config import suggest
+from meteor_jax.config import one_line, suggest
 from meteor_jax.data.sources import easy_vqa, reading
 from meteor_jax.data.sources.conversations import FAMILY, ConversationSource, open_prepared
 from meteor_jax.data.sources.records import TaskSpec, prepare
@@ -166,8 +166,9 @@ def _open_image(encoded: bytes, *, load: Callable[[Image.Image], Image.Image]) -
             check.verify()  # the checksums of a PNG; what follows would accept damaged pixels
         return load(Image.open(io.BytesIO(encoded)))
     except Exception as error:  # whatever a damaged file makes the library raise
-        reason = " ".join(str(error).split())
-        raise CorruptImage(f"cannot decode an image of {len(encoded)} bytes: {reason}") from error
+        raise CorruptImage(
+            f"cannot decode an image of {len(encoded)} bytes: {one_line(error)}"
+        ) from error
 
 
 def chance_level(task: str, source: RecordSource) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meteor_jax.config import ConfigError
+from meteor_jax.config import ConfigError, one_line
 from meteor_jax.evaluation.tasks.benchmarks.datasets import Folder
 
 BATCH_ROWS = 64  # read at once, since a row may have megabytes of image
@@ -200,8 +200,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _broken(path: Path, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
-    return ConfigError(f"{path} cannot be read ({reason}); download it anew.")
+    return ConfigError(f"{path} cannot be read ({one_line(error)}); download it anew.")
 
 
 def _bytes_of(value: Any) -> list[bytes]:
