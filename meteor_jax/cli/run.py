@@ -12,6 +12,7 @@ A command is a module of this folder with
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -31,9 +32,11 @@ def run(command: ModuleType, arguments: Sequence[str], *, name: str) -> int:
 
     2, after one line on stderr, is for what the user can put right: a wrong flag, a ValueError
     (ConfigError among them) or an OSError. `--verbosity=1` shows the traceback too. The flags are
-    defined for the time of the call only, so that one process can run several commands.
+    defined for the time of the call only, and the handler of SIGTERM is put back after it, so that
+    one process can run several commands.
     """
     previous, verbosity = sys.argv, logging.get_verbosity()
+    handler = signal.getsignal(signal.SIGTERM)
     sys.argv = [name, *arguments]  # config_flags reads overrides from there
     before = set(flags.FLAGS)
     command.define_flags()
@@ -53,6 +56,8 @@ def run(command: ModuleType, arguments: Sequence[str], *, name: str) -> int:
     finally:
         sys.argv = previous
         logging.set_verbosity(verbosity)
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)
         # A field of the config that was set stands among the flags as `config.FIELD`.
         for flag in [flag for flag in flags.FLAGS if flag.partition(".")[0] in defined]:
             delattr(flags.FLAGS, flag)

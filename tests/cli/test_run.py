@@ -1,5 +1,6 @@
 """What a command line means, and how a wrong one is answered: one line, exit code 2."""
 
+import signal
 import types
 
 import pytest
@@ -47,6 +48,15 @@ def test_a_field_of_the_config_is_set(config, capsys):
     arguments = [f"--config={config}", "--config.train.finetune.steps=7"]
     assert run(command(steps), arguments, name="meteor it") == 0
     assert capsys.readouterr().out == "7\n"
+
+
+def test_a_command_leaves_no_signal_handler_behind(config):
+    def main(options):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(command(main), [f"--config={config}"], name="meteor it") == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_wrong_command_lines(config, capsys):
